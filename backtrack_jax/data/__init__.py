@@ -1,0 +1,1 @@
+"""Problems, traces and annotations: records and their files, and the reader of labelled chains."""
