@@ -1,0 +1,228 @@
+"""What is done to the residual stream: one pytree of traced values, per row and per layer.
+
+At the output of every block (`resid_post`), at every position t inside the row's span,
+
+    x <- x + add + amplify * x / |x| + noise * e / |e| - ablate * (x . u) u,      e ~ N(0, I) fresh per position and step.
+
+Because vector, layer, magnitude and span are values and not code, every condition of an experiment (steering vector at a
+magnitude, overall mean, label vector, self-amplification, noise, ablation) is a *row* of one batch through one compiled
+program. A row is built by one of the constructors below, rows combine with `+`, and `stack_rows` makes the batch.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+PROMPT_END = -1  # in `span`, stands for the row's prompt length until `resolve` puts the number there
+END = np.iinfo(np.int32).max  # in `span`, no upper limit
+
+Span = Literal["all", "prompt", "generated"] | tuple[int, int]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Intervention:
+    """Changes to the residual stream of B rows in L layers; without the axis B, of one row.
+
+    Attributes:
+      add: [B, L, D] float32, added vector, in residual-norm units (unit direction times magnitude).
+      amplify: [B, L] float32, length added along the activation's own direction.
+      noise: [B, L] float32, length of the Gaussian direction drawn afresh at every position and step.
+      ablate: [B, L] float32, share of the component along `direction` that is removed (1 removes it all).
+      direction: [B, L, D] float32, unit vectors u of the ablation; zero where nothing is ablated.
+      span: [B, 2] int32, absolute positions [start, stop) that are changed; position 0 is BOS.
+      key: [B] typed PRNG keys of the noise. The draw depends on key, layer and position alone, so it is the same in any
+        batch and the same with a cache as without.
+    """
+
+    add: jax.Array
+    amplify: jax.Array
+    noise: jax.Array
+    ablate: jax.Array
+    direction: jax.Array
+    span: jax.Array
+    key: jax.Array
+
+    def __add__(self, other: "Intervention") -> "Intervention":
+        """Both changes at once, on the left operand's span and noise key; at most one of them may ablate in a layer."""
+        return dataclasses.replace(
+            self,
+            add=self.add + other.add,
+            amplify=self.amplify + other.amplify,
+            noise=self.noise + other.noise,
+            ablate=self.ablate + other.ablate,
+            direction=self.direction + other.direction,
+        )
+
+    def per_layer(self) -> dict[str, jax.Array]:
+        """The values that differ between layers, layer axis first, to be scanned over beside the model's blocks."""
+        names = ("add", "amplify", "noise", "ablate", "direction")
+        return {name: jnp.moveaxis(getattr(self, name), 1, 0) for name in names}
+
+    def resolve(self, prompt_length: jax.Array) -> "Intervention":
+        """Puts each row's prompt length ([B] int32, in tokens with BOS) where the span says `prompt` or `generated`."""
+        return dataclasses.replace(self, span=jnp.where(self.span == PROMPT_END, prompt_length[..., None], self.span))
+
+
+def no_intervention(n_layers: int, d_model: int, span: Span = "all", key: jax.Array | None = None) -> Intervention:
+    """The row that changes nothing, to the bit.
+
+    Args:
+      n_layers: L of the model.
+      d_model: D of the model.
+      span: `all` positions, the `prompt`, the `generated` ones (generated position j is the forward pass whose input is
+        generated token j, so it cannot change the first sampled token), or absolute (start, stop).
+      key: PRNG key of the noise.
+
+    Returns:
+      One row.
+
+    Raises:
+      ValueError: if the span is neither a name nor 0 <= start < stop.
+    """
+    per_layer = jnp.zeros(n_layers, jnp.float32)
+    per_layer_vector = jnp.zeros((n_layers, d_model), jnp.float32)
+    return Intervention(
+        add=per_layer_vector,
+        amplify=per_layer,
+        noise=per_layer,
+        ablate=per_layer,
+        direction=per_layer_vector,
+        span=jnp.array(_span_bounds(span), jnp.int32),
+        key=jax.random.key(0) if key is None else key,
+    )
+
+
+def add_vector(
+    vector: jax.Array, layer: jax.Array | int, magnitude: jax.Array | float, *, n_layers: int, span: Span = "all"
+) -> Intervention:
+    """Adds `magnitude * vector` to the output of block `layer` (section 3.2 of the paper).
+
+    Args:
+      vector: [D], usually of unit norm, so that `magnitude` is in residual-norm units; it is not normalised here.
+      layer: block, 0-based; may be traced.
+      magnitude: factor; may be traced, so `jax.vmap` over magnitudes works. Negative steers away.
+      n_layers: L of the model.
+      span: see `no_intervention`.
+
+    Returns:
+      One row.
+
+    Raises:
+      ValueError: if `vector` is not one-dimensional or a concrete layer is outside 0..L-1.
+    """
+    vector = _checked_vector(vector)
+    row = no_intervention(n_layers, vector.shape[0], span)
+    one_hot = _one_hot(layer, n_layers)
+    return dataclasses.replace(row, add=one_hot[:, None] * (jnp.asarray(magnitude, jnp.float32) * vector))
+
+
+def self_amplify(
+    layer: jax.Array | int, magnitude: jax.Array | float, *, n_layers: int, d_model: int, span: Span = "all"
+) -> Intervention:
+    """Adds `magnitude` times the activation's own unit vector (Fig. 4, self-amplification)."""
+    row = no_intervention(n_layers, d_model, span)
+    return dataclasses.replace(row, amplify=_one_hot(layer, n_layers) * magnitude)
+
+
+def gaussian_noise(
+    layer: jax.Array | int,
+    magnitude: jax.Array | float,
+    key: jax.Array,
+    *,
+    n_layers: int,
+    d_model: int,
+    span: Span = "all",
+) -> Intervention:
+    """Adds a Gaussian direction of length `magnitude`, fresh at every position and step (Fig. 4, noise)."""
+    row = no_intervention(n_layers, d_model, span, key)
+    return dataclasses.replace(row, noise=_one_hot(layer, n_layers) * magnitude)
+
+
+def ablate(
+    direction: jax.Array, layers: Sequence[int] | None = None, *, n_layers: int, span: Span = "all"
+) -> Intervention:
+    """Removes the component along `direction` ([D], normalised here) from the output of `layers` (default: all)."""
+    direction = _checked_vector(direction)
+    row = no_intervention(n_layers, direction.shape[0], span)
+    chosen = range(n_layers) if layers is None else layers
+    mask = jnp.sum(jnp.stack([_one_hot(layer, n_layers) for layer in chosen]), axis=0)
+    unit = direction / jnp.linalg.norm(direction)
+    return dataclasses.replace(row, ablate=mask, direction=mask[:, None] * unit)
+
+
+def stack_rows(rows: Sequence[Intervention]) -> Intervention:
+    """Batch of B rows out of B single rows of the same model."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+
+
+def intervene(x: jax.Array, at_layer: Intervention, layer: jax.Array, positions: jax.Array) -> jax.Array:
+    """Applies one layer's slice of an intervention to the output of its block.
+
+    Args:
+      x: [B, T, D] float32, the residual stream after the block.
+      at_layer: the rows' values at this layer, without the axis L (`add` [B, D], `amplify` [B], ...), span resolved.
+      layer: int32, the block's number; enters the noise key.
+      positions: [B, T] int32 absolute positions, negative at padding, which is never changed.
+
+    Returns:
+      [B, T, D] float32. Where a row's strengths are zero or the position is outside the span, x to the bit.
+    """
+    add, u = at_layer.add[:, None, :], at_layer.direction[:, None, :]
+    amplify, noise, removed = (a[:, None, None] for a in (at_layer.amplify, at_layer.noise, at_layer.ablate))
+    norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
+    own_direction = x / jnp.where(norm == 0, 1.0, norm)
+    component = jnp.sum(x * u, axis=-1, keepdims=True)
+    delta = add + amplify * own_direction - removed * component * u
+    # Drawing the noise costs more than the rest of a small model's block, so it is drawn only where some row wants it.
+    delta = lax.cond(
+        jnp.any(at_layer.noise != 0),
+        lambda: delta + noise * _noise_directions(at_layer.key, layer, positions, x.shape[-1]),
+        lambda: delta,
+    )
+    start, stop = at_layer.span[:, :1], at_layer.span[:, 1:]
+    in_span = (positions >= jnp.maximum(start, 0)) & (positions < stop)
+    active = jnp.any(at_layer.add != 0, axis=-1) | (at_layer.amplify != 0) | (at_layer.noise != 0)
+    active |= at_layer.ablate != 0
+    return jnp.where((in_span & active[:, None])[..., None], x + delta, x)
+
+
+def _noise_directions(key: jax.Array, layer: jax.Array, positions: jax.Array, d_model: int) -> jax.Array:
+    """[B, T, D] unit vectors, a function of (row key, layer, absolute position) alone."""
+
+    def draw(row_key: jax.Array, position: jax.Array) -> jax.Array:
+        e = jax.random.normal(jax.random.fold_in(row_key, position), (d_model,), jnp.float32)
+        return e / jnp.linalg.norm(e)
+
+    row_keys = jax.vmap(lambda k: jax.random.fold_in(k, layer))(key)
+    return jax.vmap(jax.vmap(draw, (None, 0)), (0, 0))(row_keys, positions)
+
+
+def _span_bounds(span: Span) -> tuple[int, int]:
+    named = {"all": (0, END), "prompt": (0, PROMPT_END), "generated": (PROMPT_END, END)}
+    if isinstance(span, str):
+        if span not in named:
+            raise ValueError(f"span={span!r}, expected one of {sorted(named)} or absolute positions (start, stop)")
+        return named[span]
+    start, stop = span
+    if not 0 <= start < stop:
+        raise ValueError(f"span={span!r} selects no position; expected 0 <= start < stop")
+    return start, min(stop, int(END))
+
+
+def _one_hot(layer: jax.Array | int, n_layers: int) -> jax.Array:
+    if isinstance(layer, int) and not 0 <= layer < n_layers:
+        raise ValueError(f"layer={layer} is outside 0..{n_layers - 1}")
+    return (jnp.arange(n_layers) == layer).astype(jnp.float32)
+
+
+def _checked_vector(vector: jax.Array) -> jax.Array:
+    vector = jnp.asarray(vector, jnp.float32)
+    if vector.ndim != 1:
+        raise ValueError(f"vector has shape {vector.shape}, expected [d_model]")
+    return vector
