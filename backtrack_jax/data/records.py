@@ -2,8 +2,8 @@
 
 Every record is one line of a UTF-8 JSONL file whose keys are the field names. Spans are half-open ranges of characters
 (Python code points) of `Trace.text`, the reply exactly as it was generated or released; nothing in this package ever
-rebuilds that text. Reading is strict and happens before any long work: a fault is a `ValueError` that names the file, the
-line or entry, and the field.
+rebuilds that text. Reading is strict and happens before any long work: a fault is a `ValueError` that names the file,
+the line or entry, and the field.
 """
 
 import json
@@ -19,10 +19,10 @@ LABELS = ("initializing", "deduction", "adding-knowledge", "example-testing", "u
 """The labels of the paper, in the order of its annotation prompt."""
 
 OTHER = "other"
-"""Label of the sections that a judge with a single question (is this backtracking?) says no to; see `judges.keyword`."""
+"""Label that a judge with one question (is this backtracking?) gives sections that are not; see `judges.keyword`."""
 
 FINISH_REASONS = ("stop", "length")
-"""Why a reply ended: a stop id was sampled, or the limit of new tokens was reached. `None` means that it is not known."""
+"""Why a reply ended: a stop id was sampled, or the limit of new tokens was reached. None means that it is not known."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Note:
     """Something to know about a section that *was* placed.
 
     Attributes:
-        code: a value of `annotations.NoteCode`, e.g. `fuzzy`.
+        code: a value of `annotations.Reason`, e.g. `fuzzy`.
         section: index into `Annotation.sections`.
     """
 
@@ -400,9 +400,10 @@ def _line(record: Problem | Trace | Annotation) -> str:
 def read_released(path: Path | str | Sequence[Path | str]) -> tuple[list[Trace], list[str]]:
     """Reads annotated chains in the released format.
 
-    Each entry has the strings `task_id`, `problem`, `reasoning_chain` and `annotated_chain`. The category is the task id
-    without its number (`math_logic_12` -> `math_logic`), the trace id `"<task_id>/<sample>"`, where `sample` counts the
-    chains of one task. How a chain ended is not recorded in this format.
+    Each entry has the strings `task_id`, `problem`, `reasoning_chain` and `annotated_chain`. The category is the task
+    id without its number (`math_logic_12` -> `math_logic`), the trace id `"<task_id>/<sample>"`, where `sample` counts
+    the chains of one task. The format does not record how a chain ended. An empty `annotated_chain` is let through: the
+    judge failed there, which `annotations.align` reports as `no_sections`.
 
     Args:
         path: a `.json` or `.jsonl` file, a folder (all its `*_annotated_chains.json`), or several of these.
@@ -424,7 +425,7 @@ def read_released(path: Path | str | Sequence[Path | str]) -> tuple[list[Trace],
             sample, samples[task] = samples[task], samples[task] + 1
             problem, chain = fields.text("problem"), fields.text("reasoning_chain")
             traces.append(Trace(f"{task}/{sample}", task, category, problem, chain, sample))
-            annotated.append(fields.text("annotated_chain"))
+            annotated.append(fields.text("annotated_chain", empty=True))
     return traces, annotated
 
 

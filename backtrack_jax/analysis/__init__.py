@@ -1,0 +1,1 @@
+"""Measurements on replies, activations and vectors."""

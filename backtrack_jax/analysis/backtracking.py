@@ -1,0 +1,203 @@
+"""The backtracking rate of replies (Eq. 1), its interval, and measures of coherence that need no model.
+
+    b = (number of words in {wait, hmm}) / (number of words)                                                   (Eq. 1)
+
+A *word* is a run of letters and digits, with apostrophes inside (`don't`); everything else separates, and case does not
+matter. So "Wait," and "wait-and-see" hold the word *wait*; "waiting", "await", "Hm" and "Hmmm" hold no keyword. Markers
+such as `<think>` or `<|eot_id|>` hold no words.
+"""
+
+import re
+import zlib
+from collections import Counter
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+KEYWORDS = ("wait", "hmm")
+"""The set of Eq. 1."""
+
+VARIANTS = ("words", "substring")
+"""`words` is Eq. 1. `substring` is the released counter, kept to compare with its numbers; see `count_keywords`."""
+
+_MARKER = re.compile(r"</?think>|<[|\uff5c][^<>|\uff5c\s]{1,40}[|\uff5c]>")
+_WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
+
+
+class Counts(NamedTuple):
+    """Keywords and words of one text; `hits / words` is its rate."""
+
+    hits: int
+    words: int
+
+
+def split_words(text: str) -> list[str]:
+    """Words of a text, case-folded, in order; the module says what a word is."""
+    return [word.casefold() for word in _WORD.findall(_MARKER.sub(" ", text))]
+
+
+def count_keywords(
+    reply: str, *, variant: str = "words", prompt: str = "", keywords: Collection[str] = KEYWORDS
+) -> Counts:
+    """Counts the keywords and the words of one reply.
+
+    Args:
+        reply: what the model wrote, without the prompt.
+        variant: `words`: whole words of the reply, Eq. 1. `substring`: as the released counter did, all occurrences of
+            the keywords as substrings ("awaiting", "Hmmm") and all white-space separated words, over prompt and reply.
+        prompt: the prompt as text; only `substring` reads it.
+        keywords: lower-case words.
+
+    Returns:
+        Number of keywords and number of words.
+
+    Raises:
+        ValueError: unknown variant.
+    """
+    if variant == "words":
+        words = split_words(reply)
+        return Counts(sum(word in keywords for word in words), len(words))
+    if variant == "substring":
+        text = (prompt + reply).lower()
+        return Counts(sum(text.count(keyword) for keyword in keywords), len(text.split()))
+    raise ValueError(f"unknown variant {variant!r} of the backtracking rate; accepted: {', '.join(VARIANTS)}")
+
+
+def backtracking_rate(
+    reply: str, *, variant: str = "words", prompt: str = "", keywords: Collection[str] = KEYWORDS
+) -> float:
+    """Rate b of one reply, Eq. 1, as a fraction; 0.0 for a reply without words. Arguments as in `count_keywords`."""
+    hits, words = count_keywords(reply, variant=variant, prompt=prompt, keywords=keywords)
+    return hits / words if words else 0.0
+
+
+def token_id_rate(ids: Sequence[int], keyword_ids: Collection[int]) -> float:
+    """Share of the generated tokens that are keyword tokens.
+
+    Args:
+        ids: generated ids, without the prompt.
+        keyword_ids: ids whose token is a keyword (`Wait`, ` wait`, ` Hmm`, ...).
+
+    Returns:
+        A fraction of `len(ids)`, not of the words; 0.0 for no ids.
+    """
+    return sum(i in keyword_ids for i in ids) / len(ids) if len(ids) else 0.0
+
+
+def repeated_ngrams(text: str, n: int) -> float:
+    """Share of the word n-grams of a text that occurred in it before: 1 - distinct / all; 0.0 below n words."""
+    words = split_words(text)
+    grams = list(zip(*(words[i:] for i in range(n)), strict=False))
+    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def compression_ratio(text: str) -> float:
+    """Bytes of the zlib-compressed text (level 9) / bytes of its UTF-8 form; 1.0 for no text.
+
+    The lower, the more the text repeats itself. Short texts compress badly: compare texts of similar length only.
+    """
+    raw = text.encode("utf-8", errors="replace")
+    return len(zlib.compress(raw, 9)) / len(raw) if raw else 1.0
+
+
+def bootstrap_interval(
+    hits: ArrayLike, words: ArrayLike, *, level: float = 0.95, n_resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the pooled rate sum(hits) / sum(words), resampling problems.
+
+    Replies to one problem are alike, so the problem is the unit: sum hits and words over the replies of each problem
+    first. A resample without any word counts as rate 0.
+
+    Args:
+        hits: [P], numerators, one per problem.
+        words: [P], denominators, >= 0.
+        level: coverage of the interval, between 0 and 1.
+        n_resamples: number of resamples.
+        seed: of the random generator; the same arguments give the same interval.
+
+    Returns:
+        Lower and upper bound, in the unit of the rate; (nan, nan) for fewer than two problems, where it is not defined.
+
+    Raises:
+        ValueError: shapes differ or are not [P], or the level is not between 0 and 1.
+    """
+    numerators, denominators = np.asarray(hits, np.float64), np.asarray(words, np.float64)
+    if numerators.ndim != 1 or numerators.shape != denominators.shape:
+        raise ValueError(f"hits {numerators.shape} and words {denominators.shape} must both have the shape [P]")
+    if not 0 < level < 1:
+        raise ValueError(f"level {level} must lie between 0 and 1")
+    n = len(numerators)
+    if n < 2:
+        return float("nan"), float("nan")
+    # How often each problem is drawn, [n_resamples, P].
+    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples)
+    totals = draws @ denominators
+    rates = np.divide(draws @ numerators, totals, out=np.zeros(n_resamples), where=totals > 0)
+    low, high = np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def summarise_cell(
+    replies: Sequence[str],
+    problem_ids: Sequence[str],
+    *,
+    variant: str = "words",
+    prompts: Sequence[str] | None = None,
+    level: float = 0.95,
+    seed: int = 0,
+) -> dict[str, float | int]:
+    """Row of a table: what the replies of one condition (vector, magnitude, span) look like.
+
+    Args:
+        replies: replies of the condition.
+        problem_ids: the problem of each reply.
+        variant: of the rate, see `count_keywords`.
+        prompts: prompt of each reply; `substring` needs them.
+        level: coverage of the interval.
+        seed: of the bootstrap.
+
+    Returns:
+        `rate` (pooled: all hits / all words), `low` and `high` (its bootstrap interval over problems), `mean_rate` and
+        `std_rate` (mean and standard deviation, ddof 0, of the rates of the single replies), `n_replies`, `n_problems`,
+        `n_hits`, `n_words`, and the means over replies of `repeated_2grams`, `repeated_3grams`, `compression`.
+
+    Raises:
+        ValueError: no replies, lists of unlike length, or `substring` without prompts.
+    """
+    if not replies:
+        raise ValueError("a cell needs at least one reply")
+    if len(problem_ids) != len(replies):
+        raise ValueError(f"{len(replies)} replies, {len(problem_ids)} problem ids: every reply needs one")
+    if prompts is not None and len(prompts) != len(replies):
+        raise ValueError(f"{len(replies)} replies, {len(prompts)} prompts: every reply needs one")
+    if variant == "substring" and prompts is None:
+        raise ValueError("the variant 'substring' counts over prompt and reply: give prompts")
+    counts = [
+        count_keywords(reply, variant=variant, prompt=prompt)
+        for reply, prompt in zip(replies, prompts or [""] * len(replies), strict=True)
+    ]
+    hits: Counter[str] = Counter()
+    words: Counter[str] = Counter()
+    for problem, count in zip(problem_ids, counts, strict=True):
+        hits[problem] += count.hits
+        words[problem] += count.words
+    problems = sorted(words)
+    low, high = bootstrap_interval([hits[p] for p in problems], [words[p] for p in problems], level=level, seed=seed)
+    rates = np.array([count.hits / count.words if count.words else 0.0 for count in counts])
+    n_hits, n_words = sum(hits.values()), sum(words.values())
+    return {
+        "rate": n_hits / n_words if n_words else 0.0,
+        "low": low,
+        "high": high,
+        "mean_rate": float(rates.mean()),
+        "std_rate": float(rates.std()),
+        "n_replies": len(replies),
+        "n_problems": len(problems),
+        "n_hits": n_hits,
+        "n_words": n_words,
+        "repeated_2grams": float(np.mean([repeated_ngrams(reply, 2) for reply in replies])),
+        "repeated_3grams": float(np.mean([repeated_ngrams(reply, 3) for reply in replies])),
+        "compression": float(np.mean([compression_ratio(reply) for reply in replies])),
+    }

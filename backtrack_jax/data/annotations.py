@@ -1,0 +1,419 @@
+"""Labelled chains `["label"]text["end-section"]`: parse them and place every section in the original trace.
+
+A judge copies the trace while it labels it, and its copy is not to the letter: blank lines vanish, tags stay open,
+labels are invented, the chain is copied past the end of the reasoning. So the copy only serves to *find* the sections;
+a section itself is a span of the original text. Every piece of the copy is placed there or rejected with a `Reason`,
+and `summarise` counts both.
+
+Placement, in order of preference:
+
+1. All occurrences of a section's text in the trace, white space folded (every run counts as one space). Of these the
+   chain that keeps the order of the sections and covers most text is taken, the earliest where several do: a text that
+   occurs twice goes to the occurrence that its neighbours allow, and one stray section cannot displace the others.
+2. What occurs nowhere is looked for between its placed neighbours, by similarity (`FUZZY_RATIO`). Its first word must
+   be there unchanged: windows are counted from the start of a section, so a start is exact or it is not used.
+"""
+
+import re
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+from backtrack_jax.data.records import LABELS, Annotation, Note, Rejection, Section, Trace
+
+FUZZY_RATIO = 0.9
+"""`difflib` ratio (2 x matching characters / characters of both) above which an altered text is still placed."""
+
+END_MARKERS = (
+    "</think>",
+    "<｜end▁of▁sentence｜>",
+    "<|end_of_text|>",
+    "<|eot_id|>",
+    "<|endoftext|>",
+    "<|im_end|>",
+)
+"""Text of the tokens that end the reasoning or the reply; what follows the first of them is not reasoning."""
+
+
+class Reason(StrEnum):
+    """Why a piece of a labelled chain was rejected, or what was noted about one that was placed."""
+
+    # Rejected.
+    NO_SECTIONS = "no_sections"
+    """The answer holds no tag at all: the judge did not label the chain."""
+    UNKNOWN_LABEL = "unknown_label"
+    """The judge invented a label."""
+    EMPTY = "empty"
+    """A tag is followed by the next tag: a section without text (often the same label is then opened again)."""
+    UNTAGGED = "untagged"
+    """Text outside all tags."""
+    STRAY_CLOSER = "stray_closer"
+    """A closer without an open section, with the text in front of it: the rest of a section that another one split."""
+    NOT_FOUND = "not_found"
+    """Nothing in the trace, between the neighbours of the section, is like its text."""
+    OUT_OF_ORDER = "out_of_order"
+    """The text occurs in the trace, but only where other sections are: repeated by the judge, or in the wrong place."""
+    AFTER_END = "after_end"
+    """The section starts after `</think>` or an end-of-text marker: it belongs to the answer, not to the reasoning."""
+
+    # Placed, and noted.
+    BROKEN_OPENER = "broken_opener"
+    """The opening tag is misspelt (`['Deduction']`, `["adding_knowledge"]`); the label is clear."""
+    BROKEN_CLOSER = "broken_closer"
+    """The closing tag is misspelt, most often `["end-section]`."""
+    UNCLOSED = "unclosed"
+    """The section has no closer: it ends at the next opening tag, or with the answer."""
+    FOLDED = "folded"
+    """Placed after folding white space: the judge changed line breaks or spaces inside the section."""
+    FUZZY = "fuzzy"
+    """Placed by similarity: the judge altered the text."""
+    AMBIGUOUS = "ambiguous"
+    """The text occurs more than once between the neighbours of the section; the first occurrence was taken."""
+    CLIPPED = "clipped"
+    """The section runs past the end of the reasoning and was cut there."""
+
+
+_REPAIRS = frozenset({Reason.BROKEN_OPENER, Reason.BROKEN_CLOSER, Reason.UNCLOSED})
+_REFUSALS = frozenset({Reason.UNKNOWN_LABEL, Reason.EMPTY, Reason.UNTAGGED, Reason.STRAY_CLOSER, Reason.NO_SECTIONS})
+
+_QUOTE = r"\\?[\"'`\u201c\u201d\u201e\u2018\u2019]"
+_KNOWN = "|".join(re.sub("-", "[-_ ]?", re.escape(name).replace(r"\-", "-")) for name in (*LABELS, "end-section"))
+_TAG = re.compile(
+    rf"\[\s*{_QUOTE}\s*(?P<quoted>[A-Za-z][\w -]*?)\s*(?:{_QUOTE})?\s*\]"  # ["label"], and the broken ["label]
+    rf"|\[\s*(?P<bare>{_KNOWN})\s*(?:{_QUOTE})?\s*\]"  # [label]
+    rf"|\[\s*{_QUOTE}\s*(?P<open>{_KNOWN})\s*{_QUOTE}",  # ["label"
+    re.IGNORECASE,
+)
+_CANONICAL = {name.replace("-", ""): name for name in (*LABELS, "end-section")}
+
+
+@dataclass(frozen=True)
+class ParsedSection:
+    """One piece of a labelled chain, before it is placed.
+
+    Attributes:
+        label: as written where it is unknown, canonical where it is known, empty for text outside tags.
+        text: the judge's copy, without white space at its ends.
+        defects: what is wrong with the piece itself.
+    """
+
+    label: str
+    text: str
+    defects: tuple[Reason, ...] = ()
+
+    @property
+    def well_formed(self) -> bool:
+        """A known label in a proper opening tag, text without a tag inside, and a proper closing tag."""
+        return not self.defects
+
+
+def reasoning_end(text: str) -> int:
+    """Position at which the reasoning ends: that of the first of `END_MARKERS`, or the length of the text."""
+    found = [position for marker in END_MARKERS if (position := text.find(marker)) >= 0]
+    return min(found, default=len(text))
+
+
+def parse_sections(annotated: str, original: str = "") -> list[ParsedSection]:
+    """Cuts a labelled chain at its tags, whatever state they are in.
+
+    Args:
+        annotated: the judge's answer.
+        original: text of the trace; brackets with an unknown word in quotes that occur there are text, not tags.
+
+    Returns:
+        All pieces in order, the unusable ones with a defect that says why. White space between tags is not a piece.
+    """
+    tags = [tag for tag in _TAG.finditer(annotated) if _is_tag(tag, original)]
+    if not tags:
+        return [ParsedSection("", annotated.strip(), (Reason.NO_SECTIONS,))]
+    pieces: list[ParsedSection] = []
+    label: str | None = None
+    defects: tuple[Reason, ...] = ()
+    end = 0
+    for tag in tags:
+        text = annotated[end : tag.start()].strip()
+        name = _tag_name(tag)
+        closes = name == "end-section"
+        proper = tag[0] == f'["{name}"]'
+        if label is not None:
+            closing = (() if proper else (Reason.BROKEN_CLOSER,)) if closes else (Reason.UNCLOSED,)
+            pieces.append(_piece(label, text, defects + closing))
+        elif closes:
+            pieces.append(ParsedSection("", text, (Reason.STRAY_CLOSER,)))
+        elif text:
+            pieces.append(ParsedSection("", text, (Reason.UNTAGGED,)))
+        label = None if closes else name
+        defects = () if proper else (Reason.BROKEN_OPENER,)
+        end = tag.end()
+    text = annotated[end:].strip()
+    if label is not None:
+        pieces.append(_piece(label, text, (*defects, Reason.UNCLOSED)))
+    elif text:
+        pieces.append(ParsedSection("", text, (Reason.UNTAGGED,)))
+    return pieces
+
+
+def _piece(label: str, text: str, defects: tuple[Reason, ...]) -> ParsedSection:
+    if label not in LABELS:
+        defects = (Reason.UNKNOWN_LABEL, *defects)
+    elif not text:
+        defects = (Reason.EMPTY, *defects)
+    return ParsedSection(label, text, defects)
+
+
+def _tag_name(tag: re.Match[str]) -> str:
+    name = tag["quoted"] or tag["bare"] or tag["open"]
+    return _CANONICAL.get(re.sub(r"[-_ ]", "", name).lower(), name)
+
+
+def _is_tag(tag: re.Match[str], original: str) -> bool:
+    name = _tag_name(tag)
+    return name in _CANONICAL.values() or (tag[0] == f'["{name}"]' and tag[0] not in original)
+
+
+def align(trace: Trace, annotated: str, judge: str = "released") -> Annotation:
+    """Places the sections of a labelled chain in the original text of its trace.
+
+    Args:
+        trace: the trace that was labelled; spans index its `text`.
+        annotated: the judge's answer, `["label"]text["end-section"]...`.
+        judge: name to record.
+
+    Returns:
+        Sections in text order that do not overlap and start in front of `reasoning_end`. A section ends after its last
+        non-space character. Every other piece of the answer is a rejection; notes name repairs and inexact placement.
+    """
+    pieces = parse_sections(annotated, trace.text)
+    places = _place_all(trace.text, [piece.text for piece in pieces])
+    end = reasoning_end(trace.text)
+    sections: list[Section] = []
+    rejected: list[Rejection] = []
+    notes: list[Note] = []
+    for piece, place in zip(pieces, places, strict=True):
+        reason = next((defect for defect in piece.defects if defect in _REFUSALS), place.failure)
+        if reason is None and place.start >= end:
+            reason = Reason.AFTER_END
+        if reason is not None:
+            rejected.append(Rejection(reason, piece.label, piece.text))
+            continue
+        clipped = (Reason.CLIPPED,) if place.stop > end else ()
+        stop = len(trace.text[: min(place.stop, end)].rstrip())
+        notes.extend(Note(code, len(sections)) for code in (*piece.defects, *place.notes, *clipped))
+        sections.append(Section(piece.label, place.start, stop))
+    return Annotation(trace.id, judge, tuple(sections), tuple(rejected), tuple(notes))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a text was found, `[start, stop)` of the original, or why it was not."""
+
+    start: int = 0
+    stop: int = 0
+    notes: tuple[Reason, ...] = ()
+    failure: Reason | None = None
+
+
+def _place_all(original: str, texts: Sequence[str]) -> list[_Place]:
+    folded = _FoldedText(original)
+    candidates = [folded.occurrences(text) for text in texts]
+    chosen = _best_chain(candidates)
+    # after[i] is where the first placed one of the texts i, i+1, ... starts.
+    after = [len(original)] * (len(texts) + 1)
+    for index in range(len(texts) - 1, -1, -1):
+        span = chosen[index]
+        after[index] = span.start if span else after[index + 1]
+    places: list[_Place] = []
+    before, pending = 0, 0
+    for index, text in enumerate(texts):
+        span, high = chosen[index], after[index + 1]
+        if span is not None:
+            rivals = [s for s in candidates[index] if before <= s.start and s.stop <= high and s.rank >= span.rank]
+            notes = (Reason.FOLDED,) if original[span.start : span.stop] != text else ()
+            notes += (Reason.AMBIGUOUS,) if len(rivals) > 1 else ()
+            places.append(_Place(span.start, span.stop, notes))
+        elif candidates[index]:
+            places.append(_Place(failure=Reason.OUT_OF_ORDER))
+        else:
+            # The texts that were not found since `before` lie in this region too, so it grows with them.
+            pending += len(text)
+            similar = _similar_span(original, text, before, min(high, before + 2 * pending + 200))
+            places.append(_Place(*similar, (Reason.FUZZY,)) if similar else _Place(failure=Reason.NOT_FOUND))
+        if places[-1].failure is None:
+            before, pending = places[-1].stop, 0
+    return places
+
+
+class _Span(NamedTuple):
+    """Where a text occurs, `[start, stop)` of the original; whole words and equality to the letter rank first."""
+
+    start: int
+    stop: int
+    rank: int
+
+
+class _FoldedText:
+    """A text with every run of white space as one space, and the way back to the original positions."""
+
+    def __init__(self, original: str) -> None:
+        words = list(re.finditer(r"\S+", original))
+        self.original = original
+        self.folded = " ".join(word[0] for word in words)
+        self.original_starts = [word.start() for word in words]
+        self.folded_starts: list[int] = []
+        position = 0
+        for word in words:
+            self.folded_starts.append(position)
+            position += len(word[0]) + 1
+
+    def occurrences(self, text: str) -> list[_Span]:
+        """All spans of the original that hold `text`, white space folded."""
+        folded = " ".join(text.split())
+        spans: list[_Span] = []
+        position = self.folded.find(folded) if folded else -1
+        while position >= 0:
+            start, stop = self._unfold(position), self._unfold(position + len(folded) - 1) + 1
+            whole = not (_inside_word(self.original, start) or _inside_word(self.original, stop))
+            spans.append(_Span(start, stop, 2 * whole + (self.original[start:stop] == text)))
+            position = self.folded.find(folded, position + 1)
+        return spans
+
+    def _unfold(self, position: int) -> int:
+        word = bisect_right(self.folded_starts, position) - 1
+        return self.original_starts[word] + position - self.folded_starts[word]
+
+
+def _inside_word(text: str, position: int) -> bool:
+    return 0 < position < len(text) and text[position - 1].isalnum() and text[position].isalnum()
+
+
+@dataclass(frozen=True)
+class _Link:
+    """End of a chain of placed texts: its last span, what the chain covers, and the chain in front of it."""
+
+    stop: int
+    covered: int
+    index: int = -1
+    span: _Span | None = None
+    previous: "_Link | None" = None
+
+
+def _best_chain(candidates: Sequence[list[_Span]]) -> list[_Span | None]:
+    """Chooses at most one span per text, in order and without overlap, so that most of the text is covered.
+
+    `frontier` holds, for every stop, the best chain that ends there or earlier, where it covers more than those that
+    end before it: stops and coverage both increase, so the best predecessor of a span is one bisection away.
+    """
+    frontier = [_Link(0, 0)]
+    stops = [0]
+    for index, spans in enumerate(candidates):
+        links = []
+        for span in spans:
+            previous = frontier[bisect_right(stops, span.start) - 1]
+            covered = previous.covered + 4 * (span.stop - span.start) + span.rank  # a rank (0-3) only breaks ties
+            links.append(_Link(span.stop, covered, index, span, previous))
+        for link in links:
+            if frontier[bisect_right(stops, link.stop) - 1].covered >= link.covered:
+                continue
+            first = last = bisect_left(stops, link.stop)
+            while last < len(frontier) and frontier[last].covered <= link.covered:
+                last += 1
+            frontier[first:last], stops[first:last] = [link], [link.stop]
+    chosen: list[_Span | None] = [None] * len(candidates)
+    last_link: _Link | None = frontier[-1]
+    while last_link is not None:
+        if last_link.span is not None:
+            chosen[last_link.index] = last_link.span
+        last_link = last_link.previous
+    return chosen
+
+
+def _similar_span(original: str, text: str, low: int, high: int) -> tuple[int, int] | None:
+    """Span of `original[low:high]` most like `text`, from its first word on; None if none is above `FUZZY_RATIO`."""
+    words = text.split()
+    if not words:
+        return None
+    matcher = SequenceMatcher(None, "", text, autojunk=False)
+    slack = len(text) // 5 + 8
+    best, best_ratio = None, FUZZY_RATIO
+    for opening in re.finditer(rf"(?<!\w){re.escape(words[0])}", original[low:high], re.IGNORECASE):
+        start = low + opening.start()
+        limit = min(start + len(text) + slack, high)
+        endings = re.finditer(rf"{re.escape(words[-1])}(?!\w)", original[start:limit], re.IGNORECASE)
+        stops = [start + ending.end() for ending in endings] + [min(start + len(text), high)]
+        for stop in stops:
+            matcher.set_seq1(original[start:stop])
+            # quick_ratio() is a cheap upper bound of ratio().
+            if matcher.quick_ratio() > best_ratio and (ratio := matcher.ratio()) > best_ratio:
+                best, best_ratio = (start, stop), ratio
+    if best is None:
+        return None
+    return best[0], len(original[: best[1]].rstrip())
+
+
+def summarise(annotations: Iterable[Annotation]) -> dict[str, Any]:
+    """Counts what was placed, what was rejected and why.
+
+    Args:
+        annotations: of any number of traces, one per trace.
+
+    Returns:
+        `traces`: number of annotations; `placed`: label -> number of sections; `notes` and `rejected`: reason ->
+        label -> number; `exact`: label -> (e, w), where w counts the well-formed sections (see
+        `ParsedSection.well_formed`) that belong to the reasoning, found or not, and e those of them that were placed
+        to the letter where no other occurrence fits. A text that was not found counts in w whatever its tags.
+    """
+    placed: Counter[str] = Counter()
+    notes: dict[str, Counter[str]] = {}
+    rejected: dict[str, Counter[str]] = {}
+    exact: Counter[str] = Counter()
+    well_formed: Counter[str] = Counter()
+    traces = 0
+    for annotation in annotations:
+        traces += 1
+        codes: list[set[str]] = [set() for _ in annotation.sections]
+        for note in annotation.notes:
+            codes[note.section].add(note.code)
+            notes.setdefault(note.code, Counter())[annotation.sections[note.section].label] += 1
+        for section, found in zip(annotation.sections, codes, strict=True):
+            placed[section.label] += 1
+            well_formed[section.label] += not found & _REPAIRS
+            exact[section.label] += not found - {Reason.CLIPPED}
+        for rejection in annotation.rejected:
+            rejected.setdefault(rejection.reason, Counter())[rejection.label] += 1
+            well_formed[rejection.label] += rejection.reason in (Reason.NOT_FOUND, Reason.OUT_OF_ORDER)
+    return {
+        "traces": traces,
+        "placed": dict(placed),
+        "notes": {code: dict(counts) for code, counts in notes.items()},
+        "rejected": {code: dict(counts) for code, counts in rejected.items()},
+        "exact": {label: (exact[label], count) for label, count in well_formed.items() if count},
+    }
+
+
+def format_summary(summary: dict[str, Any]) -> str:
+    """Table of `summarise`, for people: one line per label, then one per reason.
+
+    Args:
+        summary: what `summarise` returned (or the same after a round trip through JSON).
+
+    Returns:
+        Lines of text without a final line break.
+    """
+    placed = summary["placed"]
+    labels = [label for label in LABELS if label in placed] + sorted(set(placed) - set(LABELS))
+    lines = [f"{sum(placed.values())} sections placed in {summary['traces']} traces"]
+    lines.append(f"{'label':<24}{'placed':>8}{'well-formed':>13}{'of these exact':>17}")
+    for label in labels:
+        exact, well_formed = summary["exact"].get(label, (0, 0))
+        share = f"{exact} ({exact / well_formed:.1%})" if well_formed else "-"
+        lines.append(f"{label:<24}{placed[label]:>8}{well_formed:>13}{share:>17}")
+    for title, table in (("placed with a note", summary["notes"]), ("rejected", summary["rejected"])):
+        lines.append(f"{title}: {sum(sum(counts.values()) for counts in table.values())}")
+        for reason, counts in sorted(table.items()):
+            detail = ", ".join(f"{label or 'no label'} {count}" for label, count in sorted(counts.items()))
+            lines.append(f"  {reason:<16}{sum(counts.values()):>6}  ({detail})")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Judges: who says which part of a trace is backtracking."""

@@ -1,0 +1,393 @@
+"""Placing labelled sections: every defect has a fixture, and positions are checked by independent means."""
+
+import json
+import random
+import re
+from collections import Counter
+from itertools import pairwise, product
+
+import pytest
+
+from backtrack_jax.data.annotations import (
+    Reason,
+    align,
+    format_summary,
+    parse_sections,
+    reasoning_end,
+    summarise,
+)
+from backtrack_jax.data.records import LABELS, Trace, pair_annotations, read_released
+
+TEXT = (
+    "Okay, how many legs do 3 cats have?\n\n"
+    "A cat has 4 legs. So 3 cats have 7 legs.\n\n"
+    "Wait, that adds. I should multiply: 3 * 4 = 12.\n\n"
+    "Wait, that adds nothing new. So it is 12"
+)
+
+
+def trace(text: str = TEXT) -> Trace:
+    return Trace("p/0", "p", "c", "question", text)
+
+
+def tag(label: str, text: str) -> str:
+    return f'["{label}"]{text}["end-section"]'
+
+
+def placed(annotated: str, text: str = TEXT) -> list[tuple[str, str]]:
+    """Labels and texts of the placed sections; checks the invariants of every annotation on the way."""
+    annotation = align(trace(text), annotated)
+    pair_annotations([trace(text)], [annotation])
+    spans = [(section.start, section.stop) for section in annotation.sections]
+    assert all(stop <= start for (_, stop), (start, _) in pairwise(spans)), "overlap"
+    assert all(not text[start].isspace() and not text[stop - 1].isspace() for start, stop in spans)
+    return [(section.label, text[section.start : section.stop]) for section in annotation.sections]
+
+
+def codes(annotated: str, text: str = TEXT) -> tuple[list[str], list[tuple[str, str, str]]]:
+    annotation = align(trace(text), annotated)
+    return [n.code for n in annotation.notes], [(r.reason, r.label, r.text) for r in annotation.rejected]
+
+
+def test_a_perfect_answer_is_placed_without_notes():
+    annotated = tag("deduction", "A cat has 4 legs.") + "\n\n" + tag("backtracking", " Wait, that adds. ")
+    assert placed(annotated) == [("deduction", "A cat has 4 legs."), ("backtracking", "Wait, that adds.")]
+    assert codes(annotated) == ([], [])
+    assert all(piece.well_formed for piece in parse_sections(annotated))
+
+
+@pytest.mark.parametrize(
+    ("annotated", "sections", "notes"),
+    [
+        # The closer of 53 of the 1,000 released chains.
+        ('["deduction"]So it is 12["end-section]', [("deduction", "So it is 12")], [Reason.BROKEN_CLOSER]),
+        ("[\"deduction\"]A cat has 4 legs.['end-section']", [("deduction", "A cat has 4 legs.")], ["broken_closer"]),
+        ('["deduction"]A cat has 4 legs.[end_section]', [("deduction", "A cat has 4 legs.")], ["broken_closer"]),
+        ('["deduction"]A cat has 4 legs.["end-section"', [("deduction", "A cat has 4 legs.")], ["broken_closer"]),
+        (
+            '["deduction]A cat has 4 legs.["end-section"]',
+            [("deduction", "A cat has 4 legs.")],
+            [Reason.BROKEN_OPENER],
+        ),
+        (
+            "[\u201cAdding_Knowledge\u201d]A cat has 4 legs.[\u201cend-section\u201d]",
+            [("adding-knowledge", "A cat has 4 legs.")],
+            ["broken_opener", "broken_closer"],
+        ),
+        (
+            r"[\"deduction\"]A cat has 4 legs.[\"end-section\"]",
+            [("deduction", "A cat has 4 legs.")],
+            ["broken_opener", "broken_closer"],
+        ),
+        ('["deduction"]A cat has 4 legs. So 3', [("deduction", "A cat has 4 legs. So 3")], [Reason.UNCLOSED]),
+        (
+            '["deduction"]A cat has 4 legs.["backtracking"]Wait, that adds.["end-section"]',
+            [("deduction", "A cat has 4 legs."), ("backtracking", "Wait, that adds.")],
+            [Reason.UNCLOSED],
+        ),
+        (
+            tag("initializing", "Okay, how many legs do 3\n\ncats have? A  cat"),
+            [("initializing", "Okay, how many legs do 3 cats have?\n\nA cat")],
+            [Reason.FOLDED],
+        ),
+        (
+            tag("deduction", "I should multiply: 3 \u00d7 4 = 12"),
+            [("deduction", "I should multiply: 3 * 4 = 12")],
+            [Reason.FUZZY],
+        ),
+        (tag("deduction", "So"), [("deduction", "So")], [Reason.AMBIGUOUS]),
+    ],
+)
+def test_repaired_defects_are_placed_and_noted(annotated, sections, notes):
+    assert placed(annotated) == sections
+    assert codes(annotated) == (notes, [])
+
+
+@pytest.mark.parametrize(
+    ("annotated", "sections", "rejected"),
+    [
+        ("I cannot label this.", [], [(Reason.NO_SECTIONS, "", "I cannot label this.")]),
+        ("", [], [("no_sections", "", "")]),
+        (
+            tag("verification", "A cat has 4 legs.") + tag("deduction", "So 3 cats have 7 legs."),
+            [("deduction", "So 3 cats have 7 legs.")],
+            [(Reason.UNKNOWN_LABEL, "verification", "A cat has 4 legs.")],
+        ),
+        # A tag that is opened twice: the plain pattern `tag(.*?)closer` swallows the second one.
+        (
+            '["initializing"]\n\n' + tag("deduction", "A cat has 4 legs."),
+            [("deduction", "A cat has 4 legs.")],
+            [(Reason.EMPTY, "initializing", "")],
+        ),
+        (
+            tag("deduction", " ") + tag("deduction", "A cat has 4 legs."),
+            [("deduction", "A cat has 4 legs.")],
+            [("empty", "deduction", "")],
+        ),
+        (
+            "Here it is:\n"
+            + tag("deduction", "A cat has 4 legs.")
+            + " So 3 cats\n\n"
+            + tag("backtracking", "Wait, that"),
+            [("deduction", "A cat has 4 legs."), ("backtracking", "Wait, that")],
+            [(Reason.UNTAGGED, "", "Here it is:"), ("untagged", "", "So 3 cats")],
+        ),
+        # Nested: the outer section ends where the inner one starts, its rest has no label.
+        (
+            '["deduction"]A cat has 4 legs. ' + tag("backtracking", "So 3 cats") + ' have 7 legs.["end-section"]',
+            [("deduction", "A cat has 4 legs."), ("backtracking", "So 3 cats")],
+            [(Reason.STRAY_CLOSER, "", "have 7 legs.")],
+        ),
+        (
+            tag("deduction", "A dog has as many legs as a table.") + tag("backtracking", "Wait, that adds."),
+            [("backtracking", "Wait, that adds.")],
+            [(Reason.NOT_FOUND, "deduction", "A dog has as many legs as a table.")],
+        ),
+        (
+            tag("deduction", "A cat has 4 legs.") * 2 + tag("backtracking", "Wait, that adds."),
+            [("deduction", "A cat has 4 legs."), ("backtracking", "Wait, that adds.")],
+            [(Reason.OUT_OF_ORDER, "deduction", "A cat has 4 legs.")],
+        ),
+    ],
+)
+def test_unusable_pieces_are_rejected_with_their_reason(annotated, sections, rejected):
+    assert placed(annotated) == sections
+    assert codes(annotated)[1] == rejected
+
+
+def test_reasoning_ends_at_the_first_marker():
+    answered = TEXT + ".\n</think>\n\nTwelve legs.<\uff5cend\u2581of\u2581sentence\uff5c>"
+    assert reasoning_end(answered) == len(TEXT) + 2
+    assert reasoning_end("It is 12.<|eot_id|></think>") == len("It is 12.")
+    assert reasoning_end(TEXT) == len(TEXT)
+
+
+def test_sections_of_the_answer_are_rejected_and_those_that_run_into_it_are_clipped():
+    answered = TEXT + ".\n</think>\n\nTwelve legs.<\uff5cend\u2581of\u2581sentence\uff5c>"
+    annotated = tag("deduction", "So it is 12.\n</think>\n\nTwelve") + tag("deduction", "legs.")
+    assert placed(annotated, answered) == [("deduction", "So it is 12.")]
+    assert codes(annotated, answered) == ([Reason.CLIPPED], [(Reason.AFTER_END, "deduction", "legs.")])
+    # The judge drops the marker and labels the answer: the same words in the reasoning must not attract it.
+    repeated = "Twelve legs. Hmm, sure.\n</think>\n\nTwelve legs."
+    annotated = tag("deduction", "Twelve legs.") + tag("backtracking", "Hmm, sure.") + tag("deduction", "Twelve legs.")
+    assert placed(annotated, repeated) == [("deduction", "Twelve legs."), ("backtracking", "Hmm, sure.")]
+    assert codes(annotated, repeated) == ([], [("after_end", "deduction", "Twelve legs.")])
+
+
+def test_a_repeated_text_goes_to_the_occurrence_that_its_neighbours_allow():
+    second = TEXT.index("Wait, that adds nothing")
+    annotation = align(trace(), tag("deduction", "3 * 4 = 12.") + tag("backtracking", "Wait, that adds"))
+    assert annotation.sections[1].start == second  # str.find would answer the first
+    first = align(trace(), tag("backtracking", "Wait, that adds") + tag("deduction", "3 * 4 = 12."))
+    assert first.sections[0].start == TEXT.index("Wait, that adds")
+    assert annotation.notes == first.notes == ()
+
+
+def test_a_section_that_ends_with_the_text_stays():
+    annotation = align(trace(), tag("deduction", "So it is 12"))
+    assert [(s.start, s.stop) for s in annotation.sections] == [(len(TEXT) - 11, len(TEXT))]
+
+
+def test_one_stray_section_does_not_displace_the_others():
+    annotated = (
+        tag("deduction", "Wait, that adds nothing new.")  # labelled too early
+        + tag("deduction", "A cat has 4 legs.")
+        + tag("backtracking", "Wait, that adds.")
+        + tag("deduction", "I should multiply: 3 * 4 = 12.")
+    )
+    assert [text for _, text in placed(annotated)] == [
+        "A cat has 4 legs.",
+        "Wait, that adds.",
+        "I should multiply: 3 * 4 = 12.",
+    ]
+    assert codes(annotated)[1] == [("out_of_order", "deduction", "Wait, that adds nothing new.")]
+
+
+def test_words_are_not_split_where_the_whole_word_occurs():
+    text = "Sometimes it fails. So it holds."
+    assert align(trace(text), tag("deduction", "So")).sections[0].start == text.index("So it")
+
+
+@pytest.mark.parametrize(
+    ("copy", "found"),
+    [
+        ("I should multiply: 3 x 4 = 12.", True),
+        ("i should multiply: 3 * 4 = 12", True),
+        ("We should multiply: 3 * 4 = 12.", False),  # another first word: the start would be a guess
+        ("I would rather divide: 3 / 4.", False),
+    ],
+)
+def test_an_altered_text_is_placed_only_when_it_is_alike_from_its_first_word(copy, found):
+    annotation = align(trace(), tag("deduction", copy))
+    if found:
+        assert annotation.sections[0].start == TEXT.index("I should multiply")
+    else:
+        assert (annotation.sections, annotation.rejected[0].reason) == ((), Reason.NOT_FOUND)
+
+
+def test_an_altered_text_is_looked_for_between_its_neighbours_only():
+    text = "Then 3 * 4 = 12 holds here. Stop. Then it ends."
+    annotated = tag("backtracking", "Stop.") + tag("deduction", "Then 3 x 4 = 12 holds here.")
+    assert placed(annotated, text) == [("backtracking", "Stop.")]
+    assert codes(annotated, text)[1][0][0] == Reason.NOT_FOUND
+
+
+def test_brackets_of_the_trace_are_text_and_not_tags():
+    text = 'Take d["key"] and d[X]. Then d["key"] is set. Hmm, is it?'
+    annotated = tag("deduction", 'Take d["key"] and d[X].') + tag("backtracking", "Hmm, is it?")
+    assert placed(annotated, text) == [("deduction", 'Take d["key"] and d[X].'), ("backtracking", "Hmm, is it?")]
+    assert codes(annotated, text) == ([], [])
+
+
+def random_case(rng: random.Random) -> tuple[str, str, list[tuple[str, int]]]:
+    """A trace with repeated sentences, a labelled copy with other white space, and the true (label, start)s."""
+    sentences = ["Wait, no.", "Hmm.", "So x = 3.5 (e.g. n = 2).", "Let me see.", "Hmm. Wait, no.", "x = 3.5"]
+    text, annotated, truth = "", "", []
+    for _ in range(rng.randint(1, 12)):
+        text += rng.choice(["", " ", "\n\n", "\n - "]) if text else ""
+        sentence, label = rng.choice(sentences), rng.choice(LABELS)
+        truth.append((label, len(text)))
+        text += sentence.replace(" ", rng.choice([" ", "\n", "  "]))
+        annotated += rng.choice(["", "\n\n"]) + tag(label, sentence)
+    return text, annotated, truth
+
+
+def test_positions_of_random_traces_are_those_of_their_making():
+    # Every sentence of the trace is labelled, so the full chain covers most and every start is determined.
+    rng = random.Random(0)
+    for _ in range(300):
+        text, annotated, truth = random_case(rng)
+        annotation = align(trace(text), annotated)
+        assert [(s.label, s.start) for s in annotation.sections] == truth, (text, annotated)
+        assert annotation.rejected == ()
+
+
+def test_placement_covers_as_much_as_exhaustive_search():
+    rng = random.Random(1)
+    for _ in range(200):
+        words = [rng.choice("abc") for _ in range(9)]
+        text = " ".join(words)
+        texts = [" ".join(rng.choice("abc") for _ in range(rng.randint(1, 3))) for _ in range(4)]
+        choices = [[None, *(m.start() for m in re.finditer(rf"(?={re.escape(t)}(?!\w))", text))] for t in texts]
+        best = 0
+        for starts in product(*choices):
+            spans = [(s, s + len(t)) for s, t in zip(starts, texts, strict=True) if s is not None]
+            if all(stop <= start for (_, stop), (start, _) in pairwise(spans)):
+                best = max(best, sum(stop - start for start, stop in spans))
+        annotation = align(trace(text), "".join(tag("deduction", t) for t in texts))
+        assert sum(s.stop - s.start for s in annotation.sections) == best, (text, texts)
+        assert len(annotation.sections) + len(annotation.rejected) == 4
+
+
+def test_the_summary_counts_everything_once():
+    answered = TEXT + ".\n</think>\n\nTwelve."
+    annotations = [
+        align(trace(answered), tag("backtracking", "Wait, that adds.") + tag("backtracking", "Twelve.")),
+        align(trace(), tag("backtracking", "Wait, that  adds.") + tag("deduction", "No such text at all.")),
+        align(
+            trace(), tag("backtracking", "Wait, that adds.") + '["backtracking"]Wait, that adds nothing["end-section]'
+        ),
+        align(trace(), tag("guess", "A cat") + tag("deduction", "A cat has 4 legs.")),
+    ]
+    summary = summarise(annotations)
+    assert summary == {
+        "traces": 4,
+        "placed": {"backtracking": 4, "deduction": 1},
+        "notes": {"folded": {"backtracking": 1}, "broken_closer": {"backtracking": 1}},
+        "rejected": {"after_end": {"backtracking": 1}, "not_found": {"deduction": 1}, "unknown_label": {"guess": 1}},
+        "exact": {"backtracking": (2, 3), "deduction": (1, 2)},
+    }
+    table = format_summary(json.loads(json.dumps(summary)))
+    assert re.search(r"backtracking +4 +3 +2 \(66\.7%\)", table)
+    assert re.search(r"rejected: 3\n  after_end +1 +\(backtracking 1\)", table)
+
+
+# The released chains. The counts of sections that the released vectors imply (5,882, of them 227 backtracking) belong
+# to *another* set of 300 chains: ten categories, every chain starts with `<think>`. Those here are three of the ten
+# categories of the 1,000-chain set, in which no chain does, and they hold 5,547 tags, of them 241 backtracking.
+
+TAG = re.compile(r'\["([a-z-]+)"?\]')
+
+
+@pytest.fixture(scope="module")
+def chains(ward2025):
+    traces, annotated = read_released(ward2025)
+    return [(trace, labelled, align(trace, labelled)) for trace, labelled in zip(traces, annotated, strict=True)]
+
+
+def test_released_chains_are_placed_or_rejected_with_these_counts(chains):
+    assert not any(trace.text.startswith("<think>") for trace, _, _ in chains)
+    summary = summarise(annotation for _, _, annotation in chains)
+    assert summary["placed"] == {
+        "initializing": 592,
+        "deduction": 2465,
+        "adding-knowledge": 1250,
+        "example-testing": 395,
+        "uncertainty-estimation": 585,
+        "backtracking": 241,
+    }
+    totals = {key: {code: sum(c.values()) for code, c in summary[key].items()} for key in ("notes", "rejected")}
+    assert totals["notes"] == {"broken_closer": 24, "folded": 12, "fuzzy": 2, "unclosed": 1}
+    assert totals["rejected"] == {"after_end": 7, "empty": 12, "untagged": 6}
+    opened = sum(name != "end-section" for _, labelled, _ in chains for name in TAG.findall(labelled))
+    assert opened == sum(summary["placed"].values()) + 7 + 12  # every tag is accounted for
+
+
+def test_released_sections_are_where_counting_characters_puts_them(chains):
+    """Where the copy without tags is the trace but for white space, counting non-space characters gives positions."""
+    checked = Counter()
+    for trace, labelled, annotation in chains:
+        copy = "".join(TAG.sub("", labelled).split())
+        if not "".join(trace.text.split()).startswith(copy):
+            continue
+        positions = [i for i, character in enumerate(trace.text) if not character.isspace()]
+        truth, counted, end = set(), 0, 0
+        for match in TAG.finditer(labelled):
+            counted += len("".join(labelled[end : match.start()].split()))
+            end = match.end()
+            if match[1] != "end-section" and counted < len(positions):
+                truth.add((match[1], positions[counted]))
+        for section in annotation.sections:
+            assert (section.label, section.start) in truth, (trace.id, section)
+            checked[section.label] += 1
+    assert checked["backtracking"] >= 235
+    assert sum(checked.values()) >= 5400
+
+
+def test_well_formed_backtracking_sections_of_the_released_chains_are_placed_to_the_letter(chains):
+    total = exact = 0
+    for trace, labelled, annotation in chains:
+        found = [trace.text[s.start : s.stop] for s in annotation.sections if s.label == "backtracking"]
+        for text in re.findall(r'\["backtracking"\]((?:(?!\[").)*)\["end-section"\]', labelled, re.DOTALL):
+            total += 1
+            if text.strip() in found:
+                exact += 1
+                found.remove(text.strip())
+    assert total == 240
+    assert exact / total >= 0.99
+
+
+def test_well_formed_pieces_are_those_of_the_plain_pattern(chains):
+    for trace, labelled, _ in chains:
+        plain = re.findall(r'\["([\w-]+)"\]((?:(?!\["[a-z-]+"?\]).)*)\["end-section"\]', labelled, re.DOTALL)
+        ours = [(p.label, p.text) for p in parse_sections(labelled, trace.text) if p.well_formed]
+        assert ours == [(label, text.strip()) for label, text in plain if text.strip()]
+
+
+def test_altered_copies_of_released_chains_are_placed_at_the_same_starts(chains):
+    """Typing errors in every few words: starts stay exact or the section is rejected, none is misplaced."""
+    rng = random.Random(2)
+
+    def misspell(text: str) -> str:
+        return re.sub(r"\b([a-z]{6})[a-z]([a-z]*)", lambda m: m[0] if rng.random() < 0.8 else m[1] + m[2], text)
+
+    kept = misplaced = total = 0
+    for trace, labelled, annotation in chains[:40]:
+        pieces = re.split(r'(\["[a-z-]+"?\])', labelled)
+        altered = align(trace, "".join(p if p.startswith('["') else misspell(p) for p in pieces))
+        truth = {(section.label, section.start) for section in annotation.sections}
+        kept += sum((section.label, section.start) in truth for section in altered.sections)
+        misplaced += sum((section.label, section.start) not in truth for section in altered.sections)
+        total += len(annotation.sections)
+    assert misplaced == 0
+    assert kept >= 0.99 * total
