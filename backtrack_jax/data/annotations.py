@@ -81,7 +81,7 @@ _REPAIRS = frozenset({Reason.BROKEN_OPENER, Reason.BROKEN_CLOSER, Reason.UNCLOSE
 _REFUSALS = frozenset({Reason.UNKNOWN_LABEL, Reason.EMPTY, Reason.UNTAGGED, Reason.STRAY_CLOSER, Reason.NO_SECTIONS})
 
 _QUOTE = r"\\?[\"'`\u201c\u201d\u201e\u2018\u2019]"
-_KNOWN = "|".join(re.sub("-", "[-_ ]?", re.escape(name).replace(r"\-", "-")) for name in (*LABELS, "end-section"))
+_KNOWN = "|".join(name.replace("-", "[-_ ]?") for name in (*LABELS, "end-section"))
 _TAG = re.compile(
     rf"\[\s*{_QUOTE}\s*(?P<quoted>[A-Za-z][\w -]*?)\s*(?:{_QUOTE})?\s*\]"  # ["label"], and the broken ["label]
     rf"|\[\s*(?P<bare>{_KNOWN})\s*(?:{_QUOTE})?\s*\]"  # [label]
@@ -339,10 +339,10 @@ def _similar_span(original: str, text: str, low: int, high: int) -> tuple[int, i
     matcher = SequenceMatcher(None, "", text, autojunk=False)
     slack = len(text) // 5 + 8
     best, best_ratio = None, FUZZY_RATIO
-    for opening in re.finditer(rf"(?<!\w){re.escape(words[0])}", original[low:high], re.IGNORECASE):
+    for opening in re.finditer(rf"(?<!\w){re.escape(words[0])}(?!\w)", original[low:high], re.IGNORECASE):
         start = low + opening.start()
         limit = min(start + len(text) + slack, high)
-        endings = re.finditer(rf"{re.escape(words[-1])}(?!\w)", original[start:limit], re.IGNORECASE)
+        endings = re.finditer(re.escape(words[-1]), original[start:limit], re.IGNORECASE)
         stops = [start + ending.end() for ending in endings] + [min(start + len(text), high)]
         for stop in stops:
             matcher.set_seq1(original[start:stop])

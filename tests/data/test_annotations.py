@@ -95,7 +95,6 @@ def test_a_perfect_answer_is_placed_without_notes():
             [("deduction", "I should multiply: 3 * 4 = 12")],
             [Reason.FUZZY],
         ),
-        (tag("deduction", "So"), [("deduction", "So")], [Reason.AMBIGUOUS]),
     ],
 )
 def test_repaired_defects_are_placed_and_noted(annotated, sections, notes):
@@ -205,7 +204,14 @@ def test_one_stray_section_does_not_displace_the_others():
 
 def test_words_are_not_split_where_the_whole_word_occurs():
     text = "Sometimes it fails. So it holds."
-    assert align(trace(text), tag("deduction", "So")).sections[0].start == text.index("So it")
+    annotation = align(trace(text), tag("deduction", "So"))
+    assert (annotation.sections[0].start, annotation.notes) == (text.index("So it"), ())
+
+
+def test_the_first_of_several_occurrences_that_fit_is_taken_and_noted():
+    annotation = align(trace(), tag("initializing", "Okay,") + tag("deduction", "So") + tag("deduction", "it is 12"))
+    assert annotation.sections[1].start == TEXT.index("So 3 cats")
+    assert [(note.code, note.section) for note in annotation.notes] == [(Reason.AMBIGUOUS, 1)]
 
 
 @pytest.mark.parametrize(
@@ -225,11 +231,38 @@ def test_an_altered_text_is_placed_only_when_it_is_alike_from_its_first_word(cop
         assert (annotation.sections, annotation.rejected[0].reason) == ((), Reason.NOT_FOUND)
 
 
-def test_an_altered_text_is_looked_for_between_its_neighbours_only():
-    text = "Then 3 * 4 = 12 holds here. Stop. Then it ends."
-    annotated = tag("backtracking", "Stop.") + tag("deduction", "Then 3 x 4 = 12 holds here.")
-    assert placed(annotated, text) == [("backtracking", "Stop.")]
-    assert codes(annotated, text)[1][0][0] == Reason.NOT_FOUND
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Also 3 * 4 = 12 holds here.",
+        "Some 3 * 4 = 12 holds here.",
+    ],
+)
+def test_the_first_word_of_an_altered_text_is_a_whole_word(text):
+    assert codes(tag("deduction", "So 3 x 4 = 12 holds here."), text)[1][0][0] == Reason.NOT_FOUND
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "text"),
+    [
+        ("Stop.", "", "Then 3 * 4 = 12 holds here. Stop. Then it ends."),
+        ("Stop.", "It ends.", "Stop. It ends. Then 3 * 4 = 12 holds here."),
+        ("I see: Then 3 * 4 = 12 holds here.", "", "I see: Then 3 * 4 = 12 holds here. Stop."),
+        ("Stop.", "", "Stop. " + "Then it goes on. " * 20 + "Then 3 * 4 = 12 holds here."),  # too far away
+    ],
+)
+def test_an_altered_text_is_looked_for_between_its_neighbours_only(before, after, text):
+    altered = tag("deduction", "Then 3 x 4 = 12 holds here.")
+    annotated = tag("backtracking", before) + altered + (tag("deduction", after) if after else "")
+    assert placed(annotated, text) == [("backtracking", before)] + ([("deduction", after)] if after else [])
+    assert [reason for reason, *_ in codes(annotated, text)[1]] == [Reason.NOT_FOUND]
+
+
+def test_the_search_for_an_altered_text_goes_on_behind_what_was_not_found():
+    text = "Stop. " + "Here the model says other things. " * 12 + "Then 3 * 4 = 12 holds here."
+    altered = tag("deduction", "Then 3 x 4 = 12 holds here.")
+    lost = tag("deduction", "Of this the judge made up a free summary. " * 10)
+    assert placed(tag("backtracking", "Stop.") + lost + altered, text)[1][1] == "Then 3 * 4 = 12 holds here."
 
 
 def test_brackets_of_the_trace_are_text_and_not_tags():
@@ -276,6 +309,11 @@ def test_placement_covers_as_much_as_exhaustive_search():
                 best = max(best, sum(stop - start for start, stop in spans))
         annotation = align(trace(text), "".join(tag("deduction", t) for t in texts))
         assert sum(s.stop - s.start for s in annotation.sections) == best, (text, texts)
+        end = 0
+        for section in annotation.sections:  # each as early as those in front of it allow
+            found = re.compile(rf"\b{text[section.start : section.stop]}\b").search(text, end)
+            assert found is not None and found.span() == (section.start, section.stop), (text, texts)
+            end = section.stop
         assert len(annotation.sections) + len(annotation.rejected) == 4
 
 
@@ -283,6 +321,7 @@ def test_the_summary_counts_everything_once():
     answered = TEXT + ".\n</think>\n\nTwelve."
     annotations = [
         align(trace(answered), tag("backtracking", "Wait, that adds.") + tag("backtracking", "Twelve.")),
+        align(trace(answered), tag("backtracking", "So it is 12.\n</think>\n\nTwelve.")),
         align(trace(), tag("backtracking", "Wait, that  adds.") + tag("deduction", "No such text at all.")),
         align(
             trace(), tag("backtracking", "Wait, that adds.") + '["backtracking"]Wait, that adds nothing["end-section]'
@@ -291,14 +330,14 @@ def test_the_summary_counts_everything_once():
     ]
     summary = summarise(annotations)
     assert summary == {
-        "traces": 4,
-        "placed": {"backtracking": 4, "deduction": 1},
-        "notes": {"folded": {"backtracking": 1}, "broken_closer": {"backtracking": 1}},
+        "traces": 5,
+        "placed": {"backtracking": 5, "deduction": 1},
+        "notes": {"clipped": {"backtracking": 1}, "folded": {"backtracking": 1}, "broken_closer": {"backtracking": 1}},
         "rejected": {"after_end": {"backtracking": 1}, "not_found": {"deduction": 1}, "unknown_label": {"guess": 1}},
-        "exact": {"backtracking": (2, 3), "deduction": (1, 2)},
+        "exact": {"backtracking": (3, 4), "deduction": (1, 2)},
     }
     table = format_summary(json.loads(json.dumps(summary)))
-    assert re.search(r"backtracking +4 +3 +2 \(66\.7%\)", table)
+    assert re.search(r"backtracking +5 +4 +3 \(75\.0%\)", table)
     assert re.search(r"rejected: 3\n  after_end +1 +\(backtracking 1\)", table)
 
 

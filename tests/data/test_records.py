@@ -94,6 +94,15 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_reader_of_the_old_file_is_not_disturbed_by_a_new_one(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    write_jsonl(path, [Problem("a", "c", "old")])
+    with path.open(encoding="utf-8") as old:
+        write_jsonl(path, [Problem("a", "c", "new")])
+        assert "old" in old.read()
+    assert read_problems(path) == [Problem("a", "c", "new")]
+
+
 def test_problems_are_read_from_json_and_jsonl_and_may_hold_other_keys(tmp_path):
     entries = [PROBLEM | {"difficulty": 3}, PROBLEM | {"id": "logic_2"}]
     expected = [Problem("logic_1", "logic", "Is 7 prime?"), Problem("logic_2", "logic", "Is 7 prime?")]
