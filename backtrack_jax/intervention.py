@@ -2,11 +2,12 @@
 
 At the output of every block (`resid_post`), at every position t inside the row's span,
 
-    x <- x + add + amplify * x / |x| + noise * e / |e| - ablate * (x . u) u,      e ~ N(0, I) fresh per position and step.
+    x <- x + add + amplify * x / |x| + noise * e / |e| - ablate * (x . u) u
 
-Because vector, layer, magnitude and span are values and not code, every condition of an experiment (steering vector at a
-magnitude, overall mean, label vector, self-amplification, noise, ablation) is a *row* of one batch through one compiled
-program. A row is built by one of the constructors below, rows combine with `+`, and `stack_rows` makes the batch.
+where e ~ N(0, I) is drawn afresh at every position and step. Because vector, layer, magnitude and span are values and
+not code, every condition of an experiment (steering vector at a magnitude, overall mean, label vector,
+self-amplification, noise, ablation) is a *row* of one batch through one compiled program. A row is built by one of the
+constructors below, rows combine with `+`, and `stack_rows` makes the batch.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Architecture of a Llama-family model, read from a Hugging Face `config.json` that is understood in full or refused."""
+"""Architecture of a Llama, read from a Hugging Face `config.json` that is understood in full or refused."""
 
 import dataclasses
 import json
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# Fields that change nothing in a forward pass over given token ids. Token ids of BOS, EOS and padding are among them because
+# Fields that change nothing in a forward pass over given token ids. Ids of BOS, EOS and padding are among them because
 # the tokenizer, not the model, decides which ids go in and which stop a reply.
 _IGNORED = frozenset(
     {

@@ -4,8 +4,8 @@ Axes: B batch, T query positions, S cache slots, L layers, N query heads, K key/
 key/value head serves, H head dimension, D width of the residual stream, F width of the MLP, V vocabulary.
 
 Everything that depends on where a token stands comes from one array, `positions` [B, T]: the token's place in its own
-sequence, BOS = 0, or PAD = -1. Rotary angles, the causal mask and the span of an intervention are all derived from it, so
-they cannot disagree, and padding may stand on either side:
+sequence, BOS = 0, or PAD = -1. Rotary angles, the causal mask and the span of an intervention are all derived from it,
+so they cannot disagree, and padding may stand on either side:
 
     ids        . . B h i           B h i . .
     positions -1-1 0 1 2           0 1 2-1-1
@@ -204,7 +204,7 @@ class Block(nnx.Module):
 
 
 class Seen(NamedTuple):
-    """Which keys each query may attend to: `past` [B, T, S] over the cache (or None), `new` [B, T, T] over the input."""
+    """Which keys a query may attend to: `past` [B, T, S] over the cache (or None), `new` [B, T, T] over the input."""
 
     past: jax.Array | None
     new: jax.Array
@@ -227,15 +227,15 @@ class Output(NamedTuple):
 
 
 class Llama(nnx.Module):
-    """Embedding, L stacked blocks, final norm and unembedding; weights are [in, out] and every block leaf leads with L."""
+    """Embedding, L stacked blocks, final norm, unembedding. Weights are [in, out]; a block's lead with an axis L."""
 
     def __init__(self, config: LlamaConfig, dtype: jnp.dtype = jnp.float32, *, rngs: nnx.Rngs):
         """Builds the model with random weights of the given dtype (`checkpoint.load` fills in trained ones).
 
         Args:
           config: architecture.
-          dtype: of weights and of matrix-product inputs. Products accumulate in float32; residual stream, norms, softmax
-            and logits are float32 whatever it is.
+          dtype: of weights and of matrix-product inputs. Products accumulate in float32; residual stream, norms,
+            softmax and logits are float32 whatever it is.
           rngs: source of the random weights.
         """
         self.config = config
@@ -301,7 +301,7 @@ class Llama(nnx.Module):
 def matmul(x: jax.Array, weight: jax.Array, spec: str = "...d,df->...f") -> jax.Array:
     """Product in the weight's dtype with float32 accumulation and result.
 
-    float32 inputs are multiplied in full float32 everywhere: accelerators would otherwise round them to TF32 or bfloat16.
+    float32 inputs are multiplied in full float32: accelerators would otherwise round them to TF32 or bfloat16.
     """
     return _einsum(spec, x.astype(weight.dtype), weight)
 

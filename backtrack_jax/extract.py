@@ -1,0 +1,257 @@
+"""Window sums: one pass of the traces through a model gives every layer, every window and every label.
+
+A window is an inclusive pair of offsets from a section's first token s: (-13, -8) reads positions s-13 .. s-8 (section
+2.2 of the paper), (-12, -12) the single offset of Fig. 2. Inside the scan over layers the residual stream is contracted
+with 0/1 counts of which positions each window reads, so nothing of size L x B x T x D is ever kept.
+
+    position     0 1 2 3 4 5 6 7 8 9 10      reply_start = 3, a section starts at s = 8
+    token        B q q a b c d e S f g
+    (-4, -3)             x x                 read: positions 4 and 5
+    (-6, -5)       . .                       crosses the start of the reply: dropped and counted
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from backtrack_jax.generate import batches
+from backtrack_jax.models.batching import right_pad
+from backtrack_jax.models.llama import BlockOutput, Llama
+
+ESTIMATORS = ("trace_mean", "token_mean")
+
+Window = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenTrace:
+    """A trace as a model reads it.
+
+    Attributes:
+      id: the trace's id.
+      ids: token ids of prompt and reply, one BOS first.
+      reply_start: index of the reply's first token.
+      starts: (label, index of the section's first token) of every section.
+    """
+
+    id: str
+    ids: Sequence[int]
+    reply_start: int
+    starts: Sequence[tuple[str, int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowPlan:
+    """What is summed.
+
+    Attributes:
+      labels: section labels that occur; a section of any other label is an error.
+      groups: name -> labels whose windows are pooled. A label by itself is a group of one.
+      windows: inclusive offset pairs; the first one is the experiment's window, whose per-trace means are kept.
+      layers: layers (0-based block outputs) at which per-trace means are kept.
+      into_prompt: whether windows may reach back before the reply, as in the paper's code. They never read BOS, whose
+        activation is an outlier that would dominate a mean.
+    """
+
+    labels: tuple[str, ...]
+    groups: Mapping[str, tuple[str, ...]]
+    windows: tuple[Window, ...]
+    layers: tuple[int, ...]
+    into_prompt: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses empty windows and groups of unknown labels."""
+        for first, last in self.windows:
+            if first > last:
+                raise ValueError(f"window ({first}, {last}) is empty; expected first <= last, both included")
+        for name, members in self.groups.items():
+            if unknown := set(members) - set(self.labels):
+                raise ValueError(f"group {name!r} has unknown labels {sorted(unknown)}; known: {self.labels}")
+
+
+@dataclasses.dataclass
+class WindowSums:
+    """Running sums over traces, in float64 on the host.
+
+    Attributes:
+      plan: what is summed. E estimators, G groups, W windows.
+      sums: [E, L, G, W, D] float64; E in the order of `ESTIMATORS`: of per-trace means, of tokens.
+      counts: [E, G, W] float64; number of traces that have such a window, number of positions read.
+      read: [G, W] int64, windows read.
+      dropped: [G, W] int64, windows dropped because they cross the start of the reply (or, into the prompt, BOS).
+      norm_sum: [L] float64, sum over reply tokens of the residual stream's norm.
+      n_tokens: reply tokens.
+      trace_ids: the traces summed, in order.
+      trace_means: [n, len(plan.layers), G, D] float32, each trace's mean over the first window; NaN where it has none.
+    """
+
+    plan: WindowPlan
+    sums: np.ndarray
+    counts: np.ndarray
+    read: np.ndarray
+    dropped: np.ndarray
+    norm_sum: np.ndarray
+    n_tokens: int
+    trace_ids: list[str]
+    trace_means: np.ndarray
+
+    @classmethod
+    def zeros(cls, plan: WindowPlan, n_layers: int, d_model: int) -> "WindowSums":
+        """Sums over no traces."""
+        E, G, W = len(ESTIMATORS), len(plan.groups), len(plan.windows)
+        return cls(
+            plan,
+            sums=np.zeros((E, n_layers, G, W, d_model)),
+            counts=np.zeros((E, G, W)),
+            read=np.zeros((G, W), np.int64),
+            dropped=np.zeros((G, W), np.int64),
+            norm_sum=np.zeros(n_layers),
+            n_tokens=0,
+            trace_ids=[],
+            trace_means=np.zeros((0, len(plan.layers), G, d_model), np.float32),
+        )
+
+    def mean(self, group: str, window: Window, estimator: str = "trace_mean") -> np.ndarray:
+        """MeanAct of Eq. 3 for a group of labels, [L, D] float64.
+
+        Raises:
+          ValueError: if the group, window or estimator was not summed, or no window of the group was read.
+        """
+        e = _index("estimator", estimator, ESTIMATORS)
+        g = _index("group", group, tuple(self.plan.groups))
+        w = _index("window", window, self.plan.windows)
+        if self.counts[e, g, w] == 0:
+            raise ValueError(f"no window {window} of group {group!r} was read ({self.dropped[g, w]} were dropped)")
+        return self.sums[e, :, g, w] / self.counts[e, g, w]
+
+    @property
+    def mean_norm(self) -> np.ndarray:
+        """Mean norm of the residual stream over reply tokens, [L] float64: the unit in which magnitudes are read."""
+        return self.norm_sum / self.n_tokens
+
+
+def window_sums(
+    model: Llama,
+    traces: Sequence[TokenTrace],
+    plan: WindowPlan,
+    *,
+    batch_size: int,
+    resume: WindowSums | None = None,
+) -> Iterator[WindowSums]:
+    """Passes traces through the model and yields the running sums after every batch.
+
+    Args:
+      model: the model whose residual stream is read.
+      traces: the traces, each with its sections' first tokens.
+      plan: labels, groups, windows, layers.
+      batch_size: rows of a batch; traces of similar length share one.
+      resume: sums that an earlier, interrupted call with the same arguments yielded; its batches are not repeated.
+
+    Yields:
+      The same, growing WindowSums.
+
+    Raises:
+      FloatingPointError: names the layer and trace where an activation is not finite.
+    """
+    total = resume or WindowSums.zeros(plan, model.config.n_layers, model.config.d_model)
+    done = set(total.trace_ids)
+    for padded, members in batches([len(trace.ids) for trace in traces], batch_size):
+        rows = [traces[i] for i in members]
+        if rows[0].id in done:
+            continue
+        _add_batch(total, model, rows, padded, batch_size)
+        yield total
+
+
+def count_windows(trace: TokenTrace, plan: WindowPlan, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each position is read, [labels, W, length] float32, and windows dropped, [labels, W] int64.
+
+    Two windows of a label that overlap count a shared position twice, so a mean over positions is a mean over windows.
+    """
+    reads = np.zeros((len(plan.labels), len(plan.windows), length), np.float32)
+    dropped = np.zeros(reads.shape[:2], np.int64)
+    earliest = 1 if plan.into_prompt else trace.reply_start
+    for label, start in trace.starts:
+        row = _index(f"label in trace {trace.id}", label, plan.labels)
+        for w, (first, last) in enumerate(plan.windows):
+            if start + first < earliest or start + last >= len(trace.ids):
+                dropped[row, w] += 1
+            else:
+                reads[row, w, start + first : start + last + 1] += 1
+    return reads, dropped
+
+
+def _add_batch(total: WindowSums, model: Llama, rows: Sequence[TokenTrace], padded: int, batch_size: int) -> None:
+    """Adds one batch to the running sums; the batch is filled up with padding rows to a fixed shape."""
+    plan = total.plan
+    members = np.array([[label in group for label in plan.labels] for group in plan.groups.values()], np.float32)
+    counted = [count_windows(trace, plan, padded) for trace in rows]
+    reads = np.zeros((batch_size, len(plan.labels), len(plan.windows), padded), np.float32)
+    reads[: len(rows)] = np.stack([reads for reads, _ in counted])
+    group_reads = np.einsum("gl,blw->bgw", members, reads.sum(-1))
+    scale = np.divide(1.0, group_reads, out=np.zeros_like(group_reads), where=group_reads > 0)
+    ids, positions = right_pad([row.ids for row in rows] + [[0]] * (batch_size - len(rows)), padded)
+    reply = np.zeros(ids.shape, np.float32)
+    for i, row in enumerate(rows):
+        reply[i, row.reply_start : len(row.ids)] = 1
+
+    out = jax.device_get(_contract(model, ids, positions, reads, members, scale, reply, np.array(plan.layers, int)))
+    _check_finite(out["finite"], rows)
+    total.sums += out["sums"]
+    total.counts += np.stack([(group_reads > 0).sum(0), group_reads.sum(0)])
+    span = np.array([last - first + 1 for first, last in plan.windows])
+    total.read += (group_reads.sum(0) / span).round().astype(np.int64)
+    total.dropped += (members @ sum(dropped for _, dropped in counted)).astype(np.int64)
+    total.norm_sum += out["norm_sum"]
+    total.n_tokens += int(reply.sum())
+    total.trace_ids += [row.id for row in rows]
+    means = np.where((group_reads[:, :, 0] > 0)[:, None, :, None], out["trace_means"], np.nan)[: len(rows)]
+    total.trace_means = np.concatenate([total.trace_means, means])
+
+
+@jax.jit
+def _contract(
+    model: Llama,
+    ids: jax.Array,  # [B, T]
+    positions: jax.Array,  # [B, T]
+    reads: jax.Array,  # [B, labels, W, T] how often a position is read
+    members: jax.Array,  # [G, labels] 0/1
+    scale: jax.Array,  # [B, G, W] 1 / positions that the group reads in this trace
+    reply: jax.Array,  # [B, T] 1 at reply tokens
+    layers: jax.Array,
+) -> dict[str, jax.Array]:
+    """Sums of one batch, in float32: sums [E, L, G, W, D], trace_means [B, n, G, D], norm_sum [L], finite [L, B]."""
+
+    def capture(out: BlockOutput) -> dict[str, jax.Array]:
+        x = jnp.where(positions[..., None] >= 0, out.resid_post, 0.0)
+        per_label = jnp.einsum("blwt,btd->blwd", reads, x, precision=lax.Precision.HIGHEST)
+        per_trace = jnp.einsum("gl,blwd->bgwd", members, per_label, precision=lax.Precision.HIGHEST)
+        means = per_trace * scale[..., None]
+        return {
+            "sums": jnp.stack([jnp.sum(means, axis=0), jnp.sum(per_trace, axis=0)]),
+            "trace_means": means[:, :, 0],
+            "norm_sum": jnp.sum(jnp.linalg.norm(x, axis=-1) * reply),
+            "finite": jnp.all(jnp.isfinite(x), axis=(1, 2)),
+        }
+
+    captured = model(ids, positions, capture=capture).captured
+    captured["sums"] = jnp.moveaxis(captured["sums"], 1, 0)
+    captured["trace_means"] = jnp.moveaxis(captured["trace_means"][layers], 0, 1)
+    return captured
+
+
+def _check_finite(finite: np.ndarray, rows: Sequence[TokenTrace]) -> None:
+    bad = np.argwhere(~finite[:, : len(rows)])
+    if len(bad):
+        layer, row = bad[0]
+        raise FloatingPointError(f"activations of trace {rows[row].id!r} are not finite at layer {layer}")
+
+
+def _index(what: str, value: object, known: Sequence[object]) -> int:
+    if value not in known:
+        raise ValueError(f"{what}: {value!r} is not among {list(known)}")
+    return list(known).index(value)

@@ -1,0 +1,299 @@
+"""Sampling from a model whose residual stream is intervened on: prefill and decode in one compiled program.
+
+`generate` is a plain function of arrays, so `jax.vmap` over magnitudes works; `generate_rows` is what long runs call:
+it sorts rows into batches of few shapes and yields each row's reply as its batch is done.
+"""
+
+import dataclasses
+import itertools
+import zlib
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from backtrack_jax.intervention import Intervention, stack_rows
+from backtrack_jax.models.batching import bucket, left_pad
+from backtrack_jax.models.llama import PAD, KVCache, Llama
+
+_NOISE_STREAM = np.uint32(0xFFFFFFFF)  # sampling step numbers never get here
+_CDF_BLOCK = 128
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn; traced values, scalar or one per row [B].
+
+    Attributes:
+      temperature: 0 takes the most likely token.
+      top_p: smallest set of tokens with at least this probability; 1 keeps all.
+      top_k: number of most likely tokens kept; 0 keeps all.
+    """
+
+    temperature: jax.Array | float = 0.0
+    top_p: jax.Array | float = 1.0
+    top_k: jax.Array | int = 0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """Replies of a batch.
+
+    Attributes:
+      ids: [B, G] int32 sampled tokens; meaningful up to `lengths`, a stop token included.
+      lengths: [B] int32 number of sampled tokens.
+      stopped: [B] bool, True if the reply ended in a stop token, False if it reached the limit.
+    """
+
+    ids: jax.Array
+    lengths: jax.Array
+    stopped: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """What the decode loop carries; XLA updates it in place.
+
+    Attributes:
+      cache: keys and values of prompt and reply so far, T + G slots.
+      ids: [B, G] int32 tokens sampled so far.
+      step: int32, number of tokens sampled so far in every row.
+      stopped: [B] bool, rows that have sampled a stop token.
+      lengths: [B] int32, tokens that count.
+    """
+
+    cache: KVCache
+    ids: jax.Array
+    step: jax.Array
+    stopped: jax.Array
+    lengths: jax.Array
+
+
+def generate(
+    model: Llama,
+    ids: jax.Array,
+    positions: jax.Array,
+    keys: jax.Array,
+    intervention: Intervention | None = None,
+    sampling: Sampling = Sampling(),
+    stop_ids: jax.Array | Sequence[int] = (),
+    *,
+    max_new_tokens: int,
+) -> Generated:
+    """Samples up to `max_new_tokens` tokens for B left-padded prompts.
+
+    Generated position j is the forward pass whose *input* is generated token j. The intervention acts in prefill and in
+    every decode step through the same code, on the positions of its span.
+
+    Args:
+      model: the model.
+      ids: [B, T] int32 left-padded prompts (`models.batching.left_pad`).
+      positions: [B, T] int32, PAD at padding.
+      keys: [B] typed PRNG keys. A row's text depends on its own key, prompt and intervention, not on its batch.
+      intervention: B rows, or None.
+      sampling: temperature, top-p and top-k.
+      stop_ids: [n] int32; a row ends with the first of them. The loop ends when all rows have.
+      max_new_tokens: G, static.
+
+    Returns:
+      The replies.
+    """
+    stop_ids = jnp.asarray(stop_ids, jnp.int32).reshape(-1)
+    prompt_length = jnp.max(positions, axis=1) + 1
+    if intervention is not None:
+        intervention = intervention.resolve(prompt_length)
+
+    def record(state: DecodeState, resid: jax.Array) -> DecodeState:
+        """Samples from the last position's residual stream [B, 1, D] and writes the tokens at `state.step`."""
+        tokens = sample(model.logits(resid[:, -1]), sampling, keys, state.step)
+        written = lax.dynamic_update_slice(state.ids, tokens[:, None], (0, state.step))
+        return dataclasses.replace(
+            state,
+            ids=jnp.where(state.stopped[:, None], state.ids, written),
+            step=state.step + 1,
+            stopped=state.stopped | jnp.isin(tokens, stop_ids),
+            lengths=state.lengths + ~state.stopped,
+        )
+
+    def decode_step(state: DecodeState) -> DecodeState:
+        last = lax.dynamic_slice_in_dim(state.ids, state.step - 1, 1, axis=1)
+        # A row that has stopped goes on as padding: nothing attends to it and nothing is done to it.
+        at = jnp.where(state.stopped, PAD, prompt_length + state.step - 1)[:, None]
+        out = model(last, at, cache=state.cache, intervention=intervention)
+        return record(dataclasses.replace(state, cache=state.cache.append(out.k, out.v, at)), out.resid)
+
+    def unfinished(state: DecodeState) -> jax.Array:
+        return (state.step < max_new_tokens) & ~jnp.all(state.stopped)
+
+    B, T = ids.shape
+    out = model(ids, positions, intervention=intervention)
+    cache = KVCache.empty(model.config, B, T + max_new_tokens, out.k.dtype).append(out.k, out.v, positions)
+    nothing = jnp.zeros((B, max_new_tokens), jnp.int32)
+    zeros = jnp.zeros(B, jnp.int32)
+    first = record(DecodeState(cache, nothing, jnp.zeros((), jnp.int32), zeros.astype(bool), zeros), out.resid)
+    last = lax.while_loop(unfinished, decode_step, first)
+    return Generated(last.ids, last.lengths, last.stopped)
+
+
+compiled_generate = jax.jit(generate, static_argnames="max_new_tokens")
+
+
+def sample(logits: jax.Array, sampling: Sampling, keys: jax.Array, step: jax.Array) -> jax.Array:
+    """Draws one token per row from [B, V] float32 logits; [B] int32.
+
+    One uniform number per row and step, `uniform(fold_in(key, step))`, is looked up in the row's cumulative
+    distribution. Rows of different conditions but equal key thus meet the same random numbers, and a step costs one
+    number per row, not one per vocabulary item.
+    """
+    B = logits.shape[0]
+    temperature = jnp.broadcast_to(jnp.asarray(sampling.temperature, jnp.float32), (B,))
+    most_likely = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def draw() -> jax.Array:
+        scaled = logits / jnp.where(temperature == 0, 1.0, temperature)[:, None]
+        weights = _filtered_weights(scaled, sampling)
+        u = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, step)))(keys)
+        return jnp.where(temperature == 0, most_likely, _inverse_cdf(weights, u))
+
+    return lax.cond(jnp.all(temperature == 0), lambda: most_likely, draw)
+
+
+def _filtered_weights(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """[B, V] unnormalised probabilities, zero outside the top-k and then the top-p set."""
+    B = logits.shape[0]
+    top_k = jnp.broadcast_to(jnp.asarray(sampling.top_k, jnp.int32), (B,))[:, None]
+    top_p = jnp.broadcast_to(jnp.asarray(sampling.top_p, jnp.float32), (B,))[:, None]
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+
+    def keep_top_k(w: jax.Array) -> jax.Array:
+        kept = _largest(logits, jnp.ones_like(w), top_k.astype(jnp.float32))
+        return jnp.where(kept | (top_k == 0), w, 0.0)
+
+    def keep_top_p(w: jax.Array) -> jax.Array:
+        kept = _largest(logits, w, top_p * jnp.sum(w, axis=-1, keepdims=True))
+        return jnp.where(kept | (top_p >= 1), w, 0.0)
+
+    weights = lax.cond(jnp.any(top_k > 0), keep_top_k, lambda w: w, weights)
+    return lax.cond(jnp.any(top_p < 1), keep_top_p, lambda w: w, weights)
+
+
+def _largest(x: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
+    """[B, V] bool: the smallest set {x >= threshold} per row whose weights sum to at least `target` [B, 1].
+
+    The threshold is found bit by bit on integers ordered like the floats: 32 passes over the row are exact, take k and
+    p as traced values, and cost a fraction of sorting a vocabulary.
+    """
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    ordered = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+    def set_bit(i: jax.Array, threshold: jax.Array) -> jax.Array:
+        candidate = threshold | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        mass = jnp.sum(jnp.where(ordered >= candidate, weights, 0.0), axis=-1, keepdims=True)
+        return jnp.where(mass >= target, candidate, threshold)
+
+    threshold = lax.fori_loop(0, 32, set_bit, jnp.zeros((x.shape[0], 1), jnp.uint32))
+    return ordered >= threshold
+
+
+def _inverse_cdf(weights: jax.Array, u: jax.Array) -> jax.Array:
+    """First index where the cumulative weight of [B, V] exceeds u [B] of the total: among blocks, then inside one."""
+    B, V = weights.shape
+    blocks = jnp.pad(weights, ((0, 0), (0, -V % _CDF_BLOCK))).reshape(B, -1, _CDF_BLOCK)
+    sums = jnp.sum(blocks, axis=-1)
+    cumulative = jnp.cumsum(sums, axis=-1)
+    target = u * cumulative[:, -1]
+    block = _first_above(cumulative, sums, target)[:, None]
+    inside = jnp.take_along_axis(blocks, block[..., None], axis=1)[:, 0]
+    before = jnp.take_along_axis(cumulative - sums, block, axis=1)[:, 0]
+    token = _first_above(jnp.cumsum(inside, axis=-1), inside, target - before)
+    return (block[:, 0] * _CDF_BLOCK + token).astype(jnp.int32)
+
+
+def _first_above(cumulative: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
+    """Index per row of the first positive weight whose cumulative sum exceeds the target; the last if none does."""
+    above = (cumulative > target[:, None]) & (weights > 0)
+    last_positive = weights.shape[1] - 1 - jnp.argmax(weights[:, ::-1] > 0, axis=1)
+    return jnp.where(jnp.any(above, axis=1), jnp.argmax(above, axis=1), last_positive)
+
+
+def row_key(seed: int, problem_id: str, sample_id: int) -> jax.Array:
+    """PRNG key of one row. Neither its place in a batch nor its condition enters, so conditions share their noise."""
+    key = jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(problem_id.encode())))
+    return jax.random.fold_in(key, sample_id)
+
+
+def noise_key(key: jax.Array) -> jax.Array:
+    """Key of `gaussian_noise` for the row with the given `row_key`, disjoint from the keys that sample its tokens."""
+    return jax.random.fold_in(key, _NOISE_STREAM)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One reply to be sampled.
+
+    Attributes:
+      prompt: token ids, BOS included.
+      key: PRNG key (`row_key`).
+      intervention: one row.
+    """
+
+    prompt: Sequence[int]
+    key: jax.Array
+    intervention: Intervention
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """A sampled reply: its token ids (a stop token included) and why it ended, "stop" or "length"."""
+
+    ids: tuple[int, ...]
+    finish_reason: str
+
+
+def batches(lengths: Sequence[int], batch_size: int) -> list[tuple[int, list[int]]]:
+    """Groups rows into (padded length, row numbers) of at most `batch_size` rows, each group of one bucket."""
+    order = sorted(range(len(lengths)), key=lambda row: bucket(lengths[row]))
+    groups = []
+    for padded, rows in itertools.groupby(order, key=lambda row: bucket(lengths[row])):
+        members = list(rows)
+        groups += [(padded, members[i : i + batch_size]) for i in range(0, len(members), batch_size)]
+    return groups
+
+
+def generate_rows(
+    model: Llama,
+    rows: Sequence[Row],
+    *,
+    sampling: Sampling,
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+    batch_size: int,
+) -> Iterator[list[tuple[int, Reply]]]:
+    """Samples all rows and yields, batch by batch, (row number, reply) pairs.
+
+    Rows of similar prompt length share a batch; an incomplete batch is filled with copies of its last row, so one shape
+    per prompt bucket is compiled.
+    """
+    for padded, members in batches([len(row.prompt) for row in rows], batch_size):
+        filled = [rows[i] for i in members] + [rows[members[-1]]] * (batch_size - len(members))
+        ids, positions = left_pad([row.prompt for row in filled], padded)
+        out = compiled_generate(
+            model,
+            ids,
+            positions,
+            jnp.stack([row.key for row in filled]),
+            stack_rows([row.intervention for row in filled]),
+            sampling,
+            np.array(stop_ids, np.int32),
+            max_new_tokens=max_new_tokens,
+        )
+        ids, lengths, stopped = jax.device_get((out.ids, out.lengths, out.stopped))
+        yield [
+            (row, Reply(tuple(ids[i, : lengths[i]].tolist()), "stop" if stopped[i] else "length"))
+            for i, row in enumerate(members)
+        ]
