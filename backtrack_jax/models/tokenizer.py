@@ -1,0 +1,443 @@
+"""Text to token ids and back, with the character span of every token.
+
+One byte-level BPE tokenizer, read from a Hugging Face folder or from a GGUF file with the `tokenizers` library alone:
+recent `transformers` replace the pre-tokenizer of the R1 distills and lose every space. Nothing here adds a special
+token on its own; prompts, with their single beginning-of-sequence (BOS) token, are built in `prompts.py`.
+
+Markers. Added tokens such as `<think>` are control tokens even where a tokenizer flags them `special=False`, as R1 does
+with its turn and think tokens. They are called *markers* here: every added token except those that are plain text
+(runs of white space, single characters). Text from outside is encoded with `markers=False`, so that a problem that
+quotes `<｜Assistant｜>` stays text.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+import tokenizers
+from gguf import GGUFReader, TokenType
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+Span = tuple[int, int]
+
+# Put inside a marker that stands in outside text while a chat template renders it, so that it does not match. A Unicode
+# noncharacter: reserved for use inside a program, never part of text that is exchanged.
+_SHIELD = "\ufdd0"
+_NEVER = "(?!)"  # a pattern without match
+
+# The pre-tokenizers of GGUF's `tokenizer.ggml.pre`: what llama.cpp hard-codes, in the terms of `tokenizers`.
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA3_STEPS = [
+    {"type": "Split", "pattern": {"Regex": _LLAMA3_SPLIT}, "behavior": "Isolated", "invert": False},
+    {**_BYTE_LEVEL, "use_regex": False},
+]
+
+
+class _GgufPre(NamedTuple):
+    steps: list[dict]
+    ignore_merges: bool
+    add_bos: bool  # where the file does not say
+
+
+_DIGITS = {"type": "Digits", "individual_digits": True}
+_GGUF_PRE = {
+    "gpt-2": _GgufPre([_BYTE_LEVEL], ignore_merges=False, add_bos=False),
+    "smollm": _GgufPre([_DIGITS, _BYTE_LEVEL], ignore_merges=False, add_bos=False),
+    "llama-bpe": _GgufPre(_LLAMA3_STEPS, ignore_merges=True, add_bos=True),
+}
+
+
+def _byte_of_char() -> dict[str, int]:
+    """Inverse of GPT-2's table that writes each byte as one printable character."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF_CHAR = _byte_of_char()
+
+
+class _GenerationTag(Extension):
+    """`{% generation %}` marks assistant turns for training; here its body is simply rendered."""
+
+    tags = {"generation"}  # noqa: RUF012 (the base class declares it as an instance attribute)
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class Tokenizer:
+    """A byte-level BPE tokenizer.
+
+    Attributes:
+        name: where it was read from, for messages.
+        bos_id: id of the token that every sequence of this model starts with, None if the model has none. SmolLM2
+            names a BOS token but its sequences do not start with it: None.
+        stop_ids: ids that end a reply, ascending.
+        pad_id: id to fill padded positions with. It may be equal to a stop id: never rebuild a mask from it.
+        vocab_size: largest id + 1. The model's embedding may have more rows.
+        markers: text -> id of the control tokens, whatever their `special` flag.
+        chat_template: Jinja source, or None.
+        special_tokens: the strings that chat templates refer to, `bos_token` and the like.
+    """
+
+    def __init__(
+        self,
+        spec: Mapping[str, Any],
+        *,
+        name: str,
+        bos_id: int | None,
+        stop_ids: Sequence[int],
+        pad_id: int | None = None,
+        chat_template: str | None = None,
+        special_tokens: Mapping[str, str] | None = None,
+    ) -> None:
+        """Build from the parsed content of a `tokenizer.json`.
+
+        Args:
+            spec: the content. Its post-processor, truncation and padding are not used: ids are built here.
+            name: where it was read from, for messages.
+            bos_id: id that every sequence starts with, or None.
+            stop_ids: ids that end a reply.
+            pad_id: id for padded positions; default the first stop id, else 0.
+            chat_template: Jinja source, or None.
+            special_tokens: strings for the template.
+
+        Raises:
+            ValueError: the tokenizer is not byte-level.
+        """
+        _require_byte_level(spec, name)
+        # A post-processor would trim white space off the spans and add special tokens; truncation would cut silently.
+        spec = {**spec, "post_processor": None, "truncation": None, "padding": None}
+        added = spec["added_tokens"]
+        self._backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        # The same tokenizer with every marker flagged special, and special tokens left unmatched: ids stay the same.
+        spec["added_tokens"] = [{**token, "special": _is_marker(token["content"])} for token in added]
+        self._plain_backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        self._plain_backend.encode_special_tokens = True
+
+        vocab = self._backend.get_vocab(with_added_tokens=True)
+        # The library numbers added tokens itself where the file's ids do not fit.
+        moved = [t for t in added if vocab.get(t["content"]) != t["id"]]
+        if moved:
+            raise ValueError(f"{name}: added tokens that stand twice or leave gaps in the ids: {moved[:3]}")
+        tokens = [token for token in added if _is_marker(token["content"])]
+        self.name = name
+        self.bos_id = bos_id
+        self.stop_ids = tuple(sorted(set(stop_ids)))
+        self.pad_id = pad_id if pad_id is not None else next(iter(self.stop_ids), 0)
+        self.vocab_size = max(vocab.values()) + 1
+        self.markers = {token["content"]: vocab[token["content"]] for token in tokens}
+        self.chat_template = chat_template
+        self.special_tokens = dict(special_tokens or {})
+        self._marker_ids = frozenset(self.markers.values())
+        tokens.sort(key=lambda token: -len(token["content"]))  # the longest match wins, as in `tokenizers`
+        starts = "|".join(re.escape(token["content"]) for token in tokens)
+        wholes = "|".join(map(_marker_pattern, tokens))
+        self._marker_start = re.compile(f"(?={starts or _NEVER}).", re.DOTALL)
+        self._marker_split = re.compile(f"({wholes or _NEVER})")
+
+    @classmethod
+    def from_folder(cls, folder: Path | str) -> "Tokenizer":
+        """Read a Hugging Face folder.
+
+        Uses `tokenizer.json`, `tokenizer_config.json` and, where present, `chat_template.jinja` and the stop ids of
+        `generation_config.json` (nothing else of it: sampling settings are never taken from a model folder).
+
+        Args:
+            folder: the folder.
+
+        Returns:
+            The tokenizer.
+
+        Raises:
+            FileNotFoundError: one of the two needed files is missing.
+            ValueError: the tokenizer is not byte-level, or a named special token is not in its vocabulary.
+        """
+        folder = Path(folder)
+        for needed in ("tokenizer.json", "tokenizer_config.json"):
+            if not (folder / needed).is_file():
+                raise FileNotFoundError(
+                    f"{folder} has no {needed}; a tokenizer folder holds both tokenizer.json and tokenizer_config.json"
+                )
+        spec = _read_json(folder / "tokenizer.json")
+        config = _read_json(folder / "tokenizer_config.json")
+        generation = folder / "generation_config.json"
+        stop = _read_json(generation).get("eos_token_id") if generation.is_file() else None
+        special = {
+            key: config[key]["content"] if isinstance(config[key], dict) else config[key]
+            for key in ("bos_token", "eos_token", "pad_token", "unk_token")
+            if config.get(key) is not None
+        }
+        ids = {key: _id_of(spec, token, key, str(folder)) for key, token in special.items()}
+        add_bos = config.get("add_bos_token")
+        if add_bos is None:
+            add_bos = "bos_token" in special and _post_processor_starts_with(spec, special["bos_token"])
+        stop_ids = [stop] if isinstance(stop, int) else list(stop or [])
+        template = folder / "chat_template.jinja"
+        return cls(
+            spec,
+            name=str(folder),
+            bos_id=ids.get("bos_token") if add_bos else None,
+            stop_ids=stop_ids + ([ids["eos_token"]] if "eos_token" in ids else []),
+            pad_id=ids.get("pad_token"),
+            chat_template=template.read_text("utf-8") if template.is_file() else _default_template(config),
+            special_tokens=special,
+        )
+
+    @classmethod
+    def from_gguf(cls, path: Path | str) -> "Tokenizer":
+        """Build the tokenizer that a GGUF file describes in its metadata.
+
+        Args:
+            path: the `.gguf` file.
+
+        Returns:
+            The tokenizer, with the ids that llama.cpp gives.
+
+        Raises:
+            ValueError: a kind of tokenizer or pre-tokenizer that is not handled.
+        """
+        reader = GGUFReader(path)
+
+        def read(key: str, default: Any = None) -> Any:
+            field = reader.fields.get(key)
+            return default if field is None else field.contents()
+
+        model, pre = read("tokenizer.ggml.model"), read("tokenizer.ggml.pre")
+        if model != "gpt2" or pre not in _GGUF_PRE:
+            raise ValueError(
+                f"{path}: tokenizer.ggml.model {model!r} with tokenizer.ggml.pre {pre!r} is not handled; "
+                f"accepted: model 'gpt2' with pre {' | '.join(map(repr, _GGUF_PRE))}"
+            )
+        steps, ignore_merges, add_bos = _GGUF_PRE[pre]
+        texts: list[str] = read("tokenizer.ggml.tokens")
+        kinds: list[int] = read("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(texts))
+        flags = {TokenType.CONTROL: True, TokenType.UNKNOWN: True, TokenType.USER_DEFINED: False}
+        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        spec = {
+            "version": "1.0",
+            "added_tokens": [
+                {"id": i, "content": text, "special": flags[TokenType(kind)], **plain}
+                for i, (text, kind) in enumerate(zip(texts, kinds, strict=True))
+                if kind in flags
+            ],
+            "normalizer": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+            "decoder": _BYTE_LEVEL,
+            "model": {
+                "type": "BPE",
+                "vocab": {text: i for i, text in enumerate(texts)},
+                "merges": [merge.split(" ") for merge in read("tokenizer.ggml.merges")],
+                "ignore_merges": ignore_merges,
+            },
+        }
+        ids = {key: read(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos", "eot", "eom", "padding")}
+        return cls(
+            spec,
+            name=str(path),
+            bos_id=ids["bos"] if read("tokenizer.ggml.add_bos_token", add_bos) else None,
+            stop_ids=[ids[key] for key in ("eos", "eot", "eom") if ids[key] is not None],
+            pad_id=ids["padding"],
+            chat_template=read("tokenizer.chat_template"),
+            special_tokens={f"{key}_token": texts[ids[key]] for key in ("bos", "eos") if ids[key] is not None},
+        )
+
+    def encode(self, text: str, *, markers: bool = True) -> list[int]:
+        """Token ids of `text`; no token is added at either end.
+
+        Args:
+            text: any text.
+            markers: whether marker strings in the text become marker ids (text of the model or of the experimenter)
+                or stay ordinary text (text from outside).
+
+        Returns:
+            The ids.
+
+        Raises:
+            ValueError: without markers, the vocabulary itself spells a marker.
+        """
+        if markers:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        ids = self._plain_backend.encode(text, add_special_tokens=False).ids
+        if not self._marker_ids.isdisjoint(ids):
+            found = next(marker for marker, i in self.markers.items() if i in ids)
+            raise ValueError(f"{self.name}: plain text gives the marker id of {found!r}; take it out of the text")
+        return ids
+
+    def encode_with_spans(self, text: str) -> tuple[list[int], list[Span]]:
+        """Token ids of `text` with the characters that each of them holds.
+
+        Args:
+            text: any text; marker strings become marker ids.
+
+        Returns:
+            The ids, and one half-open span (first character, last character + 1) of `text` per id, white space
+            included. A token that holds only part of a character's bytes has that character in its span.
+        """
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def decode(self, ids: Sequence[int], *, skip_markers: bool = False) -> str:
+        """Text of `ids`.
+
+        Args:
+            ids: token ids. Ids of the model that have no token (rows that pad an embedding) give no text.
+            skip_markers: leave out all markers. (The `skip_special_tokens` of other libraries leaves R1's `<think>`
+                and turn tokens in the text.)
+
+        Returns:
+            The text; bytes that are no valid UTF-8 become U+FFFD.
+        """
+        kept = (i for i in ids if not (skip_markers and i in self._marker_ids))
+        return b"".join(map(self._bytes_of, kept)).decode("utf-8", "replace")
+
+    def decode_with_spans(self, ids: Sequence[int]) -> tuple[str, list[Span]]:
+        """Text of `ids`, as `decode` gives it, with the characters that each id holds.
+
+        Args:
+            ids: token ids.
+
+        Returns:
+            The text, and one half-open span per id, as in `encode_with_spans`. An id without text has an empty span.
+        """
+        pieces = [self._bytes_of(i) for i in ids]
+        data = b"".join(pieces)
+        chars = np.cumsum([0, *_char_widths(data)])  # chars[k]: first byte of character k
+        bytes_ = np.cumsum([0, *map(len, pieces)])
+        starts = np.searchsorted(chars, bytes_[:-1], side="right") - 1
+        stops = np.where(bytes_[1:] > bytes_[:-1], np.searchsorted(chars, bytes_[1:]), starts)
+        return data.decode("utf-8", "replace"), list(zip(starts.tolist(), stops.tolist(), strict=True))
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Ids of a conversation under the chat template, up to where the reply begins.
+
+        Markers that the template writes become ids; markers quoted in a message stay text. Between two markers, the
+        words of the template and of the message are tokenised together, as the model saw them in training. Limits:
+        the template gets no date (`strftime_now`), tools or documents, and one that builds a marker out of pieces of
+        a message is not caught.
+
+        Args:
+            messages: dicts with `role` and `content`.
+
+        Returns:
+            The ids, with a BOS only if the template writes one.
+
+        Raises:
+            ValueError: there is no template, it fails or refuses the messages, or a message holds U+FDD0.
+        """
+        if self.chat_template is None:
+            raise ValueError(f"{self.name} has no chat template; use the prompt format 'plain' or 'r1'")
+        for message in messages:
+            if _SHIELD in message["content"]:
+                raise ValueError(f"the {message['role']} message holds the noncharacter U+FDD0, which no text may hold")
+        shielded = [
+            {**message, "content": self._marker_start.sub(lambda match: match[0] + _SHIELD, message["content"])}
+            for message in messages
+        ]
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
+        )
+        environment.globals["raise_exception"] = _raise_exception
+        environment.filters["tojson"] = _to_json
+        try:
+            text = environment.from_string(self.chat_template).render(
+                messages=shielded, tools=None, documents=None, add_generation_prompt=True, **self.special_tokens
+            )
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template of {self.name} failed: {error}") from error
+        ids: list[int] = []
+        for i, piece in enumerate(self._marker_split.split(text)):
+            if i % 2:  # a marker, with the white space that its lstrip and rstrip flags take in
+                ids.append(self.markers[piece if piece in self.markers else piece.strip()])
+            else:
+                ids += self.encode(piece.replace(_SHIELD, ""), markers=False)
+        return ids
+
+    def _bytes_of(self, token_id: int) -> bytes:
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if all(char in _BYTE_OF_CHAR for char in token):
+            return bytes(_BYTE_OF_CHAR[char] for char in token)
+        return token.encode()  # an added token, written as it is
+
+
+def _require_byte_level(spec: Mapping[str, Any], name: str) -> None:
+    """Refuse what the byte arithmetic of spans and decoding does not fit."""
+    decoder, pre = spec["decoder"] or {}, json.dumps(spec["pre_tokenizer"])
+    if decoder.get("type") != "ByteLevel" or '"ByteLevel"' not in pre:
+        hint = ""
+        if "Metaspace" in pre:
+            hint = " For Llama-3, Qwen, R1: transformers 5 rewrote the file; take the original model's tokenizer.json."
+        raise ValueError(
+            f"{name}: pre-tokenizer {pre[:200]} with decoder {decoder.get('type')!r} is not handled; "
+            f"accepted: byte-level BPE (ByteLevel in both).{hint}"
+        )
+
+
+def _is_marker(content: str) -> bool:
+    return len(content.strip()) > 1
+
+
+def _marker_pattern(token: Mapping[str, Any]) -> str:
+    left, right = (r"\s*" if token[flag] else "" for flag in ("lstrip", "rstrip"))
+    return left + re.escape(token["content"]) + right
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text("utf-8"))
+
+
+def _id_of(spec: Mapping[str, Any], token: str, key: str, name: str) -> int:
+    for added in spec["added_tokens"]:
+        if added["content"] == token:
+            return added["id"]
+    if token not in spec["model"]["vocab"]:
+        raise ValueError(f"{name}: {key} {token!r} of tokenizer_config.json is not in the vocabulary of tokenizer.json")
+    return spec["model"]["vocab"][token]
+
+
+def _post_processor_starts_with(spec: Mapping[str, Any], token: str) -> bool:
+    outer = spec.get("post_processor") or {}
+    templates = [p for p in [outer, *outer.get("processors", [])] if p.get("type") == "TemplateProcessing"]
+    return any(p["single"][0].get("SpecialToken", {}).get("id") == token for p in templates)
+
+
+def _default_template(config: Mapping[str, Any]) -> str | None:
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several named templates
+        return next((entry["template"] for entry in template if entry["name"] == "default"), None)
+    return template
+
+
+def _char_widths(data: bytes) -> list[int]:
+    """Bytes of each character of `data.decode("utf-8", "replace")`."""
+    widths: list[int] = []
+    while data:
+        try:
+            valid, bad = data.decode(), 0
+        except UnicodeDecodeError as error:
+            valid, bad = data[: error.start].decode(), error.end - error.start
+        sizes = [len(char.encode()) for char in valid]
+        widths += [*sizes, bad] if bad else sizes
+        data = data[sum(sizes) + bad :]
+    return widths
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
