@@ -1,0 +1,1 @@
+"""Llama-architecture models: configuration, forward pass, checkpoints, tokenizer, sharding."""
