@@ -38,12 +38,12 @@ def right_pad(sequences: Sequence[Sequence[int]], length: int) -> tuple[np.ndarr
 
 
 def bucket(length: int, step: int = 64) -> int:
-    """The padded length for `length` tokens: a multiple of `step` up to 8 steps, then of an eighth of a power of two.
+    """The padded length for `length` tokens: a multiple of `step`, beyond 8 steps of 1/8 of the power of two below.
 
     Padding stays under an eighth of long sequences, and a data set of any spread needs few shapes.
     """
     if length > 8 * step:
-        step = max(step, 1 << (length - 1).bit_length() - 3)
+        step = max(step, 1 << (length - 1).bit_length() - 4)
     return -(-length // step) * step
 
 
