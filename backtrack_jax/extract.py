@@ -11,18 +11,23 @@ with 0/1 counts of which positions each window reads, so nothing of size L x B x
 """
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from backtrack_jax.generate import batches
 from backtrack_jax.models.batching import right_pad
 from backtrack_jax.models.llama import BlockOutput, Llama
 
 ESTIMATORS = ("trace_mean", "token_mean")
+_ARRAYS = ("sums", "counts", "read", "dropped", "norm_sum", "trace_means")
 
 Window = tuple[int, int]
 
@@ -183,6 +188,23 @@ def count_windows(trace: TokenTrace, plan: WindowPlan, length: int) -> tuple[np.
             else:
                 reads[row, w, start + first : start + last + 1] += 1
     return reads, dropped
+
+
+def save_sums(sums: WindowSums, path: Path) -> None:
+    """Writes sums to a safetensors file that is whole or absent; `load_sums` reads them back."""
+    arrays = {name: np.ascontiguousarray(getattr(sums, name)) for name in _ARRAYS}
+    metadata = {"trace_ids": json.dumps(sums.trace_ids), "n_tokens": str(sums.n_tokens)}
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file(arrays, temporary, metadata)
+    temporary.replace(path)
+
+
+def load_sums(path: Path, plan: WindowPlan) -> WindowSums:
+    """Reads sums that `save_sums` wrote under the same plan."""
+    with safe_open(path, "np") as file:
+        arrays = {name: file.get_tensor(name) for name in _ARRAYS}
+        metadata = file.metadata()
+    return WindowSums(plan, trace_ids=json.loads(metadata["trace_ids"]), n_tokens=int(metadata["n_tokens"]), **arrays)
 
 
 def _add_batch(total: WindowSums, model: Llama, rows: Sequence[TokenTrace], padded: int, batch_size: int) -> None:

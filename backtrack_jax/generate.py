@@ -7,7 +7,7 @@ it sorts rows into batches of few shapes and yields each row's reply as its batc
 import dataclasses
 import itertools
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -273,13 +273,17 @@ def generate_rows(
     stop_ids: Sequence[int],
     max_new_tokens: int,
     batch_size: int,
+    done: Container[int] = (),
 ) -> Iterator[list[tuple[int, Reply]]]:
     """Samples all rows and yields, batch by batch, (row number, reply) pairs.
 
     Rows of similar prompt length share a batch; an incomplete batch is filled with copies of its last row, so one shape
-    per prompt bucket is compiled.
+    per prompt bucket is compiled. Batches of which all rows are in `done` are left out; the others are composed as if
+    nothing were done, so that an interrupted run repeats the very computation of an uninterrupted one.
     """
     for padded, members in batches([len(row.prompt) for row in rows], batch_size):
+        if all(row in done for row in members):
+            continue
         filled = [rows[i] for i in members] + [rows[members[-1]]] * (batch_size - len(members))
         ids, positions = left_pad([row.prompt for row in filled], padded)
         out = compiled_generate(
