@@ -12,7 +12,6 @@ constructors below, rows combine with `+`, and `stack_rows` makes the batch.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ from jax import lax
 PROMPT_END = -1  # in `span`, stands for the row's prompt length until `resolve` puts the number there
 END = np.iinfo(np.int32).max  # in `span`, no upper limit
 
-Span = Literal["all", "prompt", "generated"] | tuple[int, int]
+Span = str | tuple[int, int]  # "all", "prompt", "generated", or absolute (start, stop)
 
 
 @jax.tree_util.register_dataclass

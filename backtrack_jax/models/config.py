@@ -227,3 +227,25 @@ def _rope_from_hf(fields: Mapping[str, Any]) -> tuple[float, Llama3RopeScaling |
     if kinds == {"default"}:
         return float(theta), None
     return float(theta), Llama3RopeScaling(**{ours: parameters[theirs] for theirs, ours in _LLAMA3_FIELDS.items()})
+
+
+LLAMA_3_1_8B = LlamaConfig(
+    vocab_size=128256,
+    d_model=4096,
+    d_mlp=14336,
+    n_layers=32,
+    n_heads=32,
+    n_kv_heads=8,
+    head_dim=128,
+    norm_eps=1e-5,
+    rope_theta=500000.0,
+    rope_scaling=Llama3RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192),
+    tied=False,
+)
+"""Llama-3.1-8B and its R1 distill."""
+
+HUB_CONFIGS = {
+    "meta-llama/Llama-3.1-8B": LLAMA_3_1_8B,
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": LLAMA_3_1_8B,
+}
+"""Architectures by hub id, so that a run can be planned before 16 GB are fetched."""

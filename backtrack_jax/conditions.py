@@ -1,0 +1,144 @@
+"""The conditions of a steering experiment, as rows of compiled batches: which model, what is added, how strongly."""
+
+import dataclasses
+import zlib
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from backtrack_jax.config import CONTROLS, Experiment
+from backtrack_jax.generate import noise_key
+from backtrack_jax.intervention import (
+    Intervention,
+    Span,
+    add_vector,
+    gaussian_noise,
+    no_intervention,
+    self_amplify,
+)
+from backtrack_jax.vectors import SteeringVector
+
+UNSTEERED = "unsteered"
+# Controls that come from no model's activations, and are therefore run once per steered model.
+_SOURCELESS = ("noise", "self-amplification", "random")
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """One cell of a sweep.
+
+    Attributes:
+      target: role of the model that is steered.
+      kind: what is added: a label, a control, or `unsteered`.
+      source: role of the model whose activations the direction comes from; empty where there is none.
+      layer: block whose output is changed, 0-based.
+      magnitude: as in the config, in its unit.
+      length: norm of what is added, in the residual stream's own scale.
+    """
+
+    target: str
+    kind: str
+    source: str
+    layer: int
+    magnitude: float
+    length: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Readings:
+    """What stage 3 found, as far as steering needs it.
+
+    Attributes:
+      vectors: (role, kind) -> vector of every layer; kinds are labels and `overall-mean`.
+      mean_norm: role -> [L] mean norm of the residual stream over reply tokens.
+    """
+
+    vectors: Mapping[tuple[str, str], SteeringVector]
+    mean_norm: Mapping[str, np.ndarray]
+
+    def vector(self, source: str, kind: str) -> SteeringVector:
+        """The vector of a role and kind; ValueError names what there is."""
+        if (source, kind) not in self.vectors:
+            known = sorted({k for s, k in self.vectors if s == source})
+            raise ValueError(f"no {kind!r} vector of the {source} model was read; there are {known}")
+        return self.vectors[source, kind]
+
+
+def make(experiment: Experiment, readings: Readings) -> list[Condition]:
+    """All conditions of the experiment's sweep; magnitude 0 becomes one `unsteered` condition per steered model."""
+    steering = experiment.steering
+    made = []
+    for target in experiment.roles:
+        if 0 in steering.magnitudes:
+            made.append(Condition(target, UNSTEERED, "", steering.layer, 0.0, 0.0))
+        for kind in steering.kinds:
+            for source in ("",) if kind in _SOURCELESS else experiment.roles:
+                made += [
+                    Condition(target, kind, source, steering.layer, m, m * _scale(experiment, readings, target, source))
+                    for m in steering.magnitudes
+                    if m != 0
+                ]
+    return made
+
+
+def count(experiment: Experiment) -> int:
+    """How many conditions `make` gives, known before anything was read."""
+    nowhere = dict.fromkeys(experiment.roles, np.ones(experiment.steering.layer + 1))
+    relative = dataclasses.replace(experiment, steering=dataclasses.replace(experiment.steering, unit="absolute"))
+    return len(make(relative, Readings({}, nowhere)))
+
+
+def _scale(experiment: Experiment, readings: Readings, target: str, source: str) -> float:
+    """Length of magnitude 1. A control without a source takes the target's own vector as its measure."""
+    layer = experiment.steering.layer
+    if experiment.steering.unit == "relative":
+        return float(readings.mean_norm[target][layer])
+    if experiment.steering.unit == "raw":
+        return float(readings.vector(source or target, experiment.vectors.label).norms[layer])
+    return 1.0
+
+
+class Interventions:
+    """Builds the intervention of a row; what rows of a condition share is built once."""
+
+    def __init__(self, readings: Readings, n_layers: int, d_model: int, span: Span, seed: int):
+        """Prepares for a model of L layers and width D."""
+        self._readings, self._seed = readings, seed
+        self._n_layers, self._d_model = n_layers, d_model
+        self._span: Span = span
+        self._built: dict[Condition, Intervention] = {}
+
+    def row(self, condition: Condition, key: jax.Array) -> Intervention:
+        """The intervention of one row under `condition`; `key` is the row's key, from which noise is drawn."""
+        if condition not in self._built:
+            self._built[condition] = self._build(condition)
+        return dataclasses.replace(self._built[condition], key=noise_key(key))
+
+    def _build(self, c: Condition) -> Intervention:
+        n_layers, d_model, span = self._n_layers, self._d_model, self._span
+        if c.kind == UNSTEERED:
+            return no_intervention(n_layers, d_model, span)
+        if c.kind == "noise":
+            return gaussian_noise(c.layer, c.length, jax.random.key(0), n_layers=n_layers, d_model=d_model, span=span)
+        if c.kind == "self-amplification":
+            return self_amplify(c.layer, c.length, n_layers=n_layers, d_model=d_model, span=span)
+        if c.kind == "random":
+            direction = random_direction(self._seed, "random", d_model)
+        else:
+            direction = self._readings.vector(c.source, c.kind).unit(c.layer)
+        return add_vector(jnp.asarray(direction), c.layer, c.length, n_layers=n_layers, span=span)
+
+
+def random_direction(seed: int, name: str, d_model: int) -> np.ndarray:
+    """A fixed unit vector [D] float32, drawn from the run's seed and a name."""
+    e = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(d_model)
+    return (e / np.linalg.norm(e)).astype(np.float32)
+
+
+def needed_vectors(experiment: Experiment) -> set[str]:
+    """Names of the vectors that the sweep takes from stage 3."""
+    labels = {kind for kind in experiment.steering.kinds if kind not in CONTROLS}
+    raw = {experiment.vectors.label} if experiment.steering.unit == "raw" else set()
+    return labels | raw | ({"overall-mean"} & set(experiment.steering.kinds))

@@ -1,0 +1,128 @@
+"""The plan of a run, for `--dry_run`: rows, tokens and memory of every stage, and what is done, without computing."""
+
+from pathlib import Path
+
+from backtrack_jax import conditions
+from backtrack_jax.config import Experiment
+from backtrack_jax.data import records
+from backtrack_jax.data.problems import shipped_problems
+from backtrack_jax.models import checkpoint
+from backtrack_jax.models.batching import bucket
+from backtrack_jax.models.config import HUB_CONFIGS, LlamaConfig
+from backtrack_jax.pipeline import STAGES, Run, data_path, spread
+
+_CHARACTERS_PER_TOKEN = 4  # of English text, for the estimate only
+_PROMPT_TOKENS = 100
+_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+def describe(run: Run) -> str:
+    """The plan as text. Tokens of traces are estimates; rows and memory follow from the config."""
+    lines = [f"plan of {run.experiment.name}, results in {run.workdir}"]
+    work = {"1-traces": _traces, "3-vectors": _vectors, "4-steering": _steering}
+    for name in STAGES:
+        state = "done" if run.done(name) else "to do" if name in run.stages else "not asked for"
+        lines.append(f"{name:<14} {state}")
+        if name in work and state == "to do":
+            lines += [f"  {line}" for line in work[name](run)]
+    return "\n".join(lines)
+
+
+def _traces(run: Run) -> list[str]:
+    e, spec = run.experiment, run.experiment.traces
+    if spec.path:
+        return [f"import {data_path(spec.path)}"]
+    problems = records.read_problems(data_path(spec.problems)) if spec.problems else shipped_problems()
+    rows = len(spread(problems, spec.limit)) * spec.samples
+    return _sampling(e, e.roles[-1], rows, spec.max_new_tokens, spec.batch_size)
+
+
+def _vectors(run: Run) -> list[str]:
+    e = run.experiment
+    lengths = _trace_lengths(run)
+    longest = bucket(max(lengths))
+    lines = []
+    for role in e.roles:
+        lines.append(f"{role} model: {len(lengths)} traces, about {sum(lengths):,} tokens")
+        config = architecture(e.model(role).path)
+        if config is None:
+            lines.append(f"  memory: unknown until {e.model(role).path} is here")
+            continue
+        windows = 1 + len(e.vectors.offsets)
+        scores = 4 * e.vectors.batch_size * config.n_heads * longest**2
+        width = (
+            4
+            * e.vectors.batch_size
+            * (longest * (config.d_mlp * 2 + config.d_model * 6) + windows * 14 * config.d_model)
+        )
+        lines.append(f"  memory: weights {_weights(e, role, config)}, activations about {_gigabytes(scores + width)}")
+    return lines
+
+
+def _steering(run: Run) -> list[str]:
+    e, spec = run.experiment, run.experiment.steering
+    cells = conditions.count(e)
+    asked = len({Path(name).parent for name in _trace_names(run)})
+    problems = min(asked, spec.limit) if spec.limit else asked
+    lines = [f"{cells} conditions, {problems} problems, {spec.samples} sample(s) each"]
+    for role in e.roles:
+        rows = cells // len(e.roles) * problems * spec.samples
+        lines += _sampling(e, role, rows, spec.max_new_tokens, spec.batch_size)
+    return lines
+
+
+def _sampling(e: Experiment, role: str, rows: int, new_tokens: int, batch_size: int) -> list[str]:
+    lines = [f"{role} model: {rows} rows in batches of {batch_size}, up to {rows * new_tokens:,} new tokens"]
+    config = architecture(e.model(role).path)
+    if config is None:
+        return [*lines, f"  memory: unknown until {e.model(role).path} is here"]
+    slots = bucket(_PROMPT_TOKENS) + new_tokens
+    per_token = 2 * config.n_layers * config.n_kv_heads * config.head_dim * _BYTES[e.model(role).dtype]
+    cache, logits = batch_size * slots * per_token, 3 * 4 * batch_size * config.vocab_size
+    rows_bytes = 2 * 4 * batch_size * config.n_layers * config.d_model
+    return [
+        *lines,
+        f"  memory: weights {_weights(e, role, config)}, cache {_gigabytes(cache)}, "
+        f"interventions and logits {_gigabytes(rows_bytes + logits)}",
+    ]
+
+
+def architecture(path: str) -> LlamaConfig | None:
+    """The architecture of a checkpoint that is on this machine, or of a well-known one on the hub."""
+    if path.startswith("package:") or Path(path).exists():
+        return checkpoint.read_config(checkpoint.resolve(path))
+    return HUB_CONFIGS.get(path)
+
+
+def _trace_names(run: Run) -> list[str]:
+    """Ids of the traces, as far as they are known before stage 1."""
+    spec = run.experiment.traces
+    file = run.folder("1-traces") / "traces.jsonl"
+    if run.done("1-traces"):
+        return [trace.id for trace in records.read_traces(file)]
+    if not spec.path:
+        problems = records.read_problems(data_path(spec.problems)) if spec.problems else shipped_problems()
+        return [f"{p.id}/{sample}" for p in spread(problems, spec.limit) for sample in range(spec.samples)]
+    return [trace.id for trace in _imported(run)]
+
+
+def _trace_lengths(run: Run) -> list[int]:
+    spec = run.experiment.traces
+    if not spec.path:
+        return [_PROMPT_TOKENS + spec.max_new_tokens] * len(_trace_names(run))
+    return [_PROMPT_TOKENS + len(trace.text) // _CHARACTERS_PER_TOKEN for trace in _imported(run)]
+
+
+def _imported(run: Run) -> list[records.Trace]:
+    spec = run.experiment.traces
+    path = data_path(spec.path)
+    traces = records.read_traces(path) if path.suffix == ".jsonl" else records.read_released(path)[0]
+    return spread(traces, spec.limit)
+
+
+def _weights(e: Experiment, role: str, config: LlamaConfig) -> str:
+    return _gigabytes(config.n_parameters * _BYTES[e.model(role).dtype])
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"

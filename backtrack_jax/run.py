@@ -1,0 +1,44 @@
+"""Entry point: `python -m backtrack_jax.run --config=configs/smollm2.py`.
+
+Flags become a config, the config becomes a pipeline. `--config.steering.layer=9` overrides a field; a name that does
+not exist or a value of the wrong type stops the program. `--dry_run` prints rows, tokens and memory of every stage and
+what is already done, and computes nothing.
+"""
+
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from backtrack_jax import pipeline, plan
+from backtrack_jax.config import Experiment, check
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, for instance configs/smollm2.py.")
+_STAGES = flags.DEFINE_list("stages", [], f"Run only these stages: {', '.join(pipeline.STAGES)} (names or numbers).")
+_WORKDIR = flags.DEFINE_string("workdir", "", "Folder for results, in the place of the config's.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")
+
+
+def main(argv: list[str]) -> None:
+    """Runs the stages of the experiment that the flags describe."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides look like --config.steering.layer=9")
+    experiment: Experiment = _CONFIG.value
+    if _WORKDIR.value:
+        experiment.workdir = _WORKDIR.value
+    try:
+        check(experiment)
+        run = pipeline.Run(experiment, pipeline.stage_names(_STAGES.value))
+        if _DRY_RUN.value:
+            print(plan.describe(run))
+        else:
+            run.run()
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on where this run was")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)

