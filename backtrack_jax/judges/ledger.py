@@ -1,0 +1,133 @@
+"""The ledger of paid calls: an append-only JSONL file, so that nothing is paid for twice, in this run or a later one.
+
+Every answered call is one line, keyed by a hash of what was sent. The line is written (and synced to disk) before the
+answer is used, by a single write, so a killed process loses at most the calls that were in flight. What it can leave
+behind is a torn last line; it is cut off when the file is opened next. One process at a time holds a ledger.
+"""
+
+import asyncio
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+Entry = dict[str, Any]
+"""One line of the ledger; `key` is its key, the rest is the caller's."""
+
+
+def content_key(request: Mapping[str, Any], vote: int = 0) -> str:
+    """Key of one call: SHA-256 of the whole request (model, messages, parameters) and the number of the vote."""
+    content = json.dumps([request, vote], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def read_entries(path: Path | str) -> dict[str, Entry]:
+    """Reads a ledger without opening it for writing; a torn last line is left out.
+
+    Args:
+        path: the file; one that does not exist is an empty ledger.
+
+    Returns:
+        Entries by key, in the order of the file.
+
+    Raises:
+        ValueError: a line that is not an entry, named by its number.
+    """
+    path = Path(path)
+    return _parse(path.read_bytes(), path)[0] if path.exists() else {}
+
+
+def _parse(data: bytes, path: Path) -> tuple[dict[str, Entry], int]:
+    """Entries, and the number of bytes that they take; what follows is a torn line."""
+    whole = data.rfind(b"\n") + 1
+    entries: dict[str, Entry] = {}
+    for number, line in enumerate(data[:whole].split(b"\n")[:-1], 1):
+        try:
+            entry = json.loads(line)
+            entries[entry["key"]] = entry
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"{path}, line {number}: not an entry of a ledger, which is a JSON object with a 'key'; delete the "
+                "line to go on (its call will be paid again)"
+            ) from None
+    return entries, whole
+
+
+class Ledger:
+    """An open ledger. Use it as a context manager; it is locked against other processes until it is closed.
+
+    Args:
+        path: the file; it and its folder are made where they are missing.
+
+    Raises:
+        BlockingIOError: another process has the ledger open.
+        ValueError: a line that is not an entry.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._entries, whole = _parse(self.path.read_bytes(), self.path)
+            os.ftruncate(self._file, whole)
+        except BlockingIOError:
+            os.close(self._file)
+            raise BlockingIOError(f"{self.path}: in use by another process; wait for it or stop it") from None
+        except BaseException:
+            os.close(self._file)
+            raise
+        self._locks: dict[str, asyncio.Lock] = {}
+
+    def __enter__(self) -> "Ledger":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._file)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: str) -> Entry | None:
+        """The entry of a call that was paid for, None for one that was not."""
+        return self._entries.get(key)
+
+    async def fetch(self, key: str, pay: Callable[[], Awaitable[Entry]]) -> tuple[Entry, bool]:
+        """The entry of a call; made and recorded now where there is none.
+
+        Args:
+            key: see `content_key`.
+            pay: makes the call and returns its entry (without `key`). Of several calls with one key at the same time
+                one pays; the others wait for its entry.
+
+        Returns:
+            The entry, and whether it was in the ledger already.
+        """
+        if key in self._entries:
+            return self._entries[key], True
+        async with self._locks.setdefault(key, asyncio.Lock()):
+            if key in self._entries:
+                return self._entries[key], True
+            entry = {"key": key} | await pay()
+            self._append(entry)
+            return entry, False
+
+    def _append(self, entry: Entry) -> None:
+        # json.dumps escapes all but ASCII: a lone surrogate in an answer is kept, and no line break gets in.
+        line = json.dumps(entry).encode() + b"\n"
+        size = os.fstat(self._file).st_size
+        try:
+            while line:
+                line = line[os.write(self._file, line) :]
+            os.fsync(self._file)
+        except OSError:  # e.g. the disk is full: no half line may stay in front of the next entry
+            os.ftruncate(self._file, size)
+            raise
+        self._entries[entry["key"]] = entry
