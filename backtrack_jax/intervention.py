@@ -173,23 +173,30 @@ def intervene(x: jax.Array, at_layer: Intervention, layer: jax.Array, positions:
     Returns:
       [B, T, D] float32. Where a row's strengths are zero or the position is outside the span, x to the bit.
     """
-    add, u = at_layer.add[:, None, :], at_layer.direction[:, None, :]
-    amplify, noise, removed = (a[:, None, None] for a in (at_layer.amplify, at_layer.noise, at_layer.ablate))
-    norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
-    own_direction = x / jnp.where(norm == 0, 1.0, norm)
-    component = jnp.sum(x * u, axis=-1, keepdims=True)
-    delta = add + amplify * own_direction - removed * component * u
-    # Drawing the noise costs more than the rest of a small model's block, so it is drawn only where some row wants it.
-    delta = lax.cond(
-        jnp.any(at_layer.noise != 0),
-        lambda: delta + noise * _noise_directions(at_layer.key, layer, positions, x.shape[-1]),
-        lambda: delta,
-    )
     start, stop = at_layer.span[:, :1], at_layer.span[:, 1:]
     in_span = (positions >= jnp.maximum(start, 0)) & (positions < stop)
     active = jnp.any(at_layer.add != 0, axis=-1) | (at_layer.amplify != 0) | (at_layer.noise != 0)
     active |= at_layer.ablate != 0
-    return jnp.where((in_span & active[:, None])[..., None], x + delta, x)
+    changed = (in_span & active[:, None])[..., None]
+    # Most layers of most experiments are left alone, and drawing noise costs more than a small model's block.
+    return lax.cond(
+        jnp.any(active), lambda: jnp.where(changed, x + _delta(x, at_layer, layer, positions), x), lambda: x
+    )
+
+
+def _delta(x: jax.Array, at_layer: Intervention, layer: jax.Array, positions: jax.Array) -> jax.Array:
+    """What the formula at the top of this file adds to x, [B, T, D], inside and outside of spans."""
+    u = at_layer.direction[:, None, :]
+    amplify, noise, removed = (a[:, None, None] for a in (at_layer.amplify, at_layer.noise, at_layer.ablate))
+    norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
+    own_direction = x / jnp.where(norm == 0, 1.0, norm)
+    component = jnp.sum(x * u, axis=-1, keepdims=True)
+    delta = at_layer.add[:, None, :] + amplify * own_direction - removed * component * u
+    return lax.cond(
+        jnp.any(at_layer.noise != 0),
+        lambda: delta + noise * _noise_directions(at_layer.key, layer, positions, x.shape[-1]),
+        lambda: delta,
+    )
 
 
 def _noise_directions(key: jax.Array, layer: jax.Array, positions: jax.Array, d_model: int) -> jax.Array:

@@ -37,8 +37,8 @@ class BlockOutput(NamedTuple):
       resid_mid: [B, T, D] float32, resid_pre + attn_out.
       mlp_out: [B, T, D] float32, what the MLP adds.
       resid_post: [B, T, D] float32, resid_mid + mlp_out, after the intervention: "layer l" of this package.
-      k: [B, T, K, H], rotated keys of these tokens, in the model's dtype.
-      v: [B, T, K, H], values of these tokens, in the model's dtype.
+      k: [B, K, T, H], rotated keys of these tokens, in the cache's dtype.
+      v: [B, K, T, H], values of these tokens, in the cache's dtype.
     """
 
     resid_pre: jax.Array
@@ -67,8 +67,8 @@ class KVCache:
         positions   0  1  2  3  4  5 -1
 
     Attributes:
-      k: [L, B, S, K, H] keys, rotated.
-      v: [L, B, S, K, H] values.
+      k: [L, B, K, S, H] keys, rotated; S beside H, so that a step reads each head's keys where they lie.
+      v: [L, B, K, S, H] values.
       positions: [B, S] int32, PAD where a slot is empty or holds padding.
       filled: int32, number of slots in use.
     """
@@ -81,13 +81,13 @@ class KVCache:
     @classmethod
     def empty(cls, config: LlamaConfig, batch: int, slots: int, dtype: jnp.dtype) -> "KVCache":
         """A cache of `slots` empty slots for `batch` rows."""
-        shape = (config.n_layers, batch, slots, config.n_kv_heads, config.head_dim)
+        shape = (config.n_layers, batch, config.n_kv_heads, slots, config.head_dim)
         positions = jnp.full((batch, slots), PAD, jnp.int32)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), positions, jnp.zeros((), jnp.int32))
 
     def append(self, k: jax.Array, v: jax.Array, positions: jax.Array) -> "KVCache":
-        """Writes T new tokens ([L, B, T, K, H] keys and values, [B, T] positions) behind those in use."""
-        start = (0, 0, self.filled, 0, 0)
+        """Writes T new tokens ([L, B, K, T, H] keys and values, [B, T] positions) behind those in use."""
+        start = (0, 0, 0, self.filled, 0)
         return KVCache(
             lax.dynamic_update_slice(self.k, k, start),
             lax.dynamic_update_slice(self.v, v, start),
@@ -131,20 +131,20 @@ class Attention(nnx.Module):
           x: [B, T, D] normalised residual stream.
           rope: cosines and sines, [B, T, H/2] float32.
           seen: masks over cached and new keys.
-          past: this layer's cached keys and values [B, S, K, H], or None.
+          past: this layer's cached keys and values [B, K, S, H], or None.
 
         Returns:
-          Output [B, T, D] float32, and the new keys and values [B, T, K, H].
+          Output [B, T, D] float32, and the new keys and values [B, K, T, H].
         """
         c = self.config
         B, T, _ = x.shape
-        dtype = self.q_proj.dtype
+        dtype = cache_dtype(self.q_proj.dtype)
         q = matmul(x, self.q_proj[...]).reshape(B, T, c.n_heads, c.head_dim)
         k = matmul(x, self.k_proj[...]).reshape(B, T, c.n_kv_heads, c.head_dim)
-        v = matmul(x, self.v_proj[...]).reshape(B, T, c.n_kv_heads, c.head_dim).astype(dtype)
+        v = matmul(x, self.v_proj[...]).reshape(B, T, c.n_kv_heads, c.head_dim)
         q = (rotate(q, *rope) * c.head_dim**-0.5).astype(dtype)
-        k = rotate(k, *rope).astype(dtype)
         q = q.reshape(B, T, c.n_kv_heads, c.n_heads // c.n_kv_heads, c.head_dim)
+        k, v = (jnp.swapaxes(a, 1, 2).astype(dtype) for a in (rotate(k, *rope), v))
         keys, values, masks = [k], [v], [seen.new]
         if past is not None:
             keys, values, masks = [past[0], k], [past[1], v], [seen.past, seen.new]
@@ -215,8 +215,8 @@ class Output(NamedTuple):
 
     Attributes:
       resid: [B, T, D] float32, the residual stream after the last block, before the final norm.
-      k: [L, B, T, K, H] keys of the input tokens, for `KVCache.append`.
-      v: [L, B, T, K, H] values of the input tokens.
+      k: [L, B, K, T, H] keys of the input tokens, for `KVCache.append`.
+      v: [L, B, K, T, H] values of the input tokens.
       captured: what `capture` returned in each block, with a leading axis L.
     """
 
@@ -240,7 +240,7 @@ class Llama(nnx.Module):
         """
         self.config = config
         self.embed_tokens = _random_param(rngs, (config.vocab_size, config.d_model), dtype)
-        self.layers = nnx.vmap(lambda layer_rngs: Block(config, dtype, layer_rngs))(rngs.fork(split=config.n_layers))
+        self.layers = nnx.vmap(lambda layer_rngs: Block(config, dtype, layer_rngs))(rngs.split(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps, dtype)
         self.lm_head = None if config.tied else _random_param(rngs, (config.vocab_size, config.d_model), dtype)
 
@@ -271,7 +271,7 @@ class Llama(nnx.Module):
         Returns:
           The final residual stream, new keys and values, and captures.
         """
-        x = self.embed_tokens[...][ids].astype(jnp.float32)
+        x = _take(self.embed_tokens[...], ids).astype(jnp.float32)
         rope = rope_tables(jnp.maximum(positions, 0), self.config)
         seen = Seen(None if cache is None else _may_see(positions, cache.positions), _may_see(positions, positions))
 
@@ -288,8 +288,8 @@ class Llama(nnx.Module):
 
         values = None if intervention is None else intervention.per_layer()
         past = None if cache is None else (cache.k, cache.v)
-        scanned = (self.layers, jnp.arange(self.config.n_layers), past, values)
-        x, (k, v, captured) = lax.scan(body, x, scanned)
+        layers = jnp.arange(self.config.n_layers)
+        x, (k, v, captured) = _scan_blocks(body, x, self.layers, (layers, past, values))
         return Output(x, k, v, captured)
 
     def logits(self, resid: jax.Array) -> jax.Array:
@@ -306,24 +306,55 @@ def matmul(x: jax.Array, weight: jax.Array, spec: str = "...d,df->...f") -> jax.
     return _einsum(spec, x.astype(weight.dtype), weight)
 
 
+def cache_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """Dtype of cached keys and values for weights of a dtype: the same, but float32 on CPU.
+
+    XLA's CPU backend has no batched products of 16-bit floats and rewrites a whole 16-bit cache at every step.
+    """
+    return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else jnp.dtype(dtype)
+
+
+def _scan_blocks(body: Callable, x: jax.Array, blocks: Block, others: tuple[Any, ...]) -> tuple[jax.Array, Any]:
+    """`lax.scan` of body(x, (block, *others)) over the stacked blocks and what is scanned beside them.
+
+    Left to itself, XLA's CPU backend widens all 16-bit weights to float32 before the loop, 32 GB for an 8B model. There
+    the weights of one layer are taken out in the loop's body, and the barrier keeps that where it is.
+    """
+    if jax.default_backend() != "cpu" or blocks.self_attn.q_proj.dtype.itemsize != 2:
+        return lax.scan(body, x, (blocks, *others))
+
+    def body_on_cpu(x, scanned):
+        stacked, layer = lax.optimization_barrier((blocks, scanned[0]))
+        return body(x, (jax.tree.map(lambda leaf: _take(leaf, layer), stacked), *scanned))
+
+    return lax.scan(body_on_cpu, x, others)
+
+
+def _take(table: jax.Array, index: jax.Array) -> jax.Array:
+    """table[index]; on CPU, 16-bit floats are looked up as integers, since XLA would widen the whole table first."""
+    if jax.default_backend() != "cpu" or table.dtype.itemsize != 2:
+        return table[index]
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(table, jnp.uint16)[index], table.dtype)
+
+
 def _einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _attend(q: jax.Array, keys: Sequence[jax.Array], values: Sequence[jax.Array], masks: Sequence[Any]) -> jax.Array:
-    """Softmax attention of q [B, T, K, G, H] over several groups of keys and values [B, S, K, H], as if concatenated.
+    """Softmax attention of q [B, T, K, G, H] over several groups of keys and values [B, K, S, H], as if concatenated.
 
     The cached group is read where it lies: joining it with the new keys would copy the cache at every step.
     """
     scores = [
-        jnp.where(mask[:, None, None], _einsum("BTKGH,BSKH->BKGTS", q, k), -1e30)
+        jnp.where(mask[:, None, None], _einsum("BTKGH,BKSH->BKGTS", q, k), -1e30)
         for k, mask in zip(keys, masks, strict=True)
     ]
     highest = jnp.max(jnp.stack([jnp.max(s, axis=-1) for s in scores]), axis=0)[..., None]
     weights = [jnp.exp(s - highest) for s in scores]
     total = sum(jnp.sum(w, axis=-1) for w in weights)
-    z = sum(_einsum("BKGTS,BSKH->BTKGH", w.astype(v.dtype), v) for w, v in zip(weights, values, strict=True))
+    z = sum(_einsum("BKGTS,BKSH->BTKGH", w.astype(v.dtype), v) for w, v in zip(weights, values, strict=True))
     return z / jnp.moveaxis(total, 3, 1)[..., None]
 
 
