@@ -1,0 +1,674 @@
+"""The online judge against a real server: every fault, every stop, and no reply paid twice."""
+
+import asyncio
+import email.utils
+import json
+import logging
+import random
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from zlib import crc32
+
+import pytest
+from fault_server import FATAL, PAID, UNPAID, FaultServer
+
+from backtrack_jax.data.records import (
+    Annotation,
+    Rejection,
+    Section,
+    Trace,
+    pair_annotations,
+    read_released,
+    write_jsonl,
+)
+from backtrack_jax.judges.client import ChatSettings, JudgeStopped, Meter
+from backtrack_jax.judges.ledger import read_entries
+from backtrack_jax.judges.openai import Labelled, estimate, judge_name, label, label_traces, merge_votes
+from backtrack_jax.judges.prompts import JudgePrompt, failure
+
+KEY = "sk-test-0123456789"
+LABELS = ("initializing", "deduction", "backtracking", "deduction")
+
+
+def make_trace(number: int) -> Trace:
+    text = f"<think>\nOkay, case {number}.\n\nSo it is {number}. Wait, no.\n\nThen {number + 1}.\n</think>\n\n{number}"
+    return Trace(f"p{number}/0", f"p{number}", "c", f"What follows {number}?", text)
+
+
+TRACES = [make_trace(number) for number in range(200)]
+SOME = TRACES[:40]
+
+
+@pytest.fixture(params=[20, pytest.param(200, marks=pytest.mark.slow)])
+def traces(request) -> list[Trace]:
+    """Some traces for what is tried fault by fault; all of them in the slow run."""
+    return TRACES[: request.param]
+
+
+def true_sections(trace: Trace) -> tuple[Section, ...]:
+    pieces = re.findall(r"Okay, case \d+\.|So it is \d+\.|Wait, no\.|Then \d+\.", trace.text)
+    starts = [trace.text.index(piece) for piece in pieces]
+    return tuple(
+        Section(name, start, start + len(piece)) for name, start, piece in zip(LABELS, starts, pieces, strict=True)
+    )
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def server():
+    with FaultServer() as running:
+        yield running
+
+
+@pytest.fixture
+def ledger(tmp_path) -> Path:
+    return tmp_path / "ledger.jsonl"
+
+
+def settings_for(server: FaultServer, **changes: object) -> ChatSettings:
+    quick = ChatSettings(
+        model="judge-1", base_url=server.base_url, backoff=0.001, max_backoff=0.01, max_retries=12, request_timeout=20.0
+    )
+    return replace(quick, **changes)
+
+
+class Run:
+    """One run of the judge, with what it handed over."""
+
+    def __init__(self, traces: list[Trace], settings: ChatSettings, ledger: Path, **options: object) -> None:
+        self.labelled: dict[str, Labelled] = {}
+        self.order: list[str] = []
+        self.error: JudgeStopped | None = None
+        prompt = options.pop("prompt", JudgePrompt())
+        assert isinstance(prompt, JudgePrompt)
+        try:
+            label_traces(traces, prompt, settings, ledger, on_done=self.on_done, **options)  # type: ignore[arg-type]
+        except JudgeStopped as error:
+            self.error = error
+
+    def on_done(self, labelled: Labelled, meter: Meter) -> None:
+        assert labelled.annotation.trace_id not in self.labelled
+        self.labelled[labelled.annotation.trace_id] = labelled
+        self.order.append(labelled.annotation.trace_id)
+        self.meter = meter
+
+    @property
+    def annotations(self) -> list[Annotation]:
+        return [labelled.annotation for labelled in self.labelled.values()]
+
+    @property
+    def failures(self) -> dict[str, str]:
+        return {a.trace_id: why for a in self.annotations if (why := failure(a)) is not None}
+
+
+def check_labels(run: Run, traces: list[Trace]) -> None:
+    """Every trace that did not fail has exactly the true sections."""
+    for trace, annotation in pair_annotations(traces, run.annotations):
+        if trace.id not in run.failures:
+            assert (annotation.sections, annotation.rejected) == (true_sections(trace), ()), trace.id
+
+
+def struck(content: str, share: float) -> bool:
+    """Whether a fault strikes this content: a fixed draw from it."""
+    return crc32(content.encode()) / 2**32 < share
+
+
+@pytest.mark.parametrize("format_", ["sentences", "inline"])
+def test_traces_are_labelled_and_never_paid_again(server, ledger, format_):
+    run = Run(TRACES, settings_for(server), ledger, prompt=JudgePrompt(format_))
+    assert run.failures == {} and len(run.labelled) == 200
+    check_labels(run, TRACES)
+    assert set(server.paid.values()) == {1} and len(server.paid) == len(server.seen) == 200
+    again = Run(TRACES, settings_for(server, concurrency=1), ledger, prompt=JudgePrompt(format_))
+    assert again.labelled == run.labelled
+    assert len(server.seen) == 200
+    assert (again.meter.paid, again.meter.reused) == (0, 200)
+
+
+REASONS = {
+    "429": "rate_limited",
+    "500": "server_error",
+    "503": "server_error",
+    "timeout": "timed_out",
+    "drop": "disconnected",
+    "cut_body": "disconnected",
+    "half_body": "not_a_completion",
+    "web_page": "not_a_completion",
+    "too_long": "bad_request",
+    "truncated_json": "unlabelled_reply",
+    "length": "truncated_reply",
+    "bad_labels": "mislabelled_reply",
+    "echo": "unlabelled_reply",
+    "empty": "empty_reply",
+    "null": "empty_reply",
+    "refusal": "refused",
+    "chat": "unlabelled_reply",
+    "no_such_sentence": "mislabelled_reply",
+}
+
+
+def test_every_fault_of_the_server_has_a_reason():
+    assert set(REASONS) == {*UNPAID, *PAID}
+
+
+@pytest.mark.parametrize("fault", [fault for fault in UNPAID if fault != "too_long"])
+def test_faults_that_pass_lose_nothing_and_pay_once(server, ledger, traces, fault):
+    share = 0.1 if fault == "timeout" else 0.3
+    server.retry_after = "0.02"
+    server.plan = lambda content, attempt: fault if attempt < 2 and struck(content, share) else None
+    run = Run(traces, settings_for(server, request_timeout=1.0 if fault == "timeout" else 20.0), ledger)
+    assert run.failures == {} and len(run.labelled) == len(traces)
+    check_labels(run, traces)
+    assert set(server.paid.values()) == {1} and len(server.paid) == len(traces)
+    assert run.meter.retries == len(server.seen) - len(traces) >= 2
+
+
+@pytest.mark.parametrize("fault", UNPAID)
+def test_faults_that_stay_end_in_their_reason_and_the_next_run_asks_again(server, ledger, traces, fault):
+    server.plan = lambda content, attempt: fault
+    quick = settings_for(server, max_retries=1, request_timeout=0.1 if fault == "timeout" else 20.0)
+    run = Run(traces, quick, ledger)
+    assert set(run.failures.values()) == {REASONS[fault]} and len(run.failures) == len(traces)
+    assert run.meter.failed == {REASONS[fault]: len(traces)}
+    assert server.paid == {} and read_entries(ledger) == {}
+    assert run.meter.retries == (0 if fault == "too_long" else len(traces))
+    server.plan = lambda content, attempt: None
+    again = Run(traces, settings_for(server), ledger)
+    assert again.failures == {} and set(server.paid.values()) == {1}
+    check_labels(again, traces)
+
+
+@pytest.mark.parametrize(
+    ("fault", "format_"),
+    # Cut answers of the inline format, which is no JSON, are those of the fault `length`.
+    [
+        (fault, name)
+        for fault in PAID
+        for name in ("sentences", "inline")
+        if (fault, name) != ("truncated_json", "inline")
+    ],
+)
+def test_answers_of_no_use_are_failures_and_are_not_asked_again(server, ledger, traces, fault, format_):
+    server.plan = lambda content, attempt: fault if struck(content, 0.3) else None
+    prompt = JudgePrompt(format_)
+    run = Run(traces, settings_for(server), ledger, prompt=prompt)
+    expected = {t.id for t in traces if struck(prompt.messages(t)[1]["content"], 0.3)}
+    # An echo of the inline question holds one tag, of a label that does not exist.
+    reason = "mislabelled_reply" if (format_, fault) == ("inline", "echo") else REASONS[fault]
+    assert run.failures == dict.fromkeys(expected, reason) and 0 < len(expected) < 0.6 * len(traces)
+    check_labels(run, traces)
+    again = Run(traces, settings_for(server), ledger, prompt=prompt)
+    assert again.labelled == run.labelled
+    assert set(server.paid.values()) == {1} and len(server.seen) == len(traces)
+
+
+def test_a_storm_of_all_faults_ends_with_every_trace_labelled_or_failed(server, ledger):
+    faults = [fault for fault in (*UNPAID, *PAID) if fault != "timeout"]
+
+    def plan(content: str, attempt: int) -> str | None:
+        rng = random.Random(f"{content}{attempt}")
+        return rng.choice(faults) if rng.random() < 0.6 else None
+
+    server.plan, server.retry_after = plan, "0.001"
+    run = Run(TRACES, settings_for(server), ledger)
+    assert len(run.labelled) == 200 and 20 < len(run.failures) < 190
+    check_labels(run, TRACES)
+    assert max(server.paid.values()) == 1
+    assert len(server.paid) == len(read_entries(ledger)) == run.meter.paid
+    unpaid = Counter(why for why in run.failures.values() if why in {REASONS[fault] for fault in UNPAID})
+    assert run.meter.failed == unpaid and len(server.paid) == 200 - unpaid.total()
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("wrong_key", r"refuses the key in the environment variable OPENAI_API_KEY .*Set it to a key that may use"),
+        ("forbidden", r"refuses the key .*'judge-1'"),
+        ("unknown_model", r"knows no model 'judge-1'.*Check model and base_url"),
+        ("quota", r"out of money or over its quota .*Add credit"),
+        ("payment", r"out of money .*Add credit"),
+        ("parameter", r"does not accept the judge's temperature .*null leaves it out"),
+    ],
+)
+def test_when_no_call_can_succeed_the_run_stops_and_keeps_what_was_paid(server, ledger, fault, message):
+    late = fault in ("wrong_key", "unknown_model", "quota", "payment")
+    server.latency = 0.01
+    server.plan = lambda content, attempt: fault if not late or server.paid.total() > 9 else None
+    run = Run(SOME, settings_for(server, concurrency=8), ledger)
+    assert run.error is not None and re.search(message, str(run.error))
+    assert re.search(r"run the same command again|null leaves it out", str(run.error))
+    assert f"[{len(run.labelled)} of 40 traces are done]" in str(run.error)
+    assert KEY not in str(run.error) and fault in FATAL
+    # Nothing new was begun: those in flight at the stop are all that came after it.
+    assert len(server.seen) <= server.paid.total() + 8
+    assert len(run.labelled) == len(server.paid) == len(read_entries(ledger)) >= (10 if late else 0)
+    server.plan, server.latency = lambda content, attempt: None, 0.0
+    again = Run(SOME, settings_for(server), ledger)
+    assert again.failures == {} and set(server.paid.values()) == {1}
+    check_labels(again, SOME)
+
+
+def test_without_a_key_nothing_is_sent(server, ledger, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    run = Run(SOME, settings_for(server), ledger)
+    assert run.error is not None and "OPENAI_API_KEY is not set" in str(run.error)
+    monkeypatch.setenv("OTHER_KEY", "   ")
+    other = Run(SOME, settings_for(server, key_variable="OTHER_KEY"), ledger)
+    assert other.error is not None and "OTHER_KEY is not set" in str(other.error)
+    assert server.seen == [] and estimate(SOME, JudgePrompt(), settings_for(server), ledger).calls == 40
+
+
+def test_without_an_endpoint_the_run_stops_at_once(ledger):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = ChatSettings(base_url=f"http://127.0.0.1:{port}/v1", backoff=5.0)
+    began = time.monotonic()
+    run = Run(TRACES, settings, ledger)
+    assert run.error is not None and re.search(r"cannot be reached .*Check base_url", str(run.error))
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base_url": ""}, r"base_url '' is not an address; accepted: http"),
+        ({"base_url": "localhost:8000"}, "is not an address"),
+        ({"base_url": "http://me:secret@host/v1"}, r"holds credentials; the key belongs into \$OPENAI_API_KEY"),
+        ({"model": " "}, "model is empty"),
+        ({"concurrency": 0}, "concurrency 0 must be at least 1"),
+        ({"max_retries": -1}, "max_retries -1 must be at least 0"),
+        ({"request_timeout": 0}, "request_timeout 0 must be more than 0 seconds"),
+        ({"max_cost": 1.0}, "max_cost of the judge needs input_price and output_price"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        ChatSettings(**changes)
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["seconds", "date"])
+def test_retry_after_is_honoured_by_all_calls(server, ledger, kind):
+    server.plan = lambda content, attempt: "429" if len(server.seen) <= 4 and attempt == 0 else None
+    wait = 0.4
+    # A date has whole seconds: two seconds ahead is at least one second away.
+    server.retry_after = str(wait) if kind == "seconds" else email.utils.formatdate(time.time() + 2, usegmt=True)
+    run = Run(TRACES[:12], settings_for(server, concurrency=4), ledger)
+    assert run.failures == {} and len(server.seen) == 16
+    refused, later = server.seen[:4], server.seen[4:]
+    assert {seen.attempt for seen in refused} == {0}
+    pause = min(seen.time for seen in later) - max(seen.time for seen in refused)
+    assert pause >= (wait if kind == "seconds" else 0.9) - 0.05
+
+
+def test_backoff_grows_and_varies(server, ledger):
+    server.plan = lambda content, attempt: "500" if attempt < 4 else None
+    Run(TRACES[:4], settings_for(server, backoff=0.05, max_backoff=0.2), ledger)
+    waits: list[list[float]] = [[], [], [], []]
+    for content in server.paid:
+        times = [seen.time for seen in server.seen if seen.content == content]
+        for number in range(4):
+            waits[number].append(times[number + 1] - times[number])
+    for number, least in enumerate((0.025, 0.05, 0.1, 0.1)):  # half of 0.05, 0.1, 0.2 and 0.2 (the limit)
+        assert min(waits[number]) >= least - 0.005
+        assert len({round(wait, 4) for wait in waits[number]}) > 1
+
+
+def test_a_call_is_given_up_when_it_would_wait_too_long(server, ledger):
+    server.retry_after = "3600"
+    server.plan = lambda content, attempt: "429" if struck(content, 0.3) else None
+    began = time.monotonic()
+    run = Run(SOME, settings_for(server, call_timeout=5.0), ledger)
+    assert time.monotonic() - began < 5
+    assert set(run.failures.values()) == {"rate_limited"} and max(server.attempts.values()) == 1
+    assert len(server.paid) == 40 - len(run.failures)
+
+
+def test_the_limits_of_a_run_stop_it_and_keep_what_was_paid(server, ledger):
+    server.latency = 0.05
+    timed = Run(SOME, settings_for(server, concurrency=2, run_timeout=0.3), ledger)
+    assert timed.error is not None and "run_timeout of 0.3 s is over" in str(timed.error)
+    assert 0 < len(timed.labelled) == server.paid.total() < 40
+    # 100 tokens of prompt (40 of them cached) and 10 of answer: 60 x 1 + 40 x 0.5 + 10 x 2 = 100 micro-dollars a call.
+    prices = {"input_price": 1.0, "cached_price": 0.5, "output_price": 2.0}
+    before = server.paid.total()
+    dear = Run(SOME, settings_for(server, concurrency=4, max_cost=0.001, **prices), ledger)
+    assert dear.error is not None and "max_cost of $0.001 is reached" in str(dear.error)
+    assert 10 <= server.paid.total() - before <= 13
+    assert dear.meter.cost == pytest.approx(1e-4 * dear.meter.paid)
+    server.latency = 0.0
+    assert Run(SOME, settings_for(server), ledger).failures == {}
+    assert set(server.paid.values()) == {1}
+
+
+def test_calls_in_flight_are_bounded(server, ledger):
+    server.latency = 0.02
+    Run(SOME, settings_for(server, concurrency=6), ledger)
+    assert server.max_in_flight == 6
+
+
+def test_the_ledger_is_asked_before_the_gate(server, ledger):
+    """With the only place taken by a call that hangs, everything that is paid for is still handed over."""
+    Run(SOME[1:], settings_for(server), ledger)
+    release = threading.Event()
+    server.plan = lambda content, attempt: None if release.wait(10) else "500"
+    done: list[str] = []
+
+    def on_done(labelled: Labelled, meter: Meter) -> None:
+        done.append(labelled.annotation.trace_id)
+        if len(done) == 39:
+            release.set()
+
+    label_traces(SOME, JudgePrompt(), settings_for(server, concurrency=1), ledger, on_done=on_done)
+    assert release.is_set() and done[-1] == SOME[0].id and len(done) == 40
+
+
+def test_the_same_text_under_two_ids_is_paid_once(server, ledger):
+    twins = [replace(trace, id=f"{trace.problem_id}/{sample}", sample=sample) for trace in SOME for sample in (0, 1)]
+    run = Run(twins, settings_for(server), ledger)
+    check_labels(run, twins)
+    assert len(run.labelled) == 80 and set(server.paid.values()) == {1} and len(server.seen) == 40
+
+
+def test_a_trace_without_a_sentence_needs_no_call(server, ledger):
+    empty = [replace(make_trace(0), text=text) for text in ("", "</think>\n\nTwelve.", "<think>\n ...")]
+    for trace in empty:
+        run = Run([trace], settings_for(server), ledger)
+        assert run.annotations == [Annotation(trace.id, run.annotations[0].judge, ())] and run.failures == {}
+    assert server.seen == []
+
+
+def test_what_was_sent_and_answered_is_on_record(server, ledger):
+    run = Run(TRACES[:1], settings_for(server, seed=5, extra_body={"top_p": 1}), ledger)
+    prompt = JudgePrompt()
+    body = server.seen[0].body
+    assert body == {
+        "model": "judge-1",
+        "messages": prompt.messages(TRACES[0]),
+        "temperature": 0.0,
+        "seed": 5,
+        "max_tokens": 4096,
+        "top_p": 1,
+        **prompt.request_fields(),
+    }
+    entry = next(iter(read_entries(ledger).values()))
+    assert entry["answer"] == '{"runs":[{"from":1,"label":"initializing"},{"from":2,"label":"deduction"},' + (
+        '{"from":3,"label":"backtracking"},{"from":4,"label":"deduction"}]}'
+    )
+    assert (entry["requested_model"], entry["model"]) == ("judge-1", "judge-1-snapshot")
+    assert (entry["system_fingerprint"], entry["finish_reason"], entry["refusal"]) == ("fp_1", "stop", None)
+    assert (entry["prompt"], entry["trace"], entry["vote"]) == (prompt.hash, "p0/0", 0)
+    assert entry["parameters"] == {k: v for k, v in body.items() if k not in ("model", "messages")}
+    assert entry["usage"]["prompt_tokens"] == 100 and re.fullmatch(r"[\d-]+T[\d:]+Z", entry["time"])
+    assert run.annotations[0].judge == f"openai:judge-1:sentences:{prompt.hash}"
+
+
+def test_what_is_left_out_is_not_sent(server, ledger):
+    Run(
+        TRACES[:1],
+        settings_for(server, seed=None, temperature=None, max_tokens=None),
+        ledger,
+        prompt=JudgePrompt("inline"),
+    )
+    assert set(server.seen[0].body) == {"model", "messages"}
+
+
+def test_the_meter_counts_tokens_and_money(server, ledger):
+    prices = {"input_price": 2.5, "output_price": 10.0}
+    run = Run(TRACES[:20], settings_for(server, **prices), ledger)
+    meter = run.meter
+    assert (meter.prompt_tokens, meter.cached_tokens, meter.completion_tokens) == (2000, 800, 200)
+    assert meter.cost == pytest.approx((2000 * 2.5 + 200 * 10) / 1e6)
+    assert str(meter) == "20 paid, 0 from the ledger, 2,000 + 200 tokens, $0.0070"
+    cheaper = replace(meter, settings=settings_for(server, cached_price=1.25, **prices))
+    assert cheaper.cost == pytest.approx((1200 * 2.5 + 800 * 1.25 + 200 * 10) / 1e6)
+    assert replace(meter, settings=settings_for(server)).cost is None
+    meter.add({})
+    assert (meter.paid, meter.without_usage) == (21, 1)
+
+
+def test_the_estimate_is_what_a_run_then_asks(server, ledger):
+    prices = {"input_price": 2.0, "output_price": 8.0}
+    settings, prompt, some = settings_for(server, **prices), JudgePrompt(), TRACES[10:50]
+    Run(some[:10], settings, ledger)
+    planned = estimate([*some, some[0]], prompt, settings, ledger, votes=2)
+    assert (planned.calls, planned.reused) == (70, 12)
+    assert len(server.seen) == 10
+    shown = sum(len(message["content"]) for trace in some for message in prompt.messages(trace))
+    assert planned.prompt_tokens == pytest.approx(shown / 3.8 * 70 / 40, rel=0.01)
+    assert planned.cost == pytest.approx((planned.prompt_tokens * 2 + planned.completion_tokens * 8) / 1e6)
+    assert "70 calls to pay, 12 in the ledger" in str(planned) and "about $" in str(planned)
+    Run([*some, replace(some[0], id="twin")], settings, ledger, votes=2)
+    assert len(server.seen) == 10 + 70
+    assert estimate(some, prompt, settings, ledger).calls == 0
+    unknown = estimate(some, prompt, settings_for(server), ledger, votes=2)
+    assert unknown.cost is None and "give input_price and output_price" in str(unknown)
+
+
+def test_the_estimate_of_answers_fits_the_released_ones(ward2025, ledger):
+    traces, annotated = read_released(ward2025)
+    inline = estimate(traces, JudgePrompt("inline"), ChatSettings(), ledger)
+    released = sum(len(answer) for answer in annotated) / 3.886  # characters per token of Llama-3.1, measured on them
+    assert inline.completion_tokens == pytest.approx(released, rel=0.15)
+    sentences = estimate(traces, JudgePrompt(), ChatSettings(), ledger)
+    assert 0.15 < sentences.completion_tokens / released < 0.25  # a fifth of the output
+
+
+def test_votes_are_asked_with_seeds_of_their_own_and_the_majority_stays(server, ledger):
+    server.plan = lambda content, attempt: "bad_labels" if attempt == 1 and struck(content, 0.5) else None
+    some = TRACES[:20]
+    run = Run(some, settings_for(server, seed=7, concurrency=1), ledger, votes=3)
+    assert run.failures == {} and len(server.seen) == 60
+    assert {seen.body["seed"] for seen in server.seen} == {7, 8, 9}
+    check_labels(run, some)
+    failed = Counter(sum(failure(vote) is not None for vote in labelled.votes) for labelled in run.labelled.values())
+    assert set(failed) == {0, 1} and {len(labelled.votes) for labelled in run.labelled.values()} == {3}
+    assert run.annotations[0].judge.endswith(":3votes")
+    # One vote more is all that is paid when a single answer was there before.
+    server.plan = lambda content, attempt: None
+    Run(some, settings_for(server, seed=7), ledger, votes=4)
+    assert len(server.seen) == 80
+
+
+def votes_of(*answers: list[tuple[str, int, int]] | str) -> list[Annotation]:
+    """Annotations of one trace: lists of sections, or reasons of failures."""
+    return [
+        Annotation("p0/0", "j", (), (Rejection(f"judge_failed:{answer}", "", ""),))
+        if isinstance(answer, str)
+        else Annotation("p0/0", "j", tuple(Section(*section) for section in answer))
+        for answer in answers
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answers", "sections", "rejected"),
+    [
+        # Two of three agree on the start; the section ends where the first of them ends it.
+        (
+            ([("deduction", 8, 40)], [("deduction", 8, 30)], [("backtracking", 8, 50)]),
+            [("deduction", 8, 30)],
+            [("no_majority", "backtracking", (8, 50))],
+        ),
+        # Two of four are no majority.
+        (
+            ([("deduction", 8, 20)], [("deduction", 8, 20)], [("deduction", 9, 20)], [("deduction", 9, 20)]),
+            "no_majority",
+            [("no_majority", "deduction", (8, 20)), ("no_majority", "deduction", (9, 20))],
+        ),
+        # A failed vote supports nothing, and does not lower the majority either.
+        (([("deduction", 8, 20)], [("deduction", 8, 20)], "empty_reply"), [("deduction", 8, 20)], []),
+        (
+            ([("deduction", 8, 20)], [("deduction", 9, 20)], "empty_reply"),
+            "no_majority",
+            [("no_majority", "deduction", (8, 20)), ("no_majority", "deduction", (9, 20))],
+        ),
+        (([("deduction", 8, 20)], "empty_reply", "timed_out", "timed_out"), "timed_out", []),
+        (([("deduction", 8, 20)], "refused"), "refused", []),
+    ],
+)
+def test_majorities(answers, sections, rejected):
+    merged = merge_votes(TRACES[0], votes_of(*answers))
+    text = TRACES[0].text
+    expected = [(reason, name, text[slice(*span)]) for reason, name, span in rejected]
+    found = [(r.reason, r.label, r.text) for r in merged.rejected if not r.reason.startswith("judge_failed")]
+    assert found == expected
+    if isinstance(sections, str):
+        assert failure(merged) == sections
+    else:
+        assert failure(merged) is None
+        assert [(s.label, s.start, s.stop) for s in merged.sections] == sections
+
+
+def test_merged_sections_never_overlap():
+    rng = random.Random(0)
+    for _ in range(300):
+        votes = []
+        for _ in range(5):
+            cuts = sorted(rng.sample(range(8, 30), 4))
+            votes.append([(rng.choice(LABELS[:2]), a, b) for a, b in zip(cuts[::2], cuts[1::2], strict=True)])
+        merged = merge_votes(TRACES[0], votes_of(*votes))
+        spans = [(s.start, s.stop) for s in merged.sections]
+        assert all(stop <= start for (_, stop), (start, _) in pairwise(spans))
+        for section in merged.sections:
+            assert sum((section.label, section.start) in {v[:2] for v in vote} for vote in votes) >= 3
+
+
+def test_answers_of_no_use_are_asked_for_again_on_request(server, ledger):
+    server.plan = lambda content, attempt: "empty" if attempt < 2 and struck(content, 0.3) else None
+    some = TRACES[:30]
+    once = Run(some, settings_for(server), ledger)
+    assert 0 < len(once.failures) < 15
+    again = Run(some, settings_for(server), ledger, reask=2)
+    assert again.failures == {} and len(server.seen) == 30 + 2 * len(once.failures)
+    check_labels(again, some)
+    assert Run(some, settings_for(server), ledger, reask=2).labelled == again.labelled
+    assert len(server.seen) == 30 + 2 * len(once.failures)
+
+
+def test_votes_out_of_range_are_refused(server, ledger):
+    with pytest.raises(ValueError, match="votes 0 must be at least 1 and reask 0 at least 0"):
+        Run(TRACES, settings_for(server), ledger, votes=0)
+
+
+def test_the_key_is_in_the_header_and_nowhere_else(server, tmp_path, caplog):
+    """Also where the endpoint sends it back: in errors, and in an answer (an echo of a problem that holds it)."""
+    caplog.set_level(logging.DEBUG)
+    ledger = tmp_path / "ledger.jsonl"
+    some = [replace(trace, problem=f"{trace.problem} {KEY}") for trace in TRACES[:8]]
+    server.plan = lambda content, attempt: "500" if attempt == 0 else "echo"
+    run = Run(some, settings_for(server), ledger)
+    assert set(run.failures.values()) == {"unlabelled_reply"}
+    server.plan = lambda content, attempt: "500"
+    failed = Run(some, settings_for(server, max_retries=0, model="judge-2"), ledger)
+    assert set(failed.failures.values()) == {"server_error"}
+    server.plan = lambda content, attempt: "wrong_key"
+    stopped = Run(some, settings_for(server, model="judge-3"), ledger)
+    ours = [str(stopped.error), repr(run.labelled), repr(failed.labelled), str(run.meter), ledger.read_text()]
+    logs = [record.getMessage() for record in caplog.records if record.name.startswith("backtrack_jax")]
+    assert not any(KEY in text for text in ours + logs)
+    assert all("[key]" in text for text in (ours[0], ours[2], ours[4]))
+    headers = [record.getMessage() for record in caplog.records]
+    assert not any(f"Bearer {KEY}" in text for text in headers)
+
+
+def test_a_notebook_can_await_it(server, ledger):
+    async def cell() -> int:
+        done: list[Labelled] = []
+        meter = await label(
+            TRACES[:3], JudgePrompt(), settings_for(server), ledger, on_done=lambda one, _: done.append(one)
+        )
+        assert meter.paid == 3
+        return len(done)
+
+    assert asyncio.run(cell()) == 3
+
+
+def test_an_error_of_the_caller_ends_the_run(server, ledger):
+    def on_done(labelled: Labelled, meter: Meter) -> None:
+        raise OSError("disk full")
+
+    server.latency = 0.05
+    with pytest.raises(OSError, match="disk full"):
+        label_traces(SOME, JudgePrompt(), settings_for(server, concurrency=4), ledger, on_done=on_done)
+    assert len(server.seen) <= 12
+    server.latency = 0.0
+    paid_before = set(server.paid) & {seen.content for seen in server.seen}
+    run = Run(SOME, settings_for(server), ledger)
+    assert run.failures == {} and run.meter.reused >= 1 and len(paid_before) <= 12
+
+
+def test_the_name_of_the_judge_tells_model_and_prompt():
+    settings = ChatSettings()
+    names = {
+        judge_name(JudgePrompt(), settings),
+        judge_name(JudgePrompt("inline"), settings),
+        judge_name(JudgePrompt(), settings, 3),
+    }
+    assert names == {
+        f"openai:gpt-4o-2024-08-06:sentences:{JudgePrompt().hash}",
+        f"openai:gpt-4o-2024-08-06:inline:{JudgePrompt('inline').hash}",
+        f"openai:gpt-4o-2024-08-06:sentences:{JudgePrompt().hash}:3votes",
+    }
+
+
+WORKER = """
+import sys
+from backtrack_jax.data.records import read_traces
+from backtrack_jax.judges.client import ChatSettings
+from backtrack_jax.judges.openai import label_traces
+from backtrack_jax.judges.prompts import JudgePrompt
+
+settings = ChatSettings(model="judge-1", base_url=sys.argv[1], concurrency=8, backoff=0.001, max_backoff=0.01)
+traces = read_traces(sys.argv[2])
+label_traces(traces, JudgePrompt(), settings, sys.argv[3], on_done=lambda one, meter: print(one.annotation.trace_id))
+"""
+
+
+def test_a_killed_run_pays_again_for_nothing_but_calls_in_flight(server, ledger):
+    rng = random.Random(time.time_ns())
+    server.latency = 0.02
+    server.plan = lambda content, attempt: "500" if attempt == 0 and struck(content, 0.2) else None
+    write_jsonl(ledger.with_name("traces.jsonl"), TRACES)
+    command = [sys.executable, "-c", WORKER, server.base_url, str(ledger.with_name("traces.jsonl")), str(ledger)]
+    lost, killed_at, asked = 0, 0, 0
+    known: set[str] = set()
+    for _ in range(2):
+        killed_at = rng.randint(killed_at + 1, killed_at + 90)
+        reached = threading.Event()
+        server.on_paid = lambda count, at=killed_at, event=reached: event.set() if count >= at else None
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        assert reached.wait(30)
+        process.kill()
+        process.wait()
+        time.sleep(0.1)  # for what was in flight to be answered, into the void
+        with server.lock:
+            paid, asked = server.paid.total(), len(server.seen)
+        recorded = read_entries(ledger)
+        assert 0 <= paid - lost - len(recorded) <= 8  # calls in flight when it was killed
+        lost = paid - len(recorded)
+        known = {entry["trace"] for entry in recorded.values()}
+    server.on_paid = lambda count: None
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert sorted(finished.stdout.split()) == sorted(trace.id for trace in TRACES)
+    assert server.paid.total() == 200 + lost
+    contents = {JudgePrompt().messages(trace)[1]["content"]: trace.id for trace in TRACES}
+    assert not known & {contents[seen.content] for seen in server.seen[asked:]}
+    run = Run(TRACES, settings_for(server), ledger)
+    assert run.failures == {} and (run.meter.paid, run.meter.reused) == (0, 200)
+    check_labels(run, TRACES)
+    assert len([json.loads(line) for line in ledger.read_text().splitlines()]) == 200
