@@ -1,0 +1,31 @@
+"""The problems that ship with the package: 300 in the ten categories of the paper, written for this project."""
+
+from importlib import resources
+
+from backtrack_jax.data.records import Problem, read_problems
+
+CATEGORIES = (
+    "math_logic",
+    "spatial",
+    "verbal",
+    "pattern",
+    "lateral",
+    "causal",
+    "probability",
+    "systems",
+    "creative",
+    "scientific",
+)
+"""The categories of the paper, in its order."""
+
+
+def shipped_problems() -> list[Problem]:
+    """Reads `problems.jsonl` beside this module.
+
+    The texts are not those of the paper: they are of the same kind and number, 30 in each of `CATEGORIES`.
+
+    Returns:
+        The 300 problems, by category and then by number; ids run from `<category>_00` to `<category>_29`.
+    """
+    with resources.as_file(resources.files("backtrack_jax.data") / "problems.jsonl") as path:
+        return read_problems(path)
