@@ -1,0 +1,92 @@
+"""Where weights and rows lie on several devices: a mesh of `data` (rows of a batch) x `model` (parts of every weight).
+
+Each head lives on one device of the `model` axis. The matrices that read the residual stream are split by output and
+those that write it by input, so each block adds up its parts twice, after attention and after the MLP. Embeddings are
+split by vocabulary; norms are whole everywhere. The compiler derives everything else from that.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from backtrack_jax.models.config import LlamaConfig
+from backtrack_jax.models.llama import Llama
+
+DATA, MODEL = "data", "model"
+
+# Which axis of a weight is split, counted from the last: blocks have a leading axis L that is never split.
+_SPLIT_AXIS = {
+    "embed_tokens": -2,
+    "lm_head": -2,
+    "q_proj": -1,
+    "k_proj": -1,
+    "v_proj": -1,
+    "o_proj": -2,
+    "gate_proj": -1,
+    "up_proj": -1,
+    "down_proj": -2,
+}
+
+
+def make_mesh(model_parallel: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """Arranges devices as `data` x `model`.
+
+    Args:
+      model_parallel: devices that one copy of the weights is spread over.
+      devices: JAX devices, default all.
+
+    Returns:
+      The mesh; the compiler chooses the sharding of intermediate values (`AxisType.Auto`).
+
+    Raises:
+      ValueError: the number of devices is not a multiple of `model_parallel`.
+    """
+    devices = jax.devices() if devices is None else devices
+    if model_parallel < 1 or len(devices) % model_parallel:
+        raise ValueError(f"model_parallel={model_parallel} does not divide the number of devices, {len(devices)}")
+    shape = (len(devices) // model_parallel, model_parallel)
+    return jax.make_mesh(shape, (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
+
+
+def shardings(config: LlamaConfig, mesh: Mesh) -> dict[str, Any]:
+    """Placement of every weight of a model.
+
+    Args:
+      config: architecture.
+      mesh: from `make_mesh`.
+
+    Returns:
+      Nested dict of NamedSharding, with the keys of `nnx.to_pure_dict(nnx.state(model))`.
+
+    Raises:
+      ValueError: names every size that the `model` axis does not divide.
+    """
+    parts = mesh.shape[MODEL]
+    sizes = {
+        "num_key_value_heads": config.n_kv_heads,
+        "intermediate_size": config.d_mlp,
+        "vocab_size": config.vocab_size,
+    }
+    faults = [f"{name}={size}" for name, size in sizes.items() if size % parts]
+    if faults:
+        raise ValueError(f"the mesh's model axis of {parts} devices does not divide {', '.join(faults)}")
+    abstract = nnx.eval_shape(lambda: Llama(config, jnp.dtype(jnp.float32), rngs=nnx.Rngs(0)))
+    return jax.tree.map_with_path(
+        lambda path, leaf: NamedSharding(mesh, _spec(path[-1].key, leaf.ndim)), nnx.to_pure_dict(nnx.state(abstract))
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Placement of arrays whose leading axis is the batch (ids, positions, rows of an intervention)."""
+    return NamedSharding(mesh, PartitionSpec(DATA))
+
+
+def _spec(name: str, n_axes: int) -> PartitionSpec:
+    axes: list[str | None] = [None] * n_axes
+    if name in _SPLIT_AXIS:
+        axes[_SPLIT_AXIS[name]] = MODEL
+    return PartitionSpec(*axes)
