@@ -175,7 +175,8 @@ def _filtered_weights(logits: jax.Array, sampling: Sampling) -> jax.Array:
         return jnp.where(kept | (top_k == 0), w, 0.0)
 
     def keep_top_p(w: jax.Array) -> jax.Array:
-        kept = _largest(logits, w, top_p * jnp.sum(w, axis=-1, keepdims=True))
+        target = jnp.maximum(top_p * jnp.sum(w, axis=-1, keepdims=True), jnp.finfo(w.dtype).tiny)  # at least one token
+        kept = _largest(logits, w, target)
         return jnp.where(kept | (top_p >= 1), w, 0.0)
 
     weights = lax.cond(jnp.any(top_k > 0), keep_top_k, lambda w: w, weights)
