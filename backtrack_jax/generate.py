@@ -47,11 +47,13 @@ class Generated:
       ids: [B, G] int32 sampled tokens; meaningful up to `lengths`, a stop token included.
       lengths: [B] int32 number of sampled tokens.
       stopped: [B] bool, True if the reply ended in a stop token, False if it reached the limit.
+      finite: [B] bool, False if the reply's logits were infinite or NaN at some step; its tokens then mean nothing.
     """
 
     ids: jax.Array
     lengths: jax.Array
     stopped: jax.Array
+    finite: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -65,6 +67,7 @@ class DecodeState:
       step: int32, number of tokens sampled so far in every row.
       stopped: [B] bool, rows that have sampled a stop token.
       lengths: [B] int32, tokens that count.
+      finite: [B] bool, rows whose logits have been finite.
     """
 
     cache: KVCache
@@ -72,6 +75,7 @@ class DecodeState:
     step: jax.Array
     stopped: jax.Array
     lengths: jax.Array
+    finite: jax.Array
 
 
 def generate(
@@ -102,7 +106,12 @@ def generate(
 
     Returns:
       The replies.
+
+    Raises:
+      ValueError: if `max_new_tokens` is below 1.
     """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}, expected at least 1")
     stop_ids = jnp.asarray(stop_ids, jnp.int32).reshape(-1)
     prompt_length = jnp.max(positions, axis=1) + 1
     if intervention is not None:
@@ -110,7 +119,8 @@ def generate(
 
     def record(state: DecodeState, resid: jax.Array) -> DecodeState:
         """Samples from the last position's residual stream [B, 1, D] and writes the tokens at `state.step`."""
-        tokens = sample(model.logits(resid[:, -1]), sampling, keys, state.step)
+        logits = model.logits(resid[:, -1])
+        tokens = sample(logits, sampling, keys, state.step)
         written = lax.dynamic_update_slice(state.ids, tokens[:, None], (0, state.step))
         return dataclasses.replace(
             state,
@@ -118,6 +128,7 @@ def generate(
             step=state.step + 1,
             stopped=state.stopped | jnp.isin(tokens, stop_ids),
             lengths=state.lengths + ~state.stopped,
+            finite=state.finite & (state.stopped | jnp.isfinite(jnp.max(logits, axis=-1))),
         )
 
     def decode_step(state: DecodeState) -> DecodeState:
@@ -135,9 +146,9 @@ def generate(
     cache = KVCache.empty(model.config, B, T + max_new_tokens, out.k.dtype).append(out.k, out.v, positions)
     nothing = jnp.zeros((B, max_new_tokens), jnp.int32)
     zeros = jnp.zeros(B, jnp.int32)
-    first = record(DecodeState(cache, nothing, jnp.zeros((), jnp.int32), zeros.astype(bool), zeros), out.resid)
-    last = lax.while_loop(unfinished, decode_step, first)
-    return Generated(last.ids, last.lengths, last.stopped)
+    start = DecodeState(cache, nothing, jnp.zeros((), jnp.int32), zeros > 0, zeros, zeros == 0)
+    last = lax.while_loop(unfinished, decode_step, record(start, out.resid))
+    return Generated(last.ids, last.lengths, last.stopped, last.finite)
 
 
 compiled_generate = jax.jit(generate, static_argnames="max_new_tokens")
@@ -281,6 +292,9 @@ def generate_rows(
     Rows of similar prompt length share a batch; an incomplete batch is filled with copies of its last row, so one shape
     per prompt bucket is compiled. Batches of which all rows are in `done` are left out; the others are composed as if
     nothing were done, so that an interrupted run repeats the very computation of an uninterrupted one.
+
+    Raises:
+      FloatingPointError: names the row whose logits are not finite.
     """
     for padded, members in batches([len(row.prompt) for row in rows], batch_size):
         if all(row in done for row in members):
@@ -297,7 +311,10 @@ def generate_rows(
             np.array(stop_ids, np.int32),
             max_new_tokens=max_new_tokens,
         )
-        ids, lengths, stopped = jax.device_get((out.ids, out.lengths, out.stopped))
+        ids, lengths, stopped, finite = jax.device_get((out.ids, out.lengths, out.stopped, out.finite))
+        for i, row in enumerate(members):
+            if not finite[i]:
+                raise FloatingPointError(f"row {row}: logits are not finite within its first {lengths[i]} tokens")
         yield [
             (row, Reply(tuple(ids[i, : lengths[i]].tolist()), "stop" if stopped[i] else "length"))
             for i, row in enumerate(members)
