@@ -1,0 +1,606 @@
+"""Generation against torch with a hook, against itself without a cache, alone, and in other company.
+
+Shapes are few on purpose: most tests run the one program that `generate_rows` compiles for prompts of up to 64 tokens.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+
+from backtrack_jax import generate as generate_module
+from backtrack_jax.generate import (
+    Generated,
+    Reply,
+    Row,
+    Sampling,
+    batches,
+    compiled_generate,
+    generate,
+    generate_rows,
+    noise_key,
+    row_key,
+    sample,
+)
+from backtrack_jax.intervention import (
+    Intervention,
+    Span,
+    ablate,
+    add_vector,
+    gaussian_noise,
+    intervene,
+    no_intervention,
+    self_amplify,
+    stack_rows,
+)
+from backtrack_jax.models import llama
+from backtrack_jax.models.batching import left_pad, right_pad
+
+pytest.importorskip("torch", reason="needs torch and transformers to compare with")
+
+import torch
+import transformers
+from torch_reference import CONFIG, added, tiny_llama, torch_copy, torch_logits, unit_vectors
+
+L, D, V = CONFIG.n_layers, CONFIG.d_model, CONFIG.vocab_size
+B, T, G = 6, 64, 10
+NEVER = (-1, -1)  # stop ids that no token has
+GREEDY = Sampling()
+PROMPTS = [np.random.default_rng(n).integers(0, V, n).tolist() for n in (5, 12, 1, 9, 7, 3)]
+VECTORS = unit_vectors(3, D)
+# Layer, magnitude, span by name, the same span in positions. The last one starts in the prompt and ends in the reply.
+CONDITIONS = [
+    (1, 0.0, "all", (0, 99)),
+    (0, 8.0, "all", (0, 99)),
+    (2, -20.0, "all", (0, 99)),
+    (1, 12.0, "prompt", (0, 9)),
+    (1, 12.0, "generated", (7, 99)),
+    (1, 12.0, (1, 7), (1, 7)),
+]
+MODEL = tiny_llama()
+
+
+def steered(layer: int, magnitude: float, span: Span = "all") -> Intervention:
+    return add_vector(VECTORS[layer], layer, magnitude, n_layers=L, span=span)
+
+
+NOTHING = no_intervention(L, D)
+STEERED = [steered(*condition[:3]) for condition in CONDITIONS]
+KEYS = [row_key(0, "problem", i) for i in range(B)]
+NOISY = [
+    gaussian_noise(1, 9.0, noise_key(KEYS[0]), n_layers=L, d_model=D),
+    gaussian_noise(0, 5.0, noise_key(KEYS[1]), n_layers=L, d_model=D, span="generated"),
+    gaussian_noise(2, 9.0, noise_key(KEYS[2]), n_layers=L, d_model=D) + steered(1, 6.0),
+    self_amplify(1, 15.0, n_layers=L, d_model=D),
+    ablate(VECTORS[1], n_layers=L),
+    gaussian_noise(1, 9.0, noise_key(KEYS[5]), n_layers=L, d_model=D, span=(2, 6)),
+]
+
+
+def n_programs() -> int:
+    """How often `compiled_generate` has been compiled."""
+    return compiled_generate._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def run(
+    prompts: Sequence[Sequence[int]],
+    interventions: Sequence[Intervention],
+    sampling: Sampling = GREEDY,
+    stop_ids: Sequence[int] = NEVER,
+    keys: Sequence[jax.Array] = KEYS,
+    padded: int = T,
+) -> Generated:
+    """`compiled_generate` with arguments of the types that `generate_rows` gives it, so both share one program."""
+    ids, positions = left_pad(prompts, padded)
+    out = compiled_generate(
+        MODEL,
+        ids,
+        positions,
+        jnp.stack(list(keys)),
+        stack_rows(interventions),
+        sampling,
+        np.array(stop_ids, np.int32),
+        max_new_tokens=G,
+    )
+    return jax.device_get(out)
+
+
+class Recorder:
+    """Runs `generate` and notes, at run time, every position that a pass changes and the logits of every step."""
+
+    def __init__(self) -> None:
+        self.changes: list[tuple] = []  # (layer, positions [B, T], changed [B, T]) of every pass through every block
+        self.steps: dict[int, np.ndarray] = {}  # step -> [B, V] float32
+
+        def spying_intervene(x, at_layer, layer, positions):
+            after = intervene(x, at_layer, layer, positions)
+            changed = jnp.any(x != after, axis=-1)
+            jax.debug.callback(lambda *seen: self.changes.append(jax.device_get(seen)), layer, positions, changed)
+            return after
+
+        def spying_sample(logits, sampling, keys, step):
+            jax.debug.callback(lambda at, seen: self.steps.update({int(at): np.array(seen)}), step, logits)
+            return sample(logits, sampling, keys, step)
+
+        def traced(*args):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(llama, "intervene", spying_intervene)
+                patch.setattr(generate_module, "sample", spying_sample)
+                return generate(*args, max_new_tokens=G)
+
+        self._compiled = jax.jit(traced)
+
+    def __call__(
+        self,
+        interventions: Sequence[Intervention],
+        temperature: Sequence[float] = (0.0,) * B,
+        stop_ids: Sequence[int] = NEVER,
+        prompts: Sequence[Sequence[int]] = PROMPTS,
+    ) -> np.ndarray:
+        """The replies' ids; `changes` and `steps` then hold what happened."""
+        self.changes.clear()
+        self.steps.clear()
+        ids, positions = left_pad(prompts, T)
+        sampling = Sampling(jnp.array(temperature, jnp.float32))
+        stop = np.array(stop_ids, np.int32)
+        out = self._compiled(MODEL, ids, positions, jnp.stack(KEYS), stack_rows(interventions), sampling, stop)
+        jax.block_until_ready(out)
+        jax.effects_barrier()
+        return np.asarray(out.ids)
+
+    @property
+    def logits(self) -> np.ndarray:
+        """[steps, B, V] float32."""
+        return np.stack([self.steps[step] for step in range(len(self.steps))])
+
+    def changed_positions(self, row: int) -> list[tuple[int, int]]:
+        """(layer, position) of every change to a row, sorted; twice where it was changed twice."""
+        return sorted(
+            (int(layer), int(position))
+            for layer, positions, changed in self.changes
+            for position in positions[row][changed[row]]
+        )
+
+
+@pytest.fixture(scope="module")
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture(scope="module")
+def reference() -> transformers.LlamaForCausalLM:
+    return torch_copy(MODEL)
+
+
+@jax.jit
+def forward(ids: jax.Array, positions: jax.Array, intervention: Intervention | None) -> jax.Array:
+    """Logits [B, T, V] of one pass without a cache."""
+    return MODEL.logits(MODEL(ids, positions, intervention=intervention).resid)
+
+
+def uncached_logits(replies: np.ndarray, interventions: Sequence[Intervention]) -> np.ndarray:
+    """Logits of one pass over prompts and replies, at the positions that the replies were sampled from: [G, B, V]."""
+    lengths = np.array([len(prompt) for prompt in PROMPTS])
+    ids, positions = right_pad([p + r.tolist()[:-1] for p, r in zip(PROMPTS, replies, strict=True)], 24)
+    out = forward(ids, positions, stack_rows(interventions).resolve(jnp.array(lengths)))
+    return np.stack([out[np.arange(B), lengths - 1 + step] for step in range(G)])
+
+
+def test_every_step_equals_torch_with_a_hook(recorder, reference):
+    """T12, T13: ragged prompts, six spans and magnitudes in one batch, each against a full pass of its row alone."""
+    replies = recorder(STEERED)
+    for row, (layer, magnitude, _, span) in enumerate(CONDITIONS):
+        text = PROMPTS[row] + replies[row].tolist()
+        with added(reference, layer, magnitude * np.asarray(VECTORS[layer]), span):
+            expected = torch_logits(reference, text[:-1])[len(PROMPTS[row]) - 1 :]
+        np.testing.assert_allclose(recorder.logits[:, row], expected, atol=1e-4, err_msg=f"row {row}")
+        shortfall = expected.max(-1) - expected[np.arange(G), replies[row]]
+        assert (shortfall < 1e-4).all(), "the reply is the most likely token of every step"
+
+
+def test_texts_vary_between_prompts_and_conditions():
+    """Otherwise the test above could hardly fail."""
+    steered_replies, plain_replies = run(PROMPTS, STEERED).ids, run(PROMPTS, [NOTHING] * B).ids
+    assert [np.array_equal(*pair) for pair in zip(steered_replies, plain_replies, strict=True)] == [True] + [False] * 5
+    assert len({tuple(reply) for reply in plain_replies.tolist()}) == B
+    assert all(len(set(reply)) > 3 for reply in plain_replies.tolist()), "texts vary"
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 8.0])
+def test_greedy_equals_hugging_face_generate(reference, magnitude):
+    prompts = PROMPTS[:3]
+    ids, positions = left_pad(prompts, 12)
+    with added(reference, 1, magnitude * np.asarray(VECTORS[1])):
+        expected = reference.generate(
+            torch.tensor(ids),
+            attention_mask=torch.tensor((positions >= 0).astype(np.int64)),
+            do_sample=False,
+            max_new_tokens=G,
+            pad_token_id=0,
+            eos_token_id=None,
+        )
+    mine = run(prompts * 2, [steered(1, m) for m in (magnitude, 20.0) for _ in prompts])
+    np.testing.assert_array_equal(mine.ids[:3], expected[:, 12:].numpy())
+
+
+@pytest.mark.parametrize("interventions", [STEERED, NOISY], ids=["steered", "noisy"])
+def test_cached_decoding_equals_the_full_pass(recorder, interventions):
+    """T12, also for noise, which is drawn by position, and for the interventions that depend on the activation."""
+    replies = recorder(interventions, temperature=[0.0, 1.0] * 3)
+    np.testing.assert_allclose(recorder.logits, uncached_logits(replies, interventions), atol=1e-4)
+    others = [*interventions[1:], interventions[0]]
+    assert np.abs(recorder.logits - uncached_logits(replies, others)).max() > 0.1, "the interventions matter"
+
+
+def test_every_pass_is_steered_inside_the_span_and_nowhere_else(recorder):
+    """Each position once, in prefill or in its decode step: prompt + G - 1 passes; the last token is never an input."""
+    recorder(STEERED)
+    for row, (layer, magnitude, _, (start, stop)) in enumerate(CONDITIONS):
+        end = len(PROMPTS[row]) + G - 1
+        expected = [(layer, t) for t in range(max(start, 0), min(stop, end)) if magnitude]
+        assert recorder.changed_positions(row) == expected, f"row {row}"
+
+
+def test_generated_cannot_change_the_first_token_and_prompt_can(recorder):
+    """T13: generated position j is the pass whose input is generated token j."""
+    plain = recorder([NOTHING] * B), recorder.logits
+    generated = recorder([steered(1, 30.0, "generated")] * B), recorder.logits
+    prompt = recorder([steered(1, 30.0, "prompt")] * B), recorder.logits
+    np.testing.assert_array_equal(generated[1][0], plain[1][0])
+    np.testing.assert_array_equal(generated[0][:, 0], plain[0][:, 0])
+    assert (np.abs(generated[1][1] - plain[1][1]).max(-1) > 0.1).all(), "the second token is reached in every row"
+    assert (np.abs(prompt[1][0] - plain[1][0]).max(-1) > 0.1).all()
+    assert (prompt[0][:, 0] != plain[0][:, 0]).any()
+
+
+def test_recording_changes_nothing(recorder):
+    np.testing.assert_array_equal(recorder(STEERED), run(PROMPTS, STEERED).ids)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("interventions", [STEERED, NOISY], ids=["steered", "noisy"])
+def test_each_row_equals_the_same_row_alone(interventions, temperature):
+    """Complaint 1: without batch mates and with other padding (12 columns, not 64)."""
+    together = run(PROMPTS, interventions, Sampling(temperature))
+    for row in range(B):
+        alone = run([PROMPTS[row]], [interventions[row]], Sampling(temperature), keys=[KEYS[row]], padded=12)
+        np.testing.assert_array_equal(alone.ids[0], together.ids[row], err_msg=f"row {row}")
+
+
+@pytest.mark.parametrize("interventions", [STEERED, NOISY], ids=["steered", "noisy"])
+def test_text_does_not_depend_on_batch_mates(interventions):
+    first = run(PROMPTS, interventions, Sampling(1.0))
+    mates = run(
+        [*PROMPTS[3:], *PROMPTS[:3]],
+        [NOTHING, STEERED[2], NOISY[0], *interventions[:3]],
+        Sampling(1.0),
+        keys=[row_key(9, "other", 0)] * 3 + KEYS[:3],
+    )
+    np.testing.assert_array_equal(mates.ids[3:], first.ids[:3])
+
+
+def test_noise_differs_between_samples_and_not_between_runs():
+    noisy = [gaussian_noise(1, 30.0, noise_key(key), n_layers=L, d_model=D) for key in KEYS]
+    replies = run([PROMPTS[1]] * B, noisy).ids
+    assert len({tuple(reply) for reply in replies.tolist()}) == B
+    np.testing.assert_array_equal(run([PROMPTS[1]] * B, noisy).ids, replies)
+
+
+def test_a_reply_ends_at_its_first_stop_token():
+    free = run(PROMPTS, STEERED)
+    stops = [int(free.ids[3, 4]), int(free.ids[4, 0])]
+    out = run(PROMPTS, STEERED, stop_ids=stops)
+    for row in range(B):
+        hits = np.flatnonzero(np.isin(free.ids[row], stops))
+        length = hits[0] + 1 if len(hits) else G
+        assert out.lengths[row] == length
+        assert out.stopped[row] == bool(len(hits))
+        np.testing.assert_array_equal(out.ids[row, :length], free.ids[row, :length])
+    assert (out.lengths[4], out.lengths[3]) == (1, 5)
+    assert G in out.lengths, "later steps were made, and did not change what had ended"
+
+
+def test_a_stop_token_as_the_last_one_counts_as_stopped():
+    free = run(PROMPTS, STEERED)
+    last = int(free.ids[0, -1])
+    assert last not in free.ids[0, :-1]
+    out = run(PROMPTS, STEERED, stop_ids=[last, -1])
+    assert (out.lengths[0], bool(out.stopped[0])) == (G, True)
+
+
+def test_no_pass_is_made_after_the_last_row_has_stopped(recorder):
+    free = recorder([NOTHING] * B, prompts=[PROMPTS[0]] * B)
+    assert len(recorder.steps) == G
+    stop = int(free[0, 2])
+    assert stop not in free[0, :2]
+    recorder([NOTHING] * B, prompts=[PROMPTS[0]] * B, stop_ids=[stop, -1])
+    assert len(recorder.steps) == 3
+
+
+def test_same_keys_same_text_and_other_keys_other_text():
+    def text(keys):
+        return run([PROMPTS[1]] * B, [NOTHING] * B, Sampling(1.0), keys=keys).ids.tolist()
+
+    first = text(KEYS)
+    assert text([row_key(0, "problem", i) for i in range(B)]) == first
+    assert len({tuple(reply) for reply in first}) == B, "samples differ"
+    others = [row_key(1, "problem", 0), row_key(0, "problem 2", 0), row_key(0, "problem", 0)]
+    replies = text(others + others)
+    assert replies[:3] == replies[3:]
+    assert replies[2] == first[0]
+    assert len({tuple(reply) for reply in replies}) == 3, "seed and problem enter the key"
+
+
+def test_conditions_meet_the_same_random_numbers():
+    """Rows of one key draw alike whatever is done to them: here something is done only after the reply's end."""
+    late = [steered(layer, magnitude, (50, 60)) for layer in range(L) for magnitude in (4.0, -4.0)]
+    replies = run([PROMPTS[1]] * B, late, Sampling(1.0), keys=[KEYS[0]] * B).ids
+    np.testing.assert_array_equal(replies, np.broadcast_to(replies[0], replies.shape))
+    np.testing.assert_array_equal(replies, run([PROMPTS[1]] * B, [NOTHING] * B, Sampling(1.0), keys=[KEYS[0]] * B).ids)
+
+
+def test_noise_and_sampling_use_different_keys():
+    key = row_key(0, "problem", 0)
+    noise = jax.random.key_data(noise_key(key))
+    steps = {tuple(jax.random.key_data(jax.random.fold_in(key, step)).tolist()) for step in range(1000)}
+    assert tuple(noise.tolist()) not in steps
+
+
+def test_row_key_needs_no_order():
+    keys = {(p, s): row_key(3, p, s) for p in ("a/1", "a/2", "b") for s in range(4)}
+    again = {(p, s): row_key(3, p, s) for p in ("b", "a/2", "a/1") for s in reversed(range(4))}
+    data = {name: tuple(jax.random.key_data(key).tolist()) for name, key in keys.items()}
+    assert data == {name: tuple(jax.random.key_data(again[name]).tolist()) for name in data}
+    assert len(set(data.values())) == len(data)
+
+
+def test_zero_strength_is_the_unsteered_program_to_the_bit():
+    """T29: `intervention=None` compiles another program; rows that change nothing give its bits and its text."""
+    nothing = stack_rows([NOTHING, steered(2, 0.0), self_amplify(0, 0.0, n_layers=L, d_model=D)] * 2)
+    ids, positions = right_pad(PROMPTS, 24)
+    resolved = nothing.resolve(jnp.array([len(prompt) for prompt in PROMPTS]))
+    np.testing.assert_array_equal(forward(ids, positions, resolved), forward(ids, positions, None))
+    arguments = (MODEL, *left_pad(PROMPTS, T), jnp.stack(KEYS))
+    unsteered = compiled_generate(*arguments, None, Sampling(1.0), np.array(NEVER, np.int32), max_new_tokens=G)
+    zero = compiled_generate(*arguments, nothing, Sampling(1.0), np.array(NEVER, np.int32), max_new_tokens=G)
+    np.testing.assert_array_equal(unsteered.ids, zero.ids)
+
+
+def test_a_sweep_compiles_nothing():
+    """Complaints 9 and 15: vector, layer, magnitude, span, key, temperature, top-p, top-k and stop ids are values."""
+    run(PROMPTS, STEERED)
+    compiled = n_programs()
+    run(PROMPTS, [steered(i % L, 3.0 * i, (i, i + 4)) for i in range(B)], Sampling(0.7), keys=KEYS[::-1])
+    run(PROMPTS[::-1], NOISY, Sampling(0.6, 0.95, 20), stop_ids=[3, 4])
+    run(PROMPTS, [add_vector(VECTORS[2] * 2, 0, m, n_layers=L, span="prompt") for m in range(B)])
+    assert n_programs() == compiled
+
+
+def test_vmap_over_magnitudes_equals_rows():
+    magnitudes = np.array([0.0, 8.0, -20.0], np.float32)
+    ids, positions = map(jnp.array, left_pad(PROMPTS[:2], T))
+    keys = jnp.stack(KEYS[:2])
+
+    @jax.jit
+    @jax.vmap
+    def sweep(magnitude):
+        row = add_vector(VECTORS[1], 1, magnitude, n_layers=L)
+        both = stack_rows([row, row])
+        return generate(MODEL, ids, positions, keys, both, Sampling(1.0), NEVER, max_new_tokens=G)
+
+    rows = run(PROMPTS[:2] * 3, [steered(1, m) for m in magnitudes for _ in range(2)], Sampling(1.0), keys=KEYS[:2] * 3)
+    swept = sweep(magnitudes)
+    np.testing.assert_array_equal(swept.ids.reshape(B, G), rows.ids)
+    assert len({tuple(reply) for reply in rows.ids.tolist()}) == B
+
+
+@pytest.mark.parametrize("n", [0, -1])
+def test_no_token_at_all_is_refused(n):
+    with pytest.raises(ValueError, match=f"max_new_tokens={n}, expected at least 1"):
+        generate(MODEL, jnp.zeros((B, T), int), jnp.zeros((B, T), int), jnp.stack(KEYS), max_new_tokens=n)
+
+
+def test_a_row_without_finite_logits_stops_the_run(rows):
+    """Whatever is sampled from NaN is no reply, and may not even be a token."""
+    broken = [*rows[:2], dataclasses.replace(rows[2], intervention=steered(1, np.inf)), *rows[3:]]
+    for sampling in (GREEDY, Sampling(1.0)):
+        with pytest.raises(FloatingPointError, match="row 2: "):
+            replies_of(broken, sampling=sampling)
+
+
+# Sampling
+
+filtered_weights = jax.jit(generate_module._filtered_weights)
+inverse_cdf = jax.jit(generate_module._inverse_cdf)
+compiled_sample = jax.jit(sample)
+N = 200
+DRAW_KEYS = jax.random.split(jax.random.key(5), N)
+
+
+def draw(logits: np.ndarray, temperature: np.ndarray, top_p: np.ndarray, top_k: np.ndarray, step: int) -> np.ndarray:
+    """N tokens from [N, V] logits with settings [N]."""
+    sampling = Sampling(jnp.float32(temperature), jnp.float32(top_p), jnp.int32(top_k))
+    tokens = compiled_sample(jnp.float32(logits), sampling, DRAW_KEYS, jnp.int32(step))
+    assert tokens.dtype == jnp.int32
+    return np.asarray(tokens)
+
+
+def draw_by_hand(logits: np.ndarray, temperature: float, top_p: float, top_k: int, u: float) -> int:
+    """One token from [V], in float64: sort, filter, walk up the cumulative distribution."""
+    logits = logits.astype(np.float64) / temperature
+    order = np.argsort(-logits)
+    probabilities = np.exp(logits - logits.max())
+    probabilities[order[top_k or len(order) :]] = 0
+    probabilities /= probabilities.sum()
+    n_kept = int(np.searchsorted(np.cumsum(probabilities[order]), top_p)) + 1
+    probabilities[order[n_kept:]] = 0
+    return int(np.searchsorted(np.cumsum(probabilities / probabilities.sum()), u, side="right"))
+
+
+def test_every_sampled_token_by_hand(recorder):
+    """Step 0 to G - 1 draw with `fold_in(row key, step)`; rows at temperature 0 are greedy beside sampled ones."""
+    temperature = [0.0, 1.0, 0.7, 0.0, 1.3, 1.0]
+    replies = recorder(STEERED, temperature)
+    for step, row in np.ndindex(G, B):
+        logits = recorder.logits[step, row]
+        u = float(jax.random.uniform(jax.random.fold_in(KEYS[row], step)))
+        expected = draw_by_hand(logits, temperature[row], 1.0, 0, u) if temperature[row] else np.argmax(logits)
+        assert replies[row, step] == expected, (row, step)
+
+
+def test_filtered_samples_by_hand():
+    rng = np.random.default_rng(0)
+    logits = (3 * rng.normal(size=(N, V))).astype(np.float32)
+    temperature = rng.uniform(0.3, 2, N)
+    top_p = np.where(rng.random(N) < 0.3, 1, rng.uniform(0.05, 1, N))
+    top_k = np.where(rng.random(N) < 0.3, 0, rng.integers(1, V, N))
+    tokens = draw(logits, temperature, top_p, top_k, step=7)
+    u = [float(jax.random.uniform(jax.random.fold_in(key, 7))) for key in DRAW_KEYS]
+    expected = [draw_by_hand(*row) for row in zip(logits, temperature, top_p, top_k, u, strict=True)]
+    np.testing.assert_array_equal(tokens, expected)
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 2, 17, V - 1, V, V + 5])
+@pytest.mark.parametrize("top_p", [1.0, 0.999, 0.9, 0.5, 0.01])
+def test_kept_tokens_are_those_of_hugging_face(top_k, top_p):
+    logits = 2 * torch.randn((8, V), generator=torch.Generator().manual_seed(top_k))
+    kept = logits
+    if top_k:
+        kept = transformers.TopKLogitsWarper(min(top_k, V))(torch.zeros(1), kept)  # type: ignore[arg-type]
+    if top_p < 1:
+        kept = transformers.TopPLogitsWarper(top_p)(torch.zeros(1), kept)  # type: ignore[arg-type]
+    weights = filtered_weights(jnp.array(logits.numpy()), Sampling(1.0, top_p, top_k))
+    np.testing.assert_array_equal(weights > 0, torch.isfinite(kept).numpy())
+    probabilities = weights / jnp.sum(weights, -1, keepdims=True)
+    np.testing.assert_allclose(probabilities, torch.softmax(kept, -1).numpy(), rtol=2e-5)
+
+
+@pytest.mark.parametrize("top_p", [0.0, 1e-30])
+def test_top_p_of_nothing_keeps_the_most_likely_token(top_p):
+    logits = jax.random.normal(jax.random.key(0), (8, V))
+    weights = filtered_weights(logits, Sampling(1.0, top_p, 0))
+    np.testing.assert_array_equal(jnp.sum(weights > 0, axis=-1), 1)
+    np.testing.assert_array_equal(jnp.argmax(weights, axis=-1), jnp.argmax(logits, axis=-1))
+
+
+def test_samples_follow_the_softmax():
+    """Pearson's chi-square over 20,000 draws with fixed keys; the bound tells a temperature of 1.07 from 1."""
+    logits = 1.5 * np.random.default_rng(1).normal(size=V)
+    everywhere = np.ones(N)
+    tokens = [draw(logits + 0 * everywhere[:, None], everywhere, everywhere, 0 * everywhere, i) for i in range(100)]
+    observed = np.bincount(np.concatenate(tokens), minlength=V)
+
+    def p_value(temperature: float) -> float:
+        expected = observed.sum() * scipy.special.softmax(logits / temperature)
+        rare = expected < 5
+        counts, means = (np.append(x[~rare], x[rare].sum()) for x in (observed, expected))
+        return float(scipy.stats.chi2.sf(np.sum((counts - means) ** 2 / means), len(counts) - 1))
+
+    assert p_value(1.0) > 1e-3
+    assert p_value(1.07) < 1e-6
+
+
+@pytest.mark.parametrize("size", [5, 128, 300])
+def test_tokens_of_no_weight_are_never_drawn(size):
+    """Also at the ends of the unit interval and where whole blocks, first and last ones among them, are empty."""
+    rng = np.random.default_rng(size)
+    weights = rng.exponential(size=(64, size)).astype(np.float32) * (rng.random((64, size)) < 0.05)
+    weights[:, : size // 3] = 0
+    weights[:, -size // 4 :] = 0
+    weights[:, size // 2] = 1e-3
+    for u in (0.0, 1e-7, 0.5, 1 - 2**-23, np.float32(1 - 2**-24)):
+        tokens = np.asarray(inverse_cdf(jnp.array(weights), jnp.full(64, u, jnp.float32)))
+        assert (weights[np.arange(64), tokens] > 0).all(), u
+    lowest = inverse_cdf(jnp.array(weights), jnp.zeros(64))
+    np.testing.assert_array_equal(lowest, np.argmax(weights > 0, axis=-1))
+
+
+# Many rows
+
+
+def test_batches_hold_every_row_once_in_few_shapes():
+    lengths = [70, 3, 64, 1, 65, 130, 9, 128, 12]
+    groups = batches(lengths, batch_size=2)
+    assert groups == [(64, [1, 2]), (64, [3, 6]), (64, [8]), (128, [0, 4]), (128, [7]), (192, [5])]
+    assert batches([], batch_size=2) == []
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    """A full batch and an incomplete one."""
+    lengths = (40, 5, 12, 1, 9, 33, 7, 3, 64)
+    prompts = [np.random.default_rng(100 + n).integers(0, V, n).tolist() for n in lengths]
+    return [Row(prompt, row_key(0, "rows", i), steered(1, 3.0 * i)) for i, prompt in enumerate(prompts)]
+
+
+def replies_of(rows: Sequence[Row], **changes) -> list[list[tuple[int, Reply]]]:
+    settings = {"sampling": GREEDY, "stop_ids": NEVER, "max_new_tokens": G, "batch_size": B} | changes
+    return list(generate_rows(MODEL, rows, **settings))
+
+
+def test_generate_rows_yields_every_row_under_its_number(rows, reference):
+    yielded = replies_of(rows)
+    assert [[number for number, _ in batch] for batch in yielded] == [[0, 1, 2, 3, 4, 5], [6, 7, 8]]
+    for number, reply in (pair for batch in yielded for pair in batch):
+        assert reply.finish_reason == "length"
+        with added(reference, 1, 3.0 * number * np.asarray(VECTORS[1])):
+            logits = torch_logits(reference, [*rows[number].prompt, *reply.ids[:-1]])[len(rows[number].prompt) - 1 :]
+        assert len(logits) == G
+        assert (logits.max(-1) - logits[np.arange(G), list(reply.ids)] < 1e-4).all(), f"row {number}"
+
+
+def test_generate_rows_keeps_shapes_few_and_rows_in_their_place(monkeypatch):
+    """Prompts of several buckets, on a stand-in for the model that replies with the prompt's length and last token."""
+    shapes = []
+
+    def echo(model, ids, positions, keys, intervention, sampling, stop_ids, *, max_new_tokens):
+        shapes.append(ids.shape)
+        assert positions.shape == ids.shape
+        assert keys.shape == intervention.add.shape[:1] == ids.shape[:1]
+        lengths = positions.max(1) + 1
+        replies = np.stack([lengths, ids[:, -1], jax.random.key_data(keys)[:, -1] % 1000], axis=1)
+        yes = jnp.ones(len(ids), bool)
+        return Generated(jnp.array(replies), 3 * yes, yes, yes)
+
+    monkeypatch.setattr(generate_module, "compiled_generate", echo)
+    lengths = [70, 3, 64, 1, 65, 600, 9, 128, 12, 577]
+    rows = [Row([n] * n, row_key(0, "p", n), NOTHING) for n in lengths]
+    yielded = replies_of(rows, batch_size=4)
+    assert shapes == [(4, 64), (4, 64), (4, 128), (4, 640)]
+    replies = [pair for batch in yielded for pair in batch]
+    assert sorted(number for number, _ in replies) == list(range(len(rows)))
+    for number, reply in replies:
+        key = int(jax.random.key_data(rows[number].key)[-1]) % 1000
+        assert reply == Reply((lengths[number], lengths[number], key), "stop")
+
+
+def test_generate_rows_does_not_depend_on_order(rows):
+    order = np.random.default_rng(0).permutation(len(rows))
+    first = dict(pair for batch in replies_of(rows, sampling=Sampling(1.0)) for pair in batch)
+    again = dict(pair for batch in replies_of([rows[i] for i in order], sampling=Sampling(1.0)) for pair in batch)
+    assert {int(order[number]): reply for number, reply in again.items()} == first
+
+
+def test_generate_rows_reports_stops(rows):
+    free = dict(pair for batch in replies_of(rows) for pair in batch)
+    stop = free[3].ids[2]
+    stopped = dict(pair for batch in replies_of(rows, stop_ids=(stop, -1)) for pair in batch)
+    for number, reply in stopped.items():
+        ends = free[number].ids.index(stop) + 1 if stop in free[number].ids else G
+        assert reply.ids == free[number].ids[:ends]
+        assert reply.finish_reason == ("stop" if stop in free[number].ids else "length")
+    assert stopped[3].finish_reason == "stop"
+    assert dataclasses.astuple(stopped[3])[0][-1] == stop
+
+
+def test_generate_rows_compiles_one_program_per_shape(rows):
+    replies_of(rows)
+    compiled = n_programs()
+    replies_of(rows[::-1], sampling=Sampling(0.3, 0.5, 7))
+    replies_of(rows[1:4])
+    assert n_programs() == compiled
