@@ -148,6 +148,11 @@ class Tokenizer:
         self._marker_split = re.compile(f"({wholes or _NEVER})")
 
     @classmethod
+    def load(cls, path: Path | str) -> "Tokenizer":
+        """Read the tokenizer of a checkpoint, from its folder or its `.gguf` file (`models.checkpoint.resolve`)."""
+        return cls.from_gguf(path) if Path(path).suffix == ".gguf" else cls.from_folder(path)
+
+    @classmethod
     def from_folder(cls, folder: Path | str) -> "Tokenizer":
         """Read a Hugging Face folder.
 
