@@ -3,6 +3,8 @@
 results/smollm2/3-vectors/inputs.json    what the stage's results depend on
                           DONE           the fingerprint of inputs.json, once the stage is complete
                 superseded/3-vectors-1f0c.../   results under other inputs; they come back if the inputs do
+
+Equal results are equal files, byte for byte: no time, no address and no arbitrary order is written.
 """
 
 import hashlib
@@ -12,7 +14,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-_ENDS = 1 << 16
+import numpy as np
+import safetensors.numpy
+
+_CHUNK = 1 << 16
+_CHUNKS_READ = 256
 
 
 class StageFolder:
@@ -21,11 +27,16 @@ class StageFolder:
     Attributes:
       path: the folder.
       fingerprint: hash of the inputs.
-      changed: names of the inputs that differ from those of the results that were here before; empty if none were.
+      changed: dotted names of the inputs that differ from those of the results that were here before; empty if none
+        were.
     """
 
     def __init__(self, workdir: Path, name: str, inputs: Mapping[str, Any]):
-        """Opens the folder; results under other inputs are moved aside, results under these are brought back."""
+        """Opens the folder; results under other inputs are moved aside, results under these are brought back.
+
+        Raises:
+          ValueError: the folder is there, but no stage made it.
+        """
         self.path = workdir / name
         self.fingerprint = fingerprint(inputs)
         self.changed: list[str] = []
@@ -34,22 +45,26 @@ class StageFolder:
             before = json.loads(marker.read_text())
             if fingerprint(before) == self.fingerprint:
                 return
-            self.changed = sorted(k for k in before.keys() | inputs.keys() if before.get(k) != inputs.get(k))
+            old, new = _flat(before), _flat(inputs)
+            self.changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
             aside = _aside(workdir, name, fingerprint(before))
             aside.parent.mkdir(exist_ok=True)
             self.path.replace(aside)
+        elif self.path.exists():
+            raise ValueError(f"{self.path} has no inputs.json, so it is not of this program; move it away")
         earlier = _aside(workdir, name, self.fingerprint)
         if earlier.exists():
             earlier.replace(self.path)
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_text(marker, json.dumps(inputs, indent=1, sort_keys=True) + "\n")
+        made = workdir / f".{name}.tmp"  # renamed when it has its inputs.json, so that no stage folder is without
+        made.mkdir(parents=True, exist_ok=True)
+        write_text(made / "inputs.json", json.dumps(inputs, indent=1, sort_keys=True) + "\n")
+        made.replace(self.path)
 
     @property
     def done(self) -> bool:
         """Whether the stage is complete under these inputs."""
-        marker = self.path / "DONE"
-        return marker.exists() and marker.read_text().strip() == self.fingerprint
+        return _is_done(self.path, self.fingerprint)
 
     def finish(self) -> None:
         """Marks the stage as complete."""
@@ -57,10 +72,9 @@ class StageFolder:
 
 
 def peek(workdir: Path, name: str, inputs: Mapping[str, Any]) -> bool:
-    """Whether a stage is complete under these inputs, without touching the disk."""
+    """Whether a stage is complete under these inputs, there or moved aside, without touching the disk."""
     wanted = fingerprint(inputs)
-    markers = [workdir / name / "DONE", _aside(workdir, name, wanted) / "DONE"]
-    return any(marker.exists() and marker.read_text().strip() == wanted for marker in markers)
+    return any(_is_done(path, wanted) for path in (workdir / name, _aside(workdir, name, wanted)))
 
 
 def fingerprint(inputs: Mapping[str, Any]) -> str:
@@ -69,59 +83,102 @@ def fingerprint(inputs: Mapping[str, Any]) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """Hash of a file's content, or of the contents of the files in a folder."""
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    """Hash of a file's content, or of the names and contents of the files in a folder; the path does not enter."""
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    for file, name in _files(path):
+        digest.update(name.encode() + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()[:16]
 
 
 def weights_hash(path: Path) -> str:
-    """Hash of a checkpoint's file names, sizes, first and last 64 KiB: reading 16 GB to compare them takes too long."""
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    """Hash of a checkpoint's file names, sizes and contents; of a large file, of 16 MiB spread over it.
+
+    Reading 16 GB to compare them would take too long.
+    """
     digest = hashlib.sha256()
-    for file in files:
+    for file, name in _files(path):
         size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
+        digest.update(f"{name} {size}".encode())
         with file.open("rb") as stream:
-            digest.update(stream.read(_ENDS))
-            stream.seek(max(0, size - _ENDS))
-            digest.update(stream.read(_ENDS))
+            for offset in [*range(0, size, max(_CHUNK, size // _CHUNKS_READ)), max(0, size - _CHUNK)]:
+                stream.seek(offset)
+                digest.update(stream.read(_CHUNK))
     return digest.hexdigest()[:16]
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file that is whole or absent, whatever happens on the way."""
+    """Writes UTF-8 text; the file is whole or absent, whatever happens on the way."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, *pieces: bytes | memoryview) -> None:
+    """Writes pieces one after the other; the file is whole or absent, whatever happens on the way."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.writelines(pieces)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
 
 
+def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Writes arrays to a safetensors file; equal contents give equal bytes.
+
+    The library writes metadata in an order that changes from one process to the next, so the header is sorted here.
+    """
+    data = memoryview(safetensors.numpy.save(dict(arrays), dict(metadata)))
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(bytes(data[8:start])), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    write_bytes(path, len(header).to_bytes(8, "little"), header, data[start:])
+
+
 def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Appends one JSON object a line and waits until the disk has them."""
     with path.open("a", encoding="utf-8", newline="\n") as file:
-        file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         file.flush()
         os.fsync(file.fileno())
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Reads JSON lines back; none if there is no file.
+def recover_lines(path: Path) -> list[dict[str, Any]]:
+    """Reads the lines that a run, perhaps a killed one, has appended; none if there is no file.
 
-    A last line that a killed run left unfinished is cut off the file, so that the next append starts on a new line.
+    An unfinished last line is cut off the file, so that the next append starts on a new line.
     """
     if not path.exists():
         return []
     data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        os.truncate(path, len(whole))
-    return [json.loads(line) for line in whole.decode().split("\n") if line]
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(path, whole)
+    return read_lines(path)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Reads one JSON object a line."""
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
+
+
+def _is_done(path: Path, fingerprint_: str) -> bool:
+    marker = path / "DONE"
+    return marker.exists() and marker.read_text().strip() == fingerprint_
 
 
 def _aside(workdir: Path, name: str, fingerprint_: str) -> Path:
     return workdir / "superseded" / f"{name}-{fingerprint_}"
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested names, dotted."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _files(path: Path) -> list[tuple[Path, str]]:
+    """The file itself, without a name, or the files below a folder with their names in it."""
+    if path.is_dir():
+        return [(file, str(file.relative_to(path))) for file in sorted(path.rglob("*")) if file.is_file()]
+    return [(path, "")]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ from typing import Any
 import gguf
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from backtrack_jax import store
 from backtrack_jax.extract import Window, WindowSums
 
 LAYER_CONVENTION = "block_output_0based"
@@ -130,20 +131,21 @@ def difference_of_means(
 
 
 def cosine(a: SteeringVector, b: SteeringVector) -> np.ndarray:
-    """Cosine similarity per layer, [L] float64."""
+    """Cosine similarity per layer, [L] float64; NaN where either vector is zero or absent."""
     _check_same_shape(a, b)
     x, y = a.directions.astype(np.float64), b.directions.astype(np.float64)
-    return np.sum(x * y, axis=-1) / (np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1))
+    with np.errstate(invalid="ignore"):
+        return np.sum(x * y, axis=-1) / (np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1))
 
 
 def save(vector: SteeringVector, path: Path) -> None:
     """Writes a vector; the suffix chooses the format.
 
     `.safetensors`: `direction.{layer}` float32, with provenance and raw norms in the metadata; `.npz`: `directions`
-    [L, D] and `provenance`; `.gguf`: a llama.cpp control vector.
+    [L, D] and `provenance`; `.gguf`: a llama.cpp control vector, which has no place for layer 0.
 
     Raises:
-      ValueError: if the suffix is another one.
+      ValueError: if the suffix is another one, or a `.gguf` would hold no layer at all.
     """
     writers: dict[str, Callable[[SteeringVector, Path], None]] = {
         ".safetensors": _save_safetensors,
@@ -167,25 +169,30 @@ def load(
       path: the file.
       label: which entry of a `.pt` dictionary of labels, the paper's released form.
       layer: where a `.pt` tensor of shape [D] belongs.
-      n_layers: L of the model, needed to place a [D] tensor, and to recognise a [L + 1, D] tensor, whose row 0 belongs
-        to the embeddings and is dropped.
+      n_layers: L of the model. Needed to place a [D] tensor, and to recognise a [L + 1, D] tensor, whose row 0 belongs
+        to the embeddings and is dropped; a GGUF file, which need not tell, is filled up to it.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: names the file and what is wrong with it.
+      ValueError: names the file and what is wrong with it, a number of layers other than `n_layers` included.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such vector file")
-    if path.suffix == ".pt":
-        return _load_pt(path, label, layer, n_layers)
-    readers: dict[str, Callable[[Path], SteeringVector]] = {
-        ".safetensors": _load_safetensors,
-        ".npz": _load_npz,
-        ".gguf": _load_gguf,
+    readers: dict[str, Callable[[], SteeringVector]] = {
+        ".safetensors": lambda: _load_safetensors(path),
+        ".npz": lambda: _load_npz(path),
+        ".gguf": lambda: _load_gguf(path, n_layers),
+        ".pt": lambda: _load_pt(path, label, layer, n_layers),
     }
     if path.suffix not in readers:
-        raise ValueError(f"{path}: a vector is read from one of {[*sorted(readers), '.pt']}")
-    return readers[path.suffix](path)
+        raise ValueError(f"{path}: a vector is read from one of {sorted(readers)}")
+    try:
+        vector = readers[path.suffix]()
+        if n_layers is not None and len(vector.directions) != n_layers:
+            raise ValueError(f"{len(vector.directions)} layers, expected {n_layers}")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return vector
 
 
 def _save_safetensors(vector: SteeringVector, path: Path) -> None:
@@ -194,10 +201,11 @@ def _save_safetensors(vector: SteeringVector, path: Path) -> None:
         "schema": _SCHEMA,
         "layer_convention": LAYER_CONVENTION,
         "n_layers": str(len(vector.directions)),
-        "raw_norms": json.dumps(vector.norms.tolist()),
+        "raw_norms": json.dumps([norm if np.isfinite(norm) else None for norm in vector.norms.tolist()]),
         "provenance": json.dumps(vector.provenance, sort_keys=True),
     }
-    save_file({name: np.ascontiguousarray(row, np.float32) for name, row in tensors.items()}, path, metadata)
+    rows = {name: np.ascontiguousarray(row, np.float32) for name, row in tensors.items()}
+    store.write_safetensors(path, rows, metadata)
 
 
 def _load_safetensors(path: Path) -> SteeringVector:
@@ -206,12 +214,13 @@ def _load_safetensors(path: Path) -> SteeringVector:
             metadata = file.metadata() or {}
             rows = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dictionary
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from error
-    if metadata.get("layer_convention") != LAYER_CONVENTION:
-        found = metadata.get("layer_convention")
-        raise ValueError(f"{path}: layer_convention={found!r} in the metadata, expected {LAYER_CONVENTION!r}")
-    directions = _by_layer(path, rows, int(metadata["n_layers"]))
-    return SteeringVector(directions, json.loads(metadata["provenance"]))
+        raise ValueError(f"not a safetensors file: {error}") from error
+    found = metadata.get("layer_convention")
+    if found != LAYER_CONVENTION:
+        raise ValueError(f"layer_convention={found!r} in the metadata, expected {LAYER_CONVENTION!r}")
+    if "n_layers" not in metadata:
+        raise ValueError("no n_layers in the metadata")
+    return SteeringVector(_by_layer(rows, int(metadata["n_layers"])), _provenance(path, metadata.get("provenance")))
 
 
 def _save_npz(vector: SteeringVector, path: Path) -> None:
@@ -220,42 +229,54 @@ def _save_npz(vector: SteeringVector, path: Path) -> None:
 
 
 def _load_npz(path: Path) -> SteeringVector:
+    if not zipfile.is_zipfile(path):
+        raise ValueError("not an .npz file")
     with np.load(path, allow_pickle=False) as file:
-        if "directions" not in file:
-            raise ValueError(f"{path} has arrays {sorted(file)}, expected 'directions' [n_layers, d_model]")
-        provenance = json.loads(str(file["provenance"])) if "provenance" in file else {"file": path.name}
-        return SteeringVector(file["directions"].astype(np.float32), provenance)
+        arrays = {name: file[name] for name in file}
+    if "directions" not in arrays:
+        raise ValueError(f"arrays {sorted(arrays)}, expected 'directions' [n_layers, d_model]")
+    found = str(arrays.get("layer_convention", LAYER_CONVENTION))
+    if found != LAYER_CONVENTION:
+        raise ValueError(f"layer_convention={found!r}, expected {LAYER_CONVENTION!r}")
+    provenance = str(arrays["provenance"]) if "provenance" in arrays else None
+    return SteeringVector(arrays["directions"].astype(np.float32), _provenance(path, provenance))
 
 
 def _save_gguf(vector: SteeringVector, path: Path) -> None:
     """A llama.cpp control vector: `direction.{layer}` from 1 up, since llama.cpp has no direction for block 0.
 
-    llama.cpp adds it at the prompt as well, and ignores the metadata.
+    llama.cpp adds it at the prompt as well, and ignores the metadata. It adds nothing at a layer that is absent.
     """
+    rows = {layer: row for layer, row in enumerate(vector.directions) if layer > 0 and np.isfinite(row).all()}
+    if not rows:
+        raise ValueError(f"{path.name}: no direction above layer 0, and a GGUF control vector cannot hold layer 0")
     writer = gguf.GGUFWriter(path, "controlvector")
     writer.add_string("controlvector.model_hint", "llama")
     writer.add_uint32("controlvector.layer_count", len(vector.directions) - 1)
     writer.add_string("backtrack_jax.provenance", json.dumps(vector.provenance, sort_keys=True))
-    for layer, row in enumerate(vector.directions[1:], start=1):
-        writer.add_tensor(f"direction.{layer}", np.nan_to_num(row).astype(np.float32))
+    for layer, row in rows.items():
+        writer.add_tensor(f"direction.{layer}", np.ascontiguousarray(row, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def _load_gguf(path: Path) -> SteeringVector:
+def _load_gguf(path: Path, n_layers: int | None) -> SteeringVector:
     try:
         reader = gguf.GGUFReader(path)
     except (ValueError, IndexError) as error:
-        raise ValueError(f"{path} is not a GGUF file: {error}") from error
+        raise ValueError(f"not a GGUF file: {error}") from error
+    for tensor in reader.tensors:
+        if tensor.tensor_type not in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
+            raise ValueError(f"{tensor.name} is of type {tensor.tensor_type.name}, expected F32 or F16")
     rows = {tensor.name: np.array(tensor.data, np.float32) for tensor in reader.tensors}
     count = reader.get_field("controlvector.layer_count")
-    layers = [_layer_of(path, name) for name in rows]
-    n_layers = max([*layers, int(count.contents()) if count else 0]) + 1
+    layers = [_layer_of(name) for name in rows]
+    known = max([*layers, int(count.contents()) if count else 0]) + 1
     provenance = reader.get_field("backtrack_jax.provenance")
     return SteeringVector(
-        _by_layer(path, rows, n_layers), json.loads(provenance.contents()) if provenance else {"file": path.name}
+        _by_layer(rows, max(known, n_layers or 0)), _provenance(path, provenance.contents() if provenance else None)
     )
 
 
@@ -263,46 +284,51 @@ def _load_pt(path: Path, label: str, layer: int | None, n_layers: int | None) ->
     try:
         import torch
     except ImportError as error:
-        raise ValueError(f"{path}: reading .pt needs torch (pip install torch)") from error
+        raise ValueError("reading .pt needs torch (pip install torch)") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is not a .pt file of plain tensors: {error}") from error
+        raise ValueError("not a .pt file of plain tensors; other pickles are never loaded") from error
+    provenance = {"file": path.name}
     if isinstance(content, dict):
         if label not in content:
-            raise ValueError(f"{path} has labels {sorted(content)}, not {label!r}")
-        content = content[label]
-    tensor = content.float().numpy()
-    provenance = {"file": path.name, "label": label}
+            raise ValueError(f"labels {sorted(content)}, not {label!r}")
+        content, provenance["label"] = content[label], label
+    if not isinstance(content, torch.Tensor):
+        raise ValueError(f"holds a {type(content).__name__}, expected a tensor or a dictionary of tensors")
+    tensor = content.detach().float().numpy()
     if tensor.ndim == 1:
         if layer is None or n_layers is None:
-            raise ValueError(
-                f"{path} holds one direction [{len(tensor)}]: say at which `layer` of `n_layers` it belongs"
-            )
-        return SteeringVector(_by_layer(path, {f"direction.{layer}": tensor}, n_layers), provenance)
-    if n_layers is not None and len(tensor) == n_layers + 1:
+            raise ValueError(f"holds one direction [{len(tensor)}]: say at which `layer` of `n_layers` it belongs")
+        return SteeringVector(_by_layer({f"direction.{layer}": tensor}, n_layers), provenance)
+    if tensor.ndim == 2 and n_layers is not None and len(tensor) == n_layers + 1:
         tensor = tensor[1:]
     return SteeringVector(tensor, provenance)
 
 
-def _by_layer(path: Path, rows: Mapping[str, np.ndarray], n_layers: int) -> np.ndarray:
+def _provenance(path: Path, text: str | None) -> dict[str, Any]:
+    """What the file says of itself, or at least its name."""
+    return {"file": path.name} if text is None else json.loads(text)
+
+
+def _by_layer(rows: Mapping[str, np.ndarray], n_layers: int) -> np.ndarray:
     """[L, D] float32 out of `direction.{layer}` tensors; NaN at layers that are absent."""
     widths = {row.shape for row in rows.values()}
     if len(widths) != 1 or len(next(iter(widths))) != 1:
-        raise ValueError(f"{path} has directions of shapes {sorted(widths)}, expected one [d_model] for all layers")
+        raise ValueError(f"directions of shapes {sorted(widths)}, expected one [d_model] for all layers")
     directions = np.full((n_layers, *widths.pop()), np.nan, np.float32)
     for name, row in rows.items():
-        layer = _layer_of(path, name)
+        layer = _layer_of(name)
         if not 0 <= layer < n_layers:
-            raise ValueError(f"{path}: {name} is outside layers 0..{n_layers - 1}")
+            raise ValueError(f"{name} is outside layers 0..{n_layers - 1}")
         directions[layer] = row
     return directions
 
 
-def _layer_of(path: Path, name: str) -> int:
+def _layer_of(name: str) -> int:
     prefix, _, number = name.partition(".")
-    if prefix != "direction" or not number.isdigit():
-        raise ValueError(f"{path} has a tensor {name!r}, expected direction.0, direction.1, ...")
+    if prefix != "direction" or not number.isdecimal():
+        raise ValueError(f"holds {name!r}, expected direction.0, direction.1, ...")
     return int(number)
 
 
