@@ -6,8 +6,11 @@ checking a config is instant.
 
 import dataclasses
 import math
+import re
+from collections.abc import Sequence
 
 from backtrack_jax.data.records import LABELS, OTHER
+from backtrack_jax.judges import keyword
 
 ROLES = ("base", "reasoning")
 ESTIMATORS = ("trace_mean", "token_mean")
@@ -37,7 +40,13 @@ class ModelSpec:
 
 @dataclasses.dataclass
 class PromptSpec:
-    """How a problem is put to the models: `r1`, `chat` or `plain`, see `models.prompts`."""
+    """How a problem is put to the models, see `models.prompts`.
+
+    Attributes:
+      format: `r1`, `chat` or `plain`.
+      think: what follows R1's `<｜Assistant｜>`: `primed`, `generated` or `none`.
+      system: system text for `r1` and `chat`; empty for none (`chat`: for the template's own).
+    """
 
     format: str = "r1"
     think: str = "primed"
@@ -95,6 +104,7 @@ class VectorSpec:
       estimator: `trace_mean` (Eq. 3) or `token_mean` (the released script).
       window: first and last offset from a section's first token, both included.
       offsets: single offsets whose sums are kept as well (Fig. 2).
+      layers: blocks (0-based) at which every trace's own mean is kept as well, for intervals and probes.
       into_prompt: whether a window may reach back into the prompt, as in the paper's code, or is dropped.
       batch_size: traces per forward pass.
     """
@@ -104,6 +114,7 @@ class VectorSpec:
     estimator: str = "trace_mean"
     window: tuple[int, int] = (-13, -8)
     offsets: tuple[int, ...] = tuple(range(-20, 4))
+    layers: tuple[int, ...] = ()
     into_prompt: bool = False
     batch_size: int = 8
 
@@ -114,11 +125,13 @@ class SteeringSpec:
 
     Attributes:
       kinds: what is added: a label's vector (D+ that label), or one of the controls `overall-mean`, `noise`,
-        `self-amplification`, `random` (one fixed random direction). All have the norm of the magnitude.
+        `self-amplification`, `random` (one fixed random direction). At one magnitude all that come from one model's
+        activations are equally long, whatever the kind.
       layer: output of which block (0-based) is changed, and where the vector was read.
       magnitudes: strengths; 0 is run once per model.
-      unit: `absolute`: length of what is added; `relative`: share of the mean residual norm at that layer; `raw`:
-        factor on the difference of means as it was found.
+      unit: `absolute`: length of what is added; `relative`: share of the steered model's mean residual norm at that
+        layer; `raw`: share of the norm that the difference of means of `vectors.label` was found with, so that 1 adds
+        it as it is.
       span: `all` positions (paper), `prompt`, or `generated` ones.
       limit: number of problems, spread evenly over those of the traces; 0 takes all.
       samples: replies per problem and condition.
@@ -154,8 +167,13 @@ class Experiment:
       roles: which models take part: `base`, `reasoning` or both.
       tokenizer: where the tokenizer is; empty for the reasoning model's path (the base model's, if it is alone). Traces
         are tokenised once, and both models read the same ids.
+      prompt: how a problem is put to the models.
       base: the pretrained model.
       reasoning: the finetuned model.
+      traces: stage 1.
+      annotations: stage 2.
+      vectors: stage 3.
+      steering: stage 4.
     """
 
     name: str = "experiment"
@@ -176,9 +194,14 @@ class Experiment:
         return {"base": self.base, "reasoning": self.reasoning}[role]
 
     @property
+    def author(self) -> str:
+        """Role of the model that samples traces where none are given: reasoning, or the base model if it is alone."""
+        return "reasoning" if "reasoning" in self.roles else "base"
+
+    @property
     def tokenizer_path(self) -> str:
         """Where the tokenizer is read from."""
-        return self.tokenizer or self.model(self.roles[-1]).path
+        return self.tokenizer or self.model(self.author).path
 
 
 def check(experiment: Experiment) -> None:
@@ -187,45 +210,125 @@ def check(experiment: Experiment) -> None:
     Raises:
       ValueError: lists every field that is wrong, its value, and what is accepted.
     """
-    faults: list[str] = []
-
-    def require(holds: bool, field: str, value: object, accepted: str) -> None:
-        if not holds:
-            faults.append(f"{field}={value!r}, expected {accepted}")
-
-    def one_of(field: str, value: str, accepted: tuple[str, ...]) -> None:
-        require(value in accepted, field, value, f"one of {', '.join(accepted)}")
-
-    e, s, v, t = experiment, experiment.steering, experiment.vectors, experiment.traces
-    require(bool(e.roles) and set(e.roles) <= set(ROLES), "roles", e.roles, f"some of {', '.join(ROLES)}")
-    for role in set(e.roles) & set(ROLES):
-        require(bool(e.model(role).path), f"{role}.path", "", "a folder, hub id, .gguf file or package:module/file")
-        one_of(f"{role}.dtype", e.model(role).dtype, ("bfloat16", "float16", "float32"))
-        one_of(f"{role}.markers", e.model(role).markers, ("keep", "replace", "drop"))
-    one_of("prompt.format", e.prompt.format, ("r1", "chat", "plain"))
-    one_of("prompt.think", e.prompt.think, ("primed", "generated", "none"))
-    one_of("annotations.judge", e.annotations.judge, ("released", "keyword", "import"))
-    one_of("vectors.estimator", v.estimator, ESTIMATORS)
-    one_of("vectors.contrast", v.contrast, ("all", "rest"))
-    one_of("vectors.label", v.label, (*LABELS, OTHER))
-    ordered = len(v.window) == 2 and v.window[0] <= v.window[-1]
-    require(ordered, "vectors.window", v.window, "(first, last), first <= last")
-    for kind in s.kinds:
-        one_of("steering.kinds", kind, (*LABELS, OTHER, *CONTROLS))
-    one_of("steering.unit", s.unit, UNITS)
-    one_of("steering.span", s.span, ("all", "prompt", "generated"))
-    require(s.layer >= 0, "steering.layer", s.layer, "a block number >= 0")
-    finite = bool(s.magnitudes) and all(isinstance(m, int | float) and math.isfinite(m) for m in s.magnitudes)
-    require(finite, "steering.magnitudes", s.magnitudes, "finite numbers")
-    for name, spec in (("traces", t), ("steering", s)):
-        require(spec.temperature >= 0, f"{name}.temperature", spec.temperature, "a number >= 0")
-        require(0 < spec.top_p <= 1, f"{name}.top_p", spec.top_p, "a number above 0, at most 1")
-        require(spec.samples > 0, f"{name}.samples", spec.samples, "at least 1")
-        require(spec.limit >= 0, f"{name}.limit", spec.limit, "at least 0")
-        require(spec.max_new_tokens > 0, f"{name}.max_new_tokens", spec.max_new_tokens, "at least 1")
-    for name, size in (("traces", t.batch_size), ("vectors", v.batch_size), ("steering", s.batch_size)):
-        require(size > 0, f"{name}.batch_size", size, "at least 1")
-    if not t.path and "reasoning" not in e.roles and e.annotations.judge == "released":
-        faults.append("annotations.judge='released' needs traces.path: sampled traces come without labels")
+    e = experiment
+    faults = [*_model_faults(e), *_source_faults(e), *_vector_faults(e), *_steering_faults(e)]
+    if not re.fullmatch(r"[^/\\\s.][^/\\]*", e.name):
+        faults.append(_fault("name", e.name, "the name of a folder"))
+    if not (isinstance(e.seed, int) and 0 <= e.seed < 2**32):
+        faults.append(_fault("seed", e.seed, "0 to 2^32 - 1"))
     if faults:
         raise ValueError("the config cannot run:\n  " + "\n  ".join(faults))
+
+
+def check_override(argument: str) -> None:
+    """Refuses `--config.steering.layr=9`: ValueError names the fields that there are."""
+    names = re.match(r"--?(?:no)?config\.([^=]+)", argument)
+    kind: type = Experiment
+    for name in names[1].split(".") if names else ():
+        fields = {field.name: field for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
+        if name not in fields:
+            there = f"; there are {', '.join(fields)}" if fields else ""
+            raise ValueError(f"{argument}: there is no field {name!r}{there}")
+        default = fields[name].default_factory
+        kind = default if isinstance(default, type) else object
+
+
+def _fault(field: str, value: object, accepted: str) -> str:
+    return f"{field}={value!r}, expected {accepted}"
+
+
+def _not_one_of(field: str, value: str, accepted: Sequence[str]) -> list[str]:
+    return [] if value in accepted else [_fault(field, value, f"one of {', '.join(accepted)}")]
+
+
+def _repeated(field: str, values: Sequence[object]) -> list[str]:
+    return [] if len(set(values)) == len(values) else [_fault(field, values, "every entry once")]
+
+
+def _model_faults(e: Experiment) -> list[str]:
+    faults = _repeated("roles", e.roles)
+    if not e.roles or not set(e.roles) <= set(ROLES):
+        faults.append(_fault("roles", e.roles, f"some of {', '.join(ROLES)}"))
+    for role in (role for role in ROLES if role in e.roles):
+        model = e.model(role)
+        if not model.path:
+            faults.append(_fault(f"{role}.path", "", "a folder, hub id, .gguf file or package:module/file"))
+        faults += _not_one_of(f"{role}.dtype", model.dtype, ("bfloat16", "float16", "float32"))
+        faults += _not_one_of(f"{role}.markers", model.markers, ("keep", "replace", "drop"))
+        if (model.marker_replacement >= 0) != (model.markers == "replace"):
+            accepted = "a token id for markers='replace', -1 otherwise"
+            faults.append(_fault(f"{role}.marker_replacement", model.marker_replacement, accepted))
+        if model.markers != "keep" and e.prompt.format != "r1":
+            faults.append(_fault(f"{role}.markers", model.markers, "'keep': only prompt.format='r1' has R1's markers"))
+    return faults
+
+
+def _source_faults(e: Experiment) -> list[str]:
+    faults = _not_one_of("prompt.format", e.prompt.format, ("r1", "chat", "plain"))
+    faults += _not_one_of("prompt.think", e.prompt.think, ("primed", "generated", "none"))
+    if e.prompt.format == "plain" and e.prompt.system:
+        faults.append(_fault("prompt.system", e.prompt.system, "'': prompt.format='plain' has no system text"))
+    faults += _not_one_of("annotations.judge", e.annotations.judge, ("released", "keyword", "import"))
+    if e.annotations.judge == "keyword":
+        faults += _not_one_of("annotations.variant", e.annotations.variant, keyword.VARIANTS)
+    if e.annotations.judge == "import" and not e.annotations.path:
+        faults.append(_fault("annotations.path", "", "a .jsonl of annotations, for annotations.judge='import'"))
+    if e.annotations.judge == "released" and not e.traces.path:
+        faults.append("annotations.judge='released' needs traces.path: sampled traces come without labels")
+    return faults + _sampling_faults("traces", e.traces)
+
+
+def _sampling_faults(name: str, spec: TraceSpec | SteeringSpec) -> list[str]:
+    faults = []
+    if not spec.temperature >= 0:
+        faults.append(_fault(f"{name}.temperature", spec.temperature, "a number >= 0"))
+    if not 0 < spec.top_p <= 1:
+        faults.append(_fault(f"{name}.top_p", spec.top_p, "a number above 0, at most 1"))
+    for field, least in (("limit", 0), ("samples", 1), ("max_new_tokens", 1), ("batch_size", 1)):
+        value = getattr(spec, field)
+        if value < least:
+            faults.append(_fault(f"{name}.{field}", value, f"at least {least}"))
+    return faults
+
+
+def _labels(e: Experiment) -> Sequence[str] | None:
+    """Labels that the judge gives; None where it may give any."""
+    return {"released": LABELS, "keyword": ("backtracking", OTHER)}.get(e.annotations.judge)
+
+
+def _vector_faults(e: Experiment) -> list[str]:
+    v, labels = e.vectors, _labels(e)
+    faults = _not_one_of("vectors.estimator", v.estimator, ESTIMATORS)
+    faults += _not_one_of("vectors.contrast", v.contrast, ("all", "rest"))
+    faults += _not_one_of("vectors.label", v.label, labels) if labels else []
+    if len(v.window) != 2 or not _integers(v.window) or v.window[0] > v.window[1]:
+        faults.append(_fault("vectors.window", v.window, "(first, last), integers, first <= last"))
+    if not _integers(v.offsets):
+        faults.append(_fault("vectors.offsets", v.offsets, "integers"))
+    if not _integers(v.layers) or any(layer < 0 for layer in v.layers):
+        faults.append(_fault("vectors.layers", v.layers, "block numbers >= 0"))
+    if v.batch_size < 1:
+        faults.append(_fault("vectors.batch_size", v.batch_size, "at least 1"))
+    return faults
+
+
+def _integers(values: Sequence[object]) -> bool:
+    return all(isinstance(value, int) for value in values)
+
+
+def _steering_faults(e: Experiment) -> list[str]:
+    s, labels = e.steering, _labels(e)
+    faults = [] if s.kinds else [_fault("steering.kinds", s.kinds, "at least one")]
+    faults += _repeated("steering.kinds", s.kinds)
+    for kind in s.kinds:
+        faults += _not_one_of("steering.kinds", kind, (*labels, *CONTROLS)) if labels else []
+    faults += _not_one_of("steering.unit", s.unit, UNITS)
+    faults += _not_one_of("steering.span", s.span, ("all", "prompt", "generated"))
+    if s.layer < 0:
+        faults.append(_fault("steering.layer", s.layer, "a block number >= 0"))
+    if not any(s.magnitudes) or not all(isinstance(m, int | float) and math.isfinite(m) for m in s.magnitudes):
+        faults.append(_fault("steering.magnitudes", s.magnitudes, "finite numbers, at least one of them not 0"))
+    faults += _repeated("steering.magnitudes", s.magnitudes)
+    if s.top_k < 0:
+        faults.append(_fault("steering.top_k", s.top_k, "at least 0"))
+    return faults + _sampling_faults("steering", s)
