@@ -1,31 +1,24 @@
 """Progress of a long loop: rows done, tokens per second, time left."""
 
+import datetime
 import sys
+import time
 from types import TracebackType
-
-from tqdm import tqdm
 
 
 class Progress:
-    """A bar on a terminal; in a log, a line every ten seconds.
+    """A line that renews itself on a terminal; in a log, a line every ten seconds.
 
     Used as a context manager. Rows done by an earlier, interrupted run count as done but not into the speed.
     """
 
     def __init__(self, title: str, total: int, done: int = 0):
         """Starts with `done` of `total` rows."""
-        terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            desc=title,
-            total=total,
-            initial=done,
-            unit=" rows",
-            mininterval=0.5 if terminal else 10.0,
-            ascii=not terminal,
-            dynamic_ncols=terminal,
-            file=sys.stderr,
-        )
-        self._tokens = 0
+        self._title, self._total, self._earlier = title, total, done
+        self._done, self._tokens = done, 0
+        self._terminal = sys.stderr.isatty()
+        self._started = self._shown = time.monotonic()
+        self._shown_done = -1
 
     def __enter__(self) -> "Progress":
         """Returns itself."""
@@ -34,12 +27,26 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Ends the line."""
-        self._bar.close()
+        """Shows what was reached."""
+        if self._terminal or self._done != self._shown_done:
+            self._show("\n")
 
     def update(self, rows: int, tokens: int) -> None:
         """Counts finished rows and the tokens that the model read or wrote for them."""
+        self._done += rows
         self._tokens += tokens
-        elapsed = self._bar.format_dict["elapsed"]
-        self._bar.set_postfix_str(f"{self._tokens / max(elapsed, 1e-9):.0f} tokens/s", refresh=False)
-        self._bar.update(rows)
+        if time.monotonic() - self._shown >= (0.5 if self._terminal else 10):
+            self._show("" if self._terminal else "\n")
+
+    @property
+    def _left(self) -> int:
+        return self._total - self._done
+
+    def _show(self, end: str) -> None:
+        self._shown, self._shown_done = time.monotonic(), self._done
+        elapsed = max(self._shown - self._started, 1e-9)
+        text = f"{self._title}: {self._done} of {self._total} rows, {self._tokens / elapsed:.0f} tokens/s"
+        if rows := self._done - self._earlier:
+            gone, left = (datetime.timedelta(seconds=round(s)) for s in (elapsed, elapsed / rows * self._left))
+            text += f", {gone} gone, {left} left"
+        print(("\r\x1b[K" if self._terminal else "") + text, end=end, file=sys.stderr, flush=True)
