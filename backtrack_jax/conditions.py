@@ -1,6 +1,7 @@
 """The conditions of a steering experiment, as rows of compiled batches: which model, what is added, how strongly."""
 
 import dataclasses
+import hashlib
 import zlib
 from collections.abc import Mapping
 
@@ -35,7 +36,7 @@ class Condition:
       source: role of the model whose activations the direction comes from; empty where there is none.
       layer: block whose output is changed, 0-based.
       magnitude: as in the config, in its unit.
-      length: norm of what is added, in the residual stream's own scale.
+      length: norm of what is added, in the residual stream's own scale, with the magnitude's sign.
     """
 
     target: str
@@ -130,6 +131,16 @@ class Interventions:
             direction = self._readings.vector(c.source, c.kind).unit(c.layer)
         return add_vector(jnp.asarray(direction), c.layer, c.length, n_layers=n_layers, span=span)
 
+    def vector_hash(self, c: Condition) -> str:
+        """Hash of the float32 direction at the condition's layer as its file holds it; empty where there is none."""
+        if c.kind == "random":
+            direction = random_direction(self._seed, "random", self._d_model)
+        elif c.source:
+            direction = self._readings.vector(c.source, c.kind).at(c.layer)
+        else:
+            return ""
+        return hashlib.sha256(np.ascontiguousarray(direction, "<f4").tobytes()).hexdigest()[:16]
+
 
 def random_direction(seed: int, name: str, d_model: int) -> np.ndarray:
     """A fixed unit vector [D] float32, drawn from the run's seed and a name."""
@@ -139,6 +150,10 @@ def random_direction(seed: int, name: str, d_model: int) -> np.ndarray:
 
 def needed_vectors(experiment: Experiment) -> set[str]:
     """Names of the vectors that the sweep takes from stage 3."""
-    labels = {kind for kind in experiment.steering.kinds if kind not in CONTROLS}
     raw = {experiment.vectors.label} if experiment.steering.unit == "raw" else set()
-    return labels | raw | ({"overall-mean"} & set(experiment.steering.kinds))
+    return needed_labels(experiment) | raw | ({"overall-mean"} & set(experiment.steering.kinds))
+
+
+def needed_labels(experiment: Experiment) -> set[str]:
+    """Labels whose vectors the sweep adds."""
+    return {kind for kind in experiment.steering.kinds if kind not in CONTROLS}

@@ -8,28 +8,29 @@
     5-analysis     rates.csv                       backtracking rate and coherence per condition
     6-report       steering.png .pdf .csv, summary.md
 
-A stage runs when the fingerprint of its inputs is not the one in its `DONE` file. Work inside a stage is kept batch by
+Every folder also holds inputs.json, what the stage's results depend on, and run.json, what they were computed with. A
+stage runs when the fingerprint of its inputs is not the one in its `DONE` file. Work inside a stage is kept batch by
 batch, so a killed run loses at most the batch in flight.
 """
 
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from backtrack_jax import conditions, environment, extract, generate, store, vectors
+from backtrack_jax import conditions, environment, extract, generate, inputs, store, vectors
 from backtrack_jax.analysis import backtracking
-from backtrack_jax.config import Experiment
+from backtrack_jax.config import Experiment, SteeringSpec, TraceSpec
 from backtrack_jax.data import annotations as labels
 from backtrack_jax.data import records
-from backtrack_jax.data.problems import shipped_problems
 from backtrack_jax.intervention import no_intervention
 from backtrack_jax.judges import keyword
 from backtrack_jax.models import checkpoint, prompts
+from backtrack_jax.models.config import LlamaConfig
 from backtrack_jax.models.llama import Llama
 from backtrack_jax.models.tokenizer import Tokenizer
 from backtrack_jax.progress import Progress
@@ -69,17 +70,20 @@ class Run:
         )
         self._models: dict[tuple[str, str, str], Llama] = {}
         self._tokenizer: Tokenizer | None = None
-        self.inputs = self._stage_inputs()
+        inputs.check_architectures(experiment)
+        self.inputs = _chained(inputs.stage_inputs(experiment))
 
     def run(self) -> None:
         """Runs the wanted stages that are not done, each after those it builds on."""
         self.workdir.mkdir(parents=True, exist_ok=True)
-        described = {"config": dataclasses.asdict(self.experiment), **environment.describe()}
-        store.write_text(self.workdir / "run.json", json.dumps(described, indent=1) + "\n")
-        for name in STAGES:
-            if name not in self.stages:
-                continue
-            self._require_earlier(name)
+        with_models = {"3-vectors", "4-steering"} | (set() if self.experiment.traces.path else {"1-traces"})
+        if any(not self.done(name) for name in with_models.intersection(self.stages)):
+            self._check_models()
+        for name in STAGES[: STAGES.index(self.stages[-1]) + 1]:
+            if name not in self.stages and not self.done(name):
+                raise ValueError(
+                    f"{self.stages[-1]} builds on {name}, which is not done for this config: add it to --stages"
+                )
             folder = store.StageFolder(self.workdir, name, self.inputs[name])
             if folder.done:
                 say(f"{name}: done before")
@@ -88,6 +92,8 @@ class Run:
                 say(f"{name}: runs again, since {', '.join(folder.changed)} changed; old results are in superseded/")
             else:
                 say(f"{name}:")
+            described = {"config": dataclasses.asdict(self.experiment), **environment.describe()}
+            store.write_text(folder.path / "run.json", json.dumps(described, indent=1) + "\n")
             _BODIES[name](self, folder.path)
             folder.finish()
         say(f"results are in {self.workdir}")
@@ -105,7 +111,7 @@ class Run:
         """The tokenizer of the experiment, checked on first use."""
         if self._tokenizer is None:
             path = checkpoint.resolve(self.experiment.tokenizer_path, self._tokenizer_revision())
-            self._tokenizer = Tokenizer.from_gguf(path) if path.suffix == ".gguf" else Tokenizer.from_folder(path)
+            self._tokenizer = Tokenizer.load(path)
             prompts.check_tokenizer(self._tokenizer)
         return self._tokenizer
 
@@ -127,40 +133,30 @@ class Run:
         replacement = spec.marker_replacement if spec.markers == "replace" else None
         return prompts.map_markers(ids, prompts.r1_markers(self.tokenizer), spec.markers, replacement)
 
+    def architecture(self, role: str) -> LlamaConfig:
+        """Architecture of the model of a role, which is fetched if it is not here."""
+        spec = self.experiment.model(role)
+        return checkpoint.read_config(checkpoint.resolve(spec.path, spec.revision or None))
+
+    def _check_models(self) -> None:
+        """Finds, before any long work, what is wrong with one of the models or the tokenizer."""
+        for role in self.experiment.roles:
+            self.architecture(role)
+        _ = self.tokenizer
+
     def _tokenizer_revision(self) -> str | None:
-        return (not self.experiment.tokenizer and self.experiment.model(self.experiment.roles[-1]).revision) or None
+        return (not self.experiment.tokenizer and self.experiment.model(self.experiment.author).revision) or None
 
-    def _require_earlier(self, name: str) -> None:
-        for earlier in STAGES[: STAGES.index(name)]:
-            if not self.done(earlier):
-                raise ValueError(f"{name} builds on {earlier}, which is not done for this config: add it to --stages")
 
-    def _stage_inputs(self) -> dict[str, dict[str, Any]]:
-        """What each stage's results depend on: config, files by content, and the inputs of the stages before."""
-        e = self.experiment
-        models = {
-            role: dataclasses.asdict(e.model(role)) | {"weights": weights_id(e.model(role).path)} for role in e.roles
-        }
-        sampled = not e.traces.path
-        files = {"traces": e.traces.path, "problems": e.traces.problems, "annotations": e.annotations.path}
-        content = {name: store.file_hash(data_path(path)) for name, path in files.items() if path}
-        prompt = dataclasses.asdict(e.prompt) | {"tokenizer": weights_id(e.tokenizer_path)}
-        own: dict[str, dict[str, Any]] = {
-            "1-traces": {"traces": dataclasses.asdict(e.traces), "files": content}
-            | ({"prompt": prompt, "model": models.get("reasoning"), "seed": e.seed} if sampled else {}),
-            "2-annotations": {"annotations": dataclasses.asdict(e.annotations)},
-            "3-vectors": {"vectors": dataclasses.asdict(e.vectors), "models": models, "prompt": prompt},
-            "4-steering": {"steering": dataclasses.asdict(e.steering), "seed": e.seed},
-            "5-analysis": {},
-            "6-report": {"name": e.name},
-        }
-        inputs: dict[str, dict[str, Any]] = {}
-        before = ""
-        for name in STAGES:
-            # Through JSON, so that what is compared is what is written.
-            inputs[name] = json.loads(json.dumps({**own[name], "earlier stages": before, "format": _FORMAT}))
-            before = store.fingerprint(inputs[name])
-        return inputs
+def _chained(own: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Inputs of each stage, with the fingerprint of those of the stage before."""
+    chained: dict[str, dict[str, Any]] = {}
+    before = ""
+    for name in STAGES:
+        # Through JSON, so that what is compared is what is written.
+        chained[name] = json.loads(json.dumps({**own[name], "earlier stages": before, "format": _FORMAT}))
+        before = store.fingerprint(chained[name])
+    return chained
 
 
 def say(text: str) -> None:
@@ -168,106 +164,81 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def data_path(path: str) -> Path:
-    """A file or folder of data, possibly inside an installed package; FileNotFoundError if there is none."""
-    found = checkpoint.resolve(path) if path.startswith("package:") else Path(path)
-    if not found.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder")
-    return found
-
-
-def weights_id(path: str) -> str:
-    """What tells one checkpoint from another: content of a local one, else the hub id (the config has its revision)."""
-    local = checkpoint.resolve(path) if path.startswith("package:") else Path(path)
-    return store.weights_hash(local) if local.exists() else path
-
-
-def spread(items: Sequence[Any], limit: int) -> list[Any]:
-    """`limit` items evenly spread over a sequence, all of them if limit is 0 or more than there are."""
-    if not limit or limit >= len(items):
-        return list(items)
-    return [items[i] for i in np.linspace(0, len(items) - 1, limit).round().astype(int)]
-
-
-def window_of(experiment: Experiment) -> extract.Window:
-    """The experiment's window as a pair of offsets."""
-    first, last = experiment.vectors.window
-    return first, last
-
-
 def make_traces(run: Run, folder: Path) -> None:
-    """Stage 1: imports traces, or samples them with the reasoning model."""
+    """Stage 1: imports traces, or samples them."""
     spec = run.experiment.traces
     if not spec.path:
         sample_traces(run, folder)
         return
-    path = data_path(spec.path)
+    path = inputs.data_path(spec.path)
     if path.suffix == ".jsonl":
-        pairs = [(trace, "") for trace in records.read_traces(path)]
+        traces = inputs.spread(records.read_traces(path), spec.limit)
     else:
-        pairs = list(zip(*records.read_released(path), strict=True))
-    pairs = spread(pairs, spec.limit)
-    records.write_jsonl(folder / "traces.jsonl", [trace for trace, _ in pairs])
-    lines = [json.dumps({"trace_id": trace.id, "annotated": text}) for trace, text in pairs]
-    store.write_text(folder / "labelled.jsonl", "\n".join(lines) + "\n")
-    say(f"  {len(pairs)} traces imported")
+        pairs = inputs.spread(list(zip(*records.read_released(path), strict=True)), spec.limit)
+        lines = [json.dumps({"trace_id": trace.id, "annotated": text}) for trace, text in pairs]
+        store.write_text(folder / "labelled.jsonl", "\n".join(lines) + "\n")
+        traces = [trace for trace, _ in pairs]
+    records.write_jsonl(folder / "traces.jsonl", traces)
+    say(f"  {len(traces)} traces imported")
 
 
 def sample_traces(run: Run, folder: Path) -> None:
-    """Samples the reasoning model's replies to the problems; a killed run goes on at the first missing batch."""
+    """Samples the author's replies to the problems; a killed run goes on at the first missing batch."""
     e, spec = run.experiment, run.experiment.traces
-    chosen = shipped_problems() if not spec.problems else records.read_problems(data_path(spec.problems))
-    asked = [(problem, sample) for problem in spread(chosen, spec.limit) for sample in range(spec.samples)]
-    model = run.model(e.roles[-1])
-    nothing = no_intervention(model.config.n_layers, model.config.d_model)
-    rows = [
-        generate.Row(
-            prompts.prompt_ids(run.tokenizer, problem.problem, run.prompt),
-            generate.row_key(e.seed, problem.id, sample),
-            nothing,
-        )
-        for problem, sample in asked
-    ]
-    sampling = generate.Sampling(spec.temperature, spec.top_p)
-    replies = sample_rows(run, folder / "replies.jsonl", model, rows, sampling, spec.max_new_tokens, spec.batch_size)
-    traces = [
-        records.Trace(
-            id=f"{problem.id}/{sample}",
-            problem_id=problem.id,
-            category=problem.category,
-            problem=problem.problem,
-            text=reply["text"],
-            sample=sample,
-            token_ids=tuple(reply["ids"]),
-            finish_reason=reply["finish_reason"],
-        )
-        for (problem, sample), reply in zip(asked, replies, strict=True)
-    ]
-    records.write_jsonl(folder / "traces.jsonl", traces)
+    partial = folder / "replies.jsonl"
+    if not (folder / "traces.jsonl").exists():
+        asked = [(problem, sample) for problem in inputs.problems(e) for sample in range(spec.samples)]
+        config = run.architecture(e.author)
+        nothing = no_intervention(config.n_layers, config.d_model)
+        rows = [
+            generate.Row(
+                run.for_role(e.author, prompts.prompt_ids(run.tokenizer, problem.problem, run.prompt))[0],
+                generate.row_key(e.seed, problem.id, sample),
+                nothing,
+            )
+            for problem, sample in asked
+        ]
+        replies = sample_rows(run, partial, e.author, rows, generate.Sampling(spec.temperature, spec.top_p), spec)
+        traces = [
+            records.Trace(
+                id=f"{problem.id}/{sample}",
+                problem_id=problem.id,
+                category=problem.category,
+                problem=problem.problem,
+                text=reply["text"],
+                sample=sample,
+                token_ids=tuple(reply["ids"]),
+                finish_reason=reply["finish_reason"],
+            )
+            for (problem, sample), reply in zip(asked, replies, strict=True)
+        ]
+        records.write_jsonl(folder / "traces.jsonl", traces)
+    partial.unlink(missing_ok=True)
 
 
 def sample_rows(
     run: Run,
     partial: Path,
-    model: Llama,
+    role: str,
     rows: Sequence[generate.Row],
     sampling: generate.Sampling,
-    max_new_tokens: int,
-    batch_size: int,
+    spec: TraceSpec | SteeringSpec,
 ) -> list[dict[str, Any]]:
     """Samples all rows, appending each batch to `partial`, and returns them in order; rows already there are kept."""
-    done = {line["row"]: line for line in store.read_lines(partial)}
+    done = {line["row"]: line for line in store.recover_lines(partial)}
+    if len(done) == len(rows):
+        return [done[row] for row in range(len(rows))]
     stop_ids = set(run.tokenizer.stop_ids)
     batches = generate.generate_rows(
-        model,
+        run.model(role),
         rows,
         sampling=sampling,
         stop_ids=run.tokenizer.stop_ids,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
+        max_new_tokens=spec.max_new_tokens,
+        batch_size=spec.batch_size,
         done=done,
     )
-    with Progress("  sampling", len(rows), len(done)) as progress:
+    with Progress(f"  sampling from the {role} model", len(rows), len(done)) as progress:
         for batch in batches:
             lines = [
                 {
@@ -277,6 +248,7 @@ def sample_rows(
                     "finish_reason": reply.finish_reason,
                 }
                 for row, reply in batch
+                if row not in done
             ]
             store.append_lines(partial, lines)
             done |= {line["row"]: line for line in lines}
@@ -290,15 +262,15 @@ def annotate(run: Run, folder: Path) -> None:
     source = run.folder("1-traces")
     traces = records.read_traces(source / "traces.jsonl")
     if spec.judge == "import":
-        annotated = records.read_annotations(data_path(spec.path))
+        annotated = records.read_annotations(inputs.data_path(spec.path))
     elif spec.judge == "keyword":
         annotated = [keyword.annotate(trace, spec.variant) for trace in traces]
     else:
-        labelled = {line["trace_id"]: line["annotated"] for line in store.read_lines(source / "labelled.jsonl")}
-        if missing := [trace.id for trace in traces if not labelled.get(trace.id)]:
+        if not (source / "labelled.jsonl").exists():
             raise ValueError(
-                f"annotations.judge='released', but {len(missing)} traces came without labels: {missing[:3]}"
+                f"annotations.judge='released', but {run.experiment.traces.path} holds traces without labels"
             )
+        labelled = {line["trace_id"]: line["annotated"] for line in store.read_lines(source / "labelled.jsonl")}
         annotated = [labels.align(trace, labelled[trace.id]) for trace in traces]
     records.pair_annotations(traces, annotated)  # raises where a span does not fit its trace
     records.write_jsonl(folder / "annotations.jsonl", annotated)
@@ -314,19 +286,23 @@ def read_vectors(run: Run, folder: Path) -> None:
     annotated = records.read_annotations(run.folder("2-annotations") / "annotations.jsonl")
     pairs = records.pair_annotations(traces, annotated)
     found = sorted({section.label for _, annotation in pairs for section in annotation.sections})
-    if e.vectors.label not in found:
-        raise ValueError(f"no section is labelled vectors.label={e.vectors.label!r}; labels that occur: {found}")
+    wanted = {e.vectors.label} | (conditions.needed_labels(e) if "4-steering" in run.stages else set())
+    if missing := sorted(wanted - set(found)):
+        raise ValueError(
+            f"no section is labelled {missing[0]!r}, which vectors.label or steering.kinds asks for; "
+            f"labels that occur: {', '.join(found) or 'none'}"
+        )
     plan = extract.WindowPlan(
         labels=tuple(found),
         groups={label: (label,) for label in found}
         | {"all": tuple(found), "rest": tuple(label for label in found if label != e.vectors.label)},
-        windows=(window_of(e), *((offset, offset) for offset in e.vectors.offsets)),
-        layers=(e.steering.layer,),
+        windows=(e.vectors.window, *((offset, offset) for offset in e.vectors.offsets)),
+        layers=e.vectors.layers,
         into_prompt=e.vectors.into_prompt,
     )
     summary: dict[str, Any] = {"labels": found}
     for role in e.roles:
-        sums = _sums_of_role(run, folder, role, pairs, plan)
+        sums = _sums_of_role(run, folder, role, pairs, plan, wanted | {e.vectors.contrast})
         summary[role] = _write_vectors(run, folder, role, sums)
     if len(e.roles) == 2:
         base, reasoning = (vectors.load(folder / f"{role}.{e.vectors.label}.safetensors") for role in e.roles)
@@ -340,18 +316,18 @@ def _sums_of_role(
     role: str,
     pairs: Sequence[tuple[records.Trace, records.Annotation]],
     plan: extract.WindowPlan,
+    wanted: Collection[str],
 ) -> extract.WindowSums:
-    """Window sums of one model, saved after every batch."""
+    """Window sums of one model, saved after every batch; ValueError if a wanted group has no window."""
     e = run.experiment
     file = folder / f"{role}.sums.safetensors"
-    if not pairs:
-        raise ValueError("there are no annotated traces to read")
     sums = extract.load_sums(file, plan) if file.exists() else None
     seen = len(sums.trace_ids) if sums else 0
     if sums and seen == len(pairs):
         return sums
-    model = run.model(role)
     traces = [_token_trace(run, role, trace, annotation) for trace, annotation in pairs]
+    _require_windows(traces, plan, wanted)
+    model = run.model(role)
     length = {trace.id: len(trace.ids) for trace in traces}
     sums = sums or extract.WindowSums.zeros(plan, model.config.n_layers, model.config.d_model)
     with Progress(f"  reading the {role} model", len(traces), seen) as progress:
@@ -359,6 +335,18 @@ def _sums_of_role(
             extract.save_sums(sums, file)
             progress.update(len(new), sum(length[i] for i in new))
     return sums
+
+
+def _require_windows(traces: Sequence[extract.TokenTrace], plan: extract.WindowPlan, wanted: Collection[str]) -> None:
+    """Refuses, before the model is loaded, a group of labels of which no window could be read."""
+    counted = [extract.count_windows(trace, plan, len(trace.ids)) for trace in traces]
+    readable = {label for reads, _ in counted for row, label in enumerate(plan.labels) if reads[row, 0].any()}
+    for group in sorted(wanted):
+        if not readable.intersection(plan.groups[group]):
+            raise ValueError(
+                f"no window {plan.windows[0]} of {group!r} lies inside a reply, so it has no mean; "
+                "choose another vectors.window, or vectors.into_prompt=True"
+            )
 
 
 def _token_trace(run: Run, role: str, trace: records.Trace, annotation: records.Annotation) -> extract.TokenTrace:
@@ -374,8 +362,13 @@ def _token_trace(run: Run, role: str, trace: records.Trace, annotation: records.
 def _write_vectors(run: Run, folder: Path, role: str, sums: extract.WindowSums) -> dict[str, Any]:
     """Writes a vector for every label that was read, and the overall mean; returns counts and norms."""
     spec = run.experiment.vectors
-    window = window_of(run.experiment)
-    origin = {"role": role, "model": run.experiment.model(role).path, "revision": run.experiment.model(role).revision}
+    model = run.experiment.model(role)
+    origin = {
+        "role": role,
+        "model": model.path,
+        "revision": model.revision,
+        "inputs": store.fingerprint(run.inputs["3-vectors"]),
+    }
     windows = {}
     for g, label in enumerate(sums.plan.groups):
         windows[label] = {"read": int(sums.read[g, 0]), "dropped": int(sums.dropped[g, 0])}
@@ -383,10 +376,10 @@ def _write_vectors(run: Run, folder: Path, role: str, sums: extract.WindowSums) 
             continue
         contrast = spec.contrast if label == spec.label else "all"
         vector = vectors.difference_of_means(
-            sums, label, window, contrast=contrast, estimator=spec.estimator, provenance=origin
+            sums, label, spec.window, contrast=contrast, estimator=spec.estimator, provenance=origin
         )
         vectors.save(vector, folder / f"{role}.{label}.safetensors")
-    mean = sums.mean("all", window, spec.estimator).astype(np.float32)
+    mean = sums.mean("all", spec.window, spec.estimator).astype(np.float32)
     vectors.save(vectors.SteeringVector(mean, origin | {"mean": "all"}), folder / f"{role}.overall-mean.safetensors")
     layer = run.experiment.steering.layer
     counts = ", ".join(f"{windows[name]['read']} of {name}" for name in (spec.label, "all"))
@@ -397,69 +390,82 @@ def _write_vectors(run: Run, folder: Path, role: str, sums: extract.WindowSums) 
 
 def steer(run: Run, folder: Path) -> None:
     """Stage 4: samples every problem under every condition."""
+    e = run.experiment
+    partials = {role: folder / f"{role}.replies.jsonl" for role in e.roles}
+    if not (folder / "generations.jsonl").exists():
+        readings = load_readings(run)
+        traces = records.read_traces(run.folder("1-traces") / "traces.jsonl")
+        asked = inputs.spread(list({trace.problem_id: trace for trace in traces}.values()), e.steering.limit)
+        lines = [line for role in e.roles for line in _steer_model(run, role, partials[role], readings, asked)]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        store.write_text(folder / "generations.jsonl", text)
+    for partial in partials.values():
+        partial.unlink(missing_ok=True)
+
+
+def _steer_model(
+    run: Run, target: str, partial: Path, readings: conditions.Readings, asked: Sequence[records.Trace]
+) -> list[dict[str, Any]]:
+    """Replies of one model under all its conditions, as lines of generations.jsonl."""
     e, spec = run.experiment, run.experiment.steering
-    readings = load_readings(run)
-    traces = records.read_traces(run.folder("1-traces") / "traces.jsonl")
-    asked = list({trace.problem_id: trace for trace in traces}.values())
-    cells = conditions.make(e, readings)
-    lines: list[dict[str, Any]] = []
-    for target in e.roles:
-        todo = [
-            (condition, trace, sample)
-            for condition in cells
-            if condition.target == target
-            for trace in spread(asked, spec.limit)
-            for sample in range(spec.samples)
-        ]
-        model = run.model(target)
-        built = conditions.Interventions(readings, model.config.n_layers, model.config.d_model, spec.span, e.seed)
-        rows = []
-        for condition, trace, sample in todo:
-            ids, _ = run.for_role(target, prompts.prompt_ids(run.tokenizer, trace.problem, run.prompt))
-            key = generate.row_key(e.seed, trace.problem_id, sample)
-            rows.append(generate.Row(ids, key, built.row(condition, key)))
-        sampling = generate.Sampling(spec.temperature, spec.top_p, spec.top_k)
-        partial = folder / f"{target}.replies.jsonl"
-        replies = sample_rows(run, partial, model, rows, sampling, spec.max_new_tokens, spec.batch_size)
-        lines += [_generation(e, *row, reply) for row, reply in zip(todo, replies, strict=True)]
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    store.write_text(folder / "generations.jsonl", text)
-
-
-def _generation(
-    e: Experiment, condition: conditions.Condition, trace: records.Trace, sample: int, reply: Mapping[str, Any]
-) -> dict[str, Any]:
-    """One line of generations.jsonl."""
-    return {
-        "problem_id": trace.problem_id,
-        "category": trace.category,
-        "problem": trace.problem,
-        "sample": sample,
-        **dataclasses.asdict(condition),
-        "unit": e.steering.unit,
-        "span": e.steering.span,
-        "seed": e.seed,
-        "ids": reply["ids"],
-        "text": reply["text"],
-        "finish_reason": reply["finish_reason"],
-    }
+    config = run.architecture(target)
+    built = conditions.Interventions(readings, config.n_layers, config.d_model, spec.span, e.seed)
+    todo = [
+        (condition, trace, sample)
+        for condition in conditions.make(e, readings)
+        if condition.target == target
+        for trace in asked
+        for sample in range(spec.samples)
+    ]
+    rows = []
+    for condition, trace, sample in todo:
+        ids, _ = run.for_role(target, prompts.prompt_ids(run.tokenizer, trace.problem, run.prompt))
+        key = generate.row_key(e.seed, trace.problem_id, sample)
+        rows.append(generate.Row(ids, key, built.row(condition, key)))
+    sampling = generate.Sampling(spec.temperature, spec.top_p, spec.top_k)
+    replies = sample_rows(run, partial, target, rows, sampling, spec)
+    return [
+        {
+            "problem_id": trace.problem_id,
+            "category": trace.category,
+            "problem": trace.problem,
+            "sample": sample,
+            "model": e.model(target).path,
+            **dataclasses.asdict(condition),
+            "unit": spec.unit,
+            "span": spec.span,
+            "vector_hash": built.vector_hash(condition),
+            "seed": e.seed,
+            "ids": reply["ids"],
+            "text": reply["text"],
+            "finish_reason": reply["finish_reason"],
+        }
+        for (condition, trace, sample), reply in zip(todo, replies, strict=True)
+    ]
 
 
 def load_readings(run: Run) -> conditions.Readings:
     """The vectors and norms that stage 3 wrote.
 
     Raises:
-      ValueError: if a vector that the sweep needs was not written, or its layer does not exist.
+      ValueError: a vector that the sweep needs was not written, or does not fit the models.
     """
     folder, e = run.folder("3-vectors"), run.experiment
     summary = json.loads((folder / "summary.json").read_text())
+    shapes = {role: (config.n_layers, config.d_model) for role in e.roles for config in [run.architecture(role)]}
     found = {}
     for role in e.roles:
         for kind in conditions.needed_vectors(e):
             file = folder / f"{role}.{kind}.safetensors"
             if not file.exists():
                 raise ValueError(f"steering.kinds: no {kind!r} vector of the {role} model; labels: {summary['labels']}")
-            found[role, kind] = vectors.load(file)
+            found[role, kind] = vector = vectors.load(file)
+            for target, shape in shapes.items():
+                if vector.directions.shape != shape:
+                    raise ValueError(
+                        f"{file} has directions of shape {vector.directions.shape} (layers, width); "
+                        f"the {target} model takes {shape}"
+                    )
     return conditions.Readings(found, {role: np.array(summary[role]["mean_norm"]) for role in e.roles})
 
 

@@ -1,15 +1,12 @@
 """The plan of a run, for `--dry_run`: rows, tokens and memory of every stage, and what is done, without computing."""
 
-from pathlib import Path
-
 from backtrack_jax import conditions
 from backtrack_jax.config import Experiment
 from backtrack_jax.data import records
-from backtrack_jax.data.problems import shipped_problems
-from backtrack_jax.models import checkpoint
+from backtrack_jax.inputs import architecture, data_path, problems, spread
 from backtrack_jax.models.batching import bucket
-from backtrack_jax.models.config import HUB_CONFIGS, LlamaConfig
-from backtrack_jax.pipeline import STAGES, Run, data_path, spread
+from backtrack_jax.models.config import LlamaConfig
+from backtrack_jax.pipeline import STAGES, Run
 
 _CHARACTERS_PER_TOKEN = 4  # of English text, for the estimate only
 _PROMPT_TOKENS = 100
@@ -32,14 +29,12 @@ def _traces(run: Run) -> list[str]:
     e, spec = run.experiment, run.experiment.traces
     if spec.path:
         return [f"import {data_path(spec.path)}"]
-    problems = records.read_problems(data_path(spec.problems)) if spec.problems else shipped_problems()
-    rows = len(spread(problems, spec.limit)) * spec.samples
-    return _sampling(e, e.roles[-1], rows, spec.max_new_tokens, spec.batch_size)
+    return _sampling(e, e.author, len(problems(e)) * spec.samples, spec.max_new_tokens, spec.batch_size)
 
 
 def _vectors(run: Run) -> list[str]:
     e = run.experiment
-    lengths = _trace_lengths(run)
+    lengths = _trace_lengths(e)
     longest = bucket(max(lengths))
     lines = []
     for role in e.roles:
@@ -62,11 +57,11 @@ def _vectors(run: Run) -> list[str]:
 def _steering(run: Run) -> list[str]:
     e, spec = run.experiment, run.experiment.steering
     cells = conditions.count(e)
-    asked = len({Path(name).parent for name in _trace_names(run)})
-    problems = min(asked, spec.limit) if spec.limit else asked
-    lines = [f"{cells} conditions, {problems} problems, {spec.samples} sample(s) each"]
+    traced = {trace.problem_id for trace in _imported(e)} if e.traces.path else {problem.id for problem in problems(e)}
+    asked = min(len(traced), spec.limit or len(traced))
+    lines = [f"{cells} conditions, {asked} problems, {spec.samples} sample(s) each"]
     for role in e.roles:
-        rows = cells // len(e.roles) * problems * spec.samples
+        rows = cells // len(e.roles) * asked * spec.samples
         lines += _sampling(e, role, rows, spec.max_new_tokens, spec.batch_size)
     return lines
 
@@ -87,37 +82,17 @@ def _sampling(e: Experiment, role: str, rows: int, new_tokens: int, batch_size: 
     ]
 
 
-def architecture(path: str) -> LlamaConfig | None:
-    """The architecture of a checkpoint that is on this machine, or of a well-known one on the hub."""
-    if path.startswith("package:") or Path(path).exists():
-        return checkpoint.read_config(checkpoint.resolve(path))
-    return HUB_CONFIGS.get(path)
+def _trace_lengths(e: Experiment) -> list[int]:
+    """Tokens of each trace with its prompt; estimates."""
+    if not e.traces.path:
+        return [_PROMPT_TOKENS + e.traces.max_new_tokens] * (len(problems(e)) * e.traces.samples)
+    return [_PROMPT_TOKENS + len(trace.text) // _CHARACTERS_PER_TOKEN for trace in _imported(e)]
 
 
-def _trace_names(run: Run) -> list[str]:
-    """Ids of the traces, as far as they are known before stage 1."""
-    spec = run.experiment.traces
-    file = run.folder("1-traces") / "traces.jsonl"
-    if run.done("1-traces"):
-        return [trace.id for trace in records.read_traces(file)]
-    if not spec.path:
-        problems = records.read_problems(data_path(spec.problems)) if spec.problems else shipped_problems()
-        return [f"{p.id}/{sample}" for p in spread(problems, spec.limit) for sample in range(spec.samples)]
-    return [trace.id for trace in _imported(run)]
-
-
-def _trace_lengths(run: Run) -> list[int]:
-    spec = run.experiment.traces
-    if not spec.path:
-        return [_PROMPT_TOKENS + spec.max_new_tokens] * len(_trace_names(run))
-    return [_PROMPT_TOKENS + len(trace.text) // _CHARACTERS_PER_TOKEN for trace in _imported(run)]
-
-
-def _imported(run: Run) -> list[records.Trace]:
-    spec = run.experiment.traces
-    path = data_path(spec.path)
+def _imported(e: Experiment) -> list[records.Trace]:
+    path = data_path(e.traces.path)
     traces = records.read_traces(path) if path.suffix == ".jsonl" else records.read_released(path)[0]
-    return spread(traces, spec.limit)
+    return spread(traces, e.traces.limit)
 
 
 def _weights(e: Experiment, role: str, config: LlamaConfig) -> str:

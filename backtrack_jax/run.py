@@ -5,13 +5,15 @@ not exist or a value of the wrong type stops the program. `--dry_run` prints row
 what is already done, and computes nothing.
 """
 
+import logging
 import sys
+from collections.abc import Sequence
 
 from absl import app, flags
 from ml_collections import config_flags
 
 from backtrack_jax import pipeline, plan
-from backtrack_jax.config import Experiment, check
+from backtrack_jax.config import Experiment, check, check_override
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, for instance configs/smollm2.py.")
 _STAGES = flags.DEFINE_list("stages", [], f"Run only these stages: {', '.join(pipeline.STAGES)} (names or numbers).")
@@ -19,26 +21,37 @@ _WORKDIR = flags.DEFINE_string("workdir", "", "Folder for results, in the place 
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")
 
 
-def main(argv: list[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """Runs the stages of the experiment that the flags describe."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides look like --config.steering.layer=9")
-    experiment: Experiment = _CONFIG.value
-    if _WORKDIR.value:
-        experiment.workdir = _WORKDIR.value
+    logging.getLogger("jax").setLevel(logging.WARNING)  # which accelerators are absent is no news
     try:
+        if len(argv) > 1:
+            raise ValueError(f"unexpected arguments {argv[1:]}; overrides look like --config.steering.layer=9")
+        experiment: Experiment = _CONFIG.value
+        if _WORKDIR.value:
+            experiment.workdir = _WORKDIR.value
         check(experiment)
         run = pipeline.Run(experiment, pipeline.stage_names(_STAGES.value))
         if _DRY_RUN.value:
             print(plan.describe(run))
         else:
             run.run()
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on where this run was")
 
 
+def parse_flags(argv: Sequence[str]) -> Sequence[str]:
+    """Parses the command line; a wrong override ends the program with a message that names it."""
+    try:
+        for argument in argv[1:]:
+            check_override(argument)
+        return app.parse_flags_with_usage(list(argv))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,115 @@
+"""What a run depends on: where its inputs are, what tells them apart, and whether they fit together."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from backtrack_jax import store
+from backtrack_jax.config import Experiment
+from backtrack_jax.data import records
+from backtrack_jax.data.problems import shipped_problems
+from backtrack_jax.models import checkpoint
+from backtrack_jax.models.config import HUB_CONFIGS, LlamaConfig
+
+_T = TypeVar("_T")
+
+
+def data_path(path: str) -> Path:
+    """A file or folder of data, possibly inside an installed package; FileNotFoundError if there is none."""
+    found = local_path(path)
+    if not found.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    return found
+
+
+def local_path(path: str) -> Path:
+    """Where a path of the config points to on this machine, whether something is there or not."""
+    return checkpoint.resolve(path) if path.startswith("package:") else Path(path).expanduser()
+
+
+def weights_id(path: str) -> str:
+    """What tells one checkpoint from another: content of a local one, else the hub id (the config has its revision)."""
+    local = local_path(path)
+    return store.weights_hash(local) if local.exists() else path
+
+
+def architecture(path: str) -> LlamaConfig | None:
+    """Architecture of a checkpoint on this machine, or of a well-known one on the hub; None where it is not known yet.
+
+    Raises:
+      ValueError: it is not a Llama that this program implements.
+    """
+    local = local_path(path)
+    return checkpoint.read_config(local) if local.exists() else HUB_CONFIGS.get(path)
+
+
+def problems(e: Experiment) -> list[records.Problem]:
+    """The problems that the author of sampled traces is asked."""
+    read = records.read_problems(data_path(e.traces.problems)) if e.traces.problems else shipped_problems()
+    return spread(read, e.traces.limit)
+
+
+def spread(items: Sequence[_T], limit: int) -> list[_T]:
+    """`limit` items evenly spread over a sequence, all of them if limit is 0 or more than there are."""
+    if not limit or limit >= len(items):
+        return list(items)
+    return [items[i] for i in np.linspace(0, len(items) - 1, limit).round().astype(int)]
+
+
+def check_architectures(e: Experiment) -> None:
+    """Refuses models that do not fit the config or each other, as far as they are known before they are fetched.
+
+    Raises:
+      ValueError: names the field, its value, and what the model has.
+    """
+    known = {role: config for role in e.roles if (config := architecture(e.model(role).path))}
+    for role, config in known.items():
+        for field, layers in (("steering.layer", (e.steering.layer,)), ("vectors.layers", e.vectors.layers)):
+            if beyond := [layer for layer in layers if layer >= config.n_layers]:
+                raise ValueError(
+                    f"{field}={beyond[0]} is no block of the {role} model, {e.model(role).path}: "
+                    f"it has blocks 0..{config.n_layers - 1}"
+                )
+        replacement = e.model(role).marker_replacement
+        if replacement >= config.vocab_size:
+            raise ValueError(
+                f"{role}.marker_replacement={replacement} is no token of {e.model(role).path}: "
+                f"its vocabulary has {config.vocab_size}"
+            )
+    shapes = {(config.n_layers, config.d_model) for config in known.values()}
+    if len(shapes) > 1:
+        raise ValueError(
+            "vectors of one model are added to the other, but (layers, width) differ: "
+            + ", ".join(f"{role} {(config.n_layers, config.d_model)}" for role, config in known.items())
+        )
+
+
+def stage_inputs(e: Experiment) -> dict[str, dict[str, Any]]:
+    """What the results of each stage depend on besides those of the stages before: config, and files by content."""
+    models = {role: _without(e.model(role), "path") | {"weights": weights_id(e.model(role).path)} for role in e.roles}
+    prompt = dataclasses.asdict(e.prompt) | {"tokenizer": weights_id(e.tokenizer_path)}
+    traces: dict[str, Any]
+    if e.traces.path:
+        traces = {"traces": {"file": store.file_hash(data_path(e.traces.path)), "limit": e.traces.limit}}
+    else:
+        asked = store.fingerprint({"problems": [dataclasses.asdict(problem) for problem in problems(e)]})
+        sampling = _without(e.traces, "path", "problems", "limit") | {"problems": asked}
+        traces = {"traces": sampling, "prompt": prompt, "model": models[e.author], "seed": e.seed}
+    annotations = _without(e.annotations, "path")
+    if e.annotations.path:
+        annotations["file"] = store.file_hash(data_path(e.annotations.path))
+    return {
+        "1-traces": traces,
+        "2-annotations": {"annotations": annotations},
+        "3-vectors": {"vectors": dataclasses.asdict(e.vectors), "models": models, "prompt": prompt},
+        "4-steering": {"steering": dataclasses.asdict(e.steering), "seed": e.seed},
+        "5-analysis": {},
+        "6-report": {"name": e.name},
+    }
+
+
+def _without(spec: Any, *fields: str) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(spec).items() if name not in fields}
