@@ -2,12 +2,12 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from backtrack_jax import store
 from backtrack_jax.conditions import UNSTEERED
@@ -20,8 +20,10 @@ _UNITS = {
     "relative": "magnitude, in mean residual norms of layer {layer}",
     "raw": "factor on the difference of means",
 }
-# Okabe and Ito's colours, told apart with any colour vision; the line style tells the source as well.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+# Okabe and Ito's colours, told apart with any colour vision, without the yellow that is lost on white. The colour (and
+# beyond seven kinds, the marker) tells the kind, the line style the source.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^")
 _STYLES = {"base": "-", "reasoning": "--", "": ":"}
 
 Rows = Sequence[Mapping[str, Any]]
@@ -39,7 +41,14 @@ def to_csv(rows: Rows) -> str:
 def read_csv(path: Path) -> list[dict[str, Any]]:
     """What `to_csv` wrote, numbers as numbers."""
     with path.open(newline="") as file:
-        return [{k: v if k in _TEXT else float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        return [{k: v if k in _TEXT else _number(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def _number(text: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
 
 
 def curves(rows: Rows, target: str) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
@@ -59,37 +68,46 @@ def curves(rows: Rows, target: str) -> dict[tuple[str, str], list[Mapping[str, A
 def draw(rows: Rows, experiment: Experiment, summary: Mapping[str, Any], folder: Path) -> None:
     """Writes `steering.png`, `.pdf` and `.csv`: rate above, repetition below, one column per steered model."""
     store.write_text(folder / "steering.csv", to_csv(rows))
-    targets = experiment.roles
-    figure, axes = plt.subplots(
-        2,
-        len(targets),
-        figsize=(1.2 + 4.8 * len(targets), 5.6),
-        sharex=True,
-        sharey="row",
-        squeeze=False,
-        height_ratios=(2, 1),
-        layout="constrained",
-    )
+    targets, spec = experiment.roles, experiment.steering
+    # A figure of its own, not pyplot's: no window system is looked for, nothing is kept after it is written.
+    figure = Figure(figsize=(3.6 + 4.2 * len(targets), 5.6), layout="constrained")
+    axes = figure.subplots(2, len(targets), sharex=True, sharey="row", squeeze=False, height_ratios=(2, 1))
     for column, target in enumerate(targets):
-        for number, ((kind, source), cells) in enumerate(curves(rows, target).items()):
+        rate, repetition = axes[:, column]
+        for (kind, source), cells in curves(rows, target).items():
             label = f"{kind} ({source}-derived)" if source else kind
-            line = {"color": _COLOURS[number % len(_COLOURS)], "linestyle": _STYLES[source], "marker": "o", "ms": 4}
-            _draw_curve(axes[0, column], axes[1, column], cells, label, line)
-        axes[0, column].set_title(f"{target} model" if len(targets) > 1 else experiment.name)
-        unit = _UNITS[experiment.steering.unit].format(layer=experiment.steering.layer)
-        norm = summary[target]["mean_norm"][experiment.steering.layer]
-        axes[1, column].set_xlabel(f"{unit}\n(mean residual norm {norm:.3g})")
-        axes[0, column].set_ylim(bottom=0)
-        axes[1, column].set_ylim(0, 1)
+            _draw_curve(rate, repetition, cells, label, _line(spec.kinds.index(kind), source))
+        rate.set_title(f"{target} model")
+        norm = summary[target]["mean_norm"][spec.layer]
+        repetition.set_xlabel(f"{_UNITS[spec.unit].format(layer=spec.layer)}\n(mean residual norm {norm:.3g})")
+    axes[0, 0].set_ylim(-0.02 * axes[0, 0].get_ylim()[1], None)
+    axes[1, 0].set_ylim(-0.04, 1.04)
     axes[0, 0].set_ylabel("wait, hmm: % of words\n(95 % interval over problems)")
     axes[1, 0].set_ylabel("repeated 3-grams,\nshare")
-    axes[0, -1].legend(frameon=False, fontsize=8)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, linewidth=0.6)
-    for suffix in ("png", "pdf"):
-        figure.savefig(folder / f"steering.{suffix}", dpi=160)
-    plt.close(figure)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    n_replies, n_problems = ({row[n] for row in rows} for n in ("n_replies", "n_problems"))
+    figure.suptitle(
+        f"{experiment.name}: layer {spec.layer}, {spec.span} positions; each point {_range(n_replies)} replies to "
+        f"{_range(n_problems)} problems",
+        fontsize=9,
+    )
+    for suffix, metadata in (("png", None), ("pdf", {"CreationDate": None})):
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format=suffix, dpi=160, metadata=metadata)
+        store.write_bytes(folder / f"steering.{suffix}", drawn.getbuffer())
+
+
+def _line(number: int, source: str) -> dict[str, Any]:
+    colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number // len(_COLOURS) % len(_MARKERS)]
+    return {"color": colour, "linestyle": _STYLES[source], "marker": marker, "ms": 4}
+
+
+def _range(numbers: Collection[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def _draw_curve(rate: Axes, repetition: Axes, cells: Rows, label: str, line: Mapping[str, Any]) -> None:
