@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
+from backtrack_jax import store
 from backtrack_jax.generate import batches
 from backtrack_jax.models.batching import right_pad
 from backtrack_jax.models.llama import BlockOutput, Llama
@@ -139,37 +139,39 @@ class WindowSums:
         return self.norm_sum / self.n_tokens
 
 
-def window_sums(
-    model: Llama,
-    traces: Sequence[TokenTrace],
-    plan: WindowPlan,
-    *,
-    batch_size: int,
-    resume: WindowSums | None = None,
-) -> Iterator[WindowSums]:
-    """Passes traces through the model and yields the running sums after every batch.
+def window_sums(model: Llama, traces: Sequence[TokenTrace], plan: WindowPlan, *, batch_size: int) -> WindowSums:
+    """Passes all traces through the model; see `add_traces`, which does the work batch by batch."""
+    total = WindowSums.zeros(plan, model.config.n_layers, model.config.d_model)
+    for _ in add_traces(total, model, traces, batch_size=batch_size):
+        pass
+    return total
+
+
+def add_traces(
+    total: WindowSums, model: Llama, traces: Sequence[TokenTrace], *, batch_size: int
+) -> Iterator[list[str]]:
+    """Passes traces through the model and adds each batch's windows to `total`.
 
     Args:
+      total: running sums, changed in place: of nothing, or what an earlier, interrupted call with the same traces and
+        batch size had come to; its batches are not repeated.
       model: the model whose residual stream is read.
       traces: the traces, each with its sections' first tokens.
-      plan: labels, groups, windows, layers.
       batch_size: rows of a batch; traces of similar length share one.
-      resume: sums that an earlier, interrupted call with the same arguments yielded; its batches are not repeated.
 
     Yields:
-      The same, growing WindowSums.
+      After every batch, the ids of the traces it added.
 
     Raises:
       FloatingPointError: names the layer and trace where an activation is not finite.
     """
-    total = resume or WindowSums.zeros(plan, model.config.n_layers, model.config.d_model)
     done = set(total.trace_ids)
     for padded, members in batches([len(trace.ids) for trace in traces], batch_size):
         rows = [traces[i] for i in members]
         if rows[0].id in done:
             continue
         _add_batch(total, model, rows, padded, batch_size)
-        yield total
+        yield [row.id for row in rows]
 
 
 def count_windows(trace: TokenTrace, plan: WindowPlan, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -194,9 +196,7 @@ def save_sums(sums: WindowSums, path: Path) -> None:
     """Writes sums to a safetensors file that is whole or absent; `load_sums` reads them back."""
     arrays = {name: np.ascontiguousarray(getattr(sums, name)) for name in _ARRAYS}
     metadata = {"trace_ids": json.dumps(sums.trace_ids), "n_tokens": str(sums.n_tokens)}
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(arrays, temporary, metadata)
-    temporary.replace(path)
+    store.write_safetensors(path, arrays, metadata)
 
 
 def load_sums(path: Path, plan: WindowPlan) -> WindowSums:
