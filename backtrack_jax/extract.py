@@ -12,6 +12,7 @@ with 0/1 counts of which positions each window reads, so nothing of size L x B x
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -87,7 +88,8 @@ class WindowSums:
       sums: [E, L, G, W, D] float64; E in the order of `ESTIMATORS`: of per-trace means, of tokens.
       counts: [E, G, W] float64; number of traces that have such a window, number of positions read.
       read: [G, W] int64, windows read.
-      dropped: [G, W] int64, windows dropped because they cross the start of the reply (or, into the prompt, BOS).
+      dropped: [G, W] int64, windows dropped because they cross the start of the reply (or, into the prompt, BOS) or the
+        end of the trace.
       norm_sum: [L] float64, sum over reply tokens of the residual stream's norm.
       n_tokens: reply tokens.
       trace_ids: the traces summed, in order.
@@ -106,7 +108,10 @@ class WindowSums:
 
     @classmethod
     def zeros(cls, plan: WindowPlan, n_layers: int, d_model: int) -> "WindowSums":
-        """Sums over no traces."""
+        """Sums over no traces; ValueError if the plan names a layer that the model does not have."""
+        for layer in plan.layers:
+            if not 0 <= layer < n_layers:
+                raise ValueError(f"plan.layers: layer={layer} is outside 0..{n_layers - 1}")
         E, G, W = len(ESTIMATORS), len(plan.groups), len(plan.windows)
         return cls(
             plan,
@@ -163,13 +168,19 @@ def add_traces(
       After every batch, the ids of the traces it added.
 
     Raises:
+      ValueError: if two traces have one id, or `total` holds a part of a batch.
       FloatingPointError: names the layer and trace where an activation is not finite.
     """
+    if repeated := [name for name, times in Counter(trace.id for trace in traces).items() if times > 1]:
+        raise ValueError(f"traces of one id: {repeated}")
     done = set(total.trace_ids)
     for padded, members in batches([len(trace.ids) for trace in traces], batch_size):
         rows = [traces[i] for i in members]
-        if rows[0].id in done:
+        already = [row.id for row in rows if row.id in done]
+        if len(already) == len(rows):
             continue
+        if already:
+            raise ValueError(f"trace {already[0]!r} was summed in another batch; resume with the same batch size")
         _add_batch(total, model, rows, padded, batch_size)
         yield [row.id for row in rows]
 
