@@ -249,7 +249,7 @@ def _save_gguf(vector: SteeringVector, path: Path) -> None:
     """
     rows = {layer: row for layer, row in enumerate(vector.directions) if layer > 0 and np.isfinite(row).all()}
     if not rows:
-        raise ValueError(f"{path.name}: no direction above layer 0, and a GGUF control vector cannot hold layer 0")
+        raise ValueError("a GGUF control vector cannot hold layer 0, and this vector has no other")
     writer = gguf.GGUFWriter(path, "controlvector")
     writer.add_string("controlvector.model_hint", "llama")
     writer.add_uint32("controlvector.layer_count", len(vector.directions) - 1)
