@@ -47,6 +47,8 @@ import torch
 import transformers
 from torch_reference import CONFIG, added, tiny_llama, torch_copy, torch_logits, unit_vectors
 
+pytestmark = pytest.mark.hf
+
 L, D, V = CONFIG.n_layers, CONFIG.d_model, CONFIG.vocab_size
 B, T, G = 6, 64, 10
 NEVER = (-1, -1)  # stop ids that no token has

@@ -108,6 +108,28 @@ def torch_logits(reference: transformers.LlamaForCausalLM, ids: Sequence[int]) -
         return reference(torch.tensor([list(ids)]), use_cache=False).logits[0].numpy()
 
 
+def torch_residuals(reference: transformers.LlamaForCausalLM, ids: Sequence[int]) -> np.ndarray:
+    """Output of every block, [L, T, D] float32, of one sequence, alone, without padding or cache.
+
+    By hooks: Hugging Face's last hidden state is not the last block's output but comes after the final norm.
+    """
+    outputs: list[np.ndarray] = []
+
+    def hook(module: torch.nn.Module, args: tuple, output):
+        hidden = output[0] if isinstance(output, tuple) else output  # depends on the version of transformers
+        assert hidden.ndim == 3
+        outputs.append(hidden[0].numpy())
+
+    handles = [layer.register_forward_hook(hook) for layer in reference.model.layers]
+    try:
+        with torch.no_grad():
+            reference(torch.tensor([list(ids)]), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return np.stack(outputs)
+
+
 def unit_vectors(n: int, d_model: int, seed: int = 0) -> jax.Array:
     """[n, D] random directions of norm 1."""
     v = jax.random.normal(jax.random.key(seed), (n, d_model))

@@ -1,0 +1,374 @@
+"""Window sums against hidden states of torch, read naively: one trace, one section, one window at a time."""
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from backtrack_jax.extract import (
+    ESTIMATORS,
+    TokenTrace,
+    WindowPlan,
+    WindowSums,
+    _contract,
+    add_traces,
+    count_windows,
+    load_sums,
+    save_sums,
+    window_sums,
+)
+from backtrack_jax.models.llama import Llama
+
+pytest.importorskip("torch", reason="needs torch and transformers to compare with")
+
+from torch_reference import CONFIG, tiny_llama, torch_copy, torch_residuals
+
+pytestmark = pytest.mark.hf
+
+L, D, V = CONFIG.n_layers, CONFIG.d_model, CONFIG.vocab_size
+UNUSED = V - 1  # token that no trace holds
+LABELS = ("deduction", "backtracking", "initializing")
+GROUPS = {label: (label,) for label in LABELS} | {"all": LABELS, "rest": ("deduction", "initializing")}
+WINDOWS = ((-5, -3), (-2, -2), (-1, 3))
+PLAN = WindowPlan(LABELS, GROUPS, WINDOWS, layers=(2, 0))
+MODEL = tiny_llama()
+BATCH_SIZE = 3
+SUMMED = ("sums", "counts", "read", "dropped", "norm_sum", "n_tokens", "trace_means")
+
+
+def made_traces() -> list[TokenTrace]:
+    """Ragged traces in two buckets; sections overlap, touch either end, or are absent."""
+    rng = np.random.default_rng(0)
+    traces = []
+    for number, length in enumerate((40, 100, 64, 23, 70, 12, 55)):
+        reply_start = 2 + number
+        starts = [(LABELS[rng.integers(len(LABELS))], int(rng.integers(reply_start, length))) for _ in range(8)]
+        starts += [("initializing", reply_start), ("deduction", length - 1), ("deduction", length - 2)]
+        if number == 2:
+            starts = [(label, start) for label, start in starts if label != "backtracking"]
+        if number == 3:
+            starts = []
+        ids = [0, *rng.integers(0, UNUSED, length - 1).tolist()]
+        traces.append(TokenTrace(f"problem {number}/0", ids, reply_start, starts))
+    return traces
+
+
+TRACES = made_traces()
+
+
+def changed(model: Llama, **changes) -> Llama:
+    """A copy of the model with some leaves replaced, by the end of their path."""
+
+    def replace(path, leaf):
+        hits = [value for name, value in changes.items() if name in jax.tree_util.keystr(path)]
+        return hits[0](leaf) if hits else leaf
+
+    return jax.tree_util.tree_map_with_path(replace, model)
+
+
+def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.sum(a * b, axis=-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+
+
+def naive_sums(residuals: Sequence[np.ndarray], plan: WindowPlan) -> WindowSums:
+    """What `window_sums` promises for TRACES, by loops in float64."""
+    total = WindowSums.zeros(plan, L, D)
+    earliest = {trace.id: 1 if plan.into_prompt else trace.reply_start for trace in TRACES}
+    trace_means = np.full((len(TRACES), len(plan.layers), len(plan.groups), D), np.nan)
+    for t, (trace, x) in enumerate(zip(TRACES, residuals, strict=True)):
+        x = x.astype(np.float64)
+        for g, members in enumerate(plan.groups.values()):
+            for w, (first, last) in enumerate(plan.windows):
+                rows = []
+                for label, start in trace.starts:
+                    positions = [start + offset for offset in range(first, last + 1)]
+                    if label not in members:
+                        continue
+                    if positions[0] < earliest[trace.id] or positions[-1] >= len(trace.ids):
+                        total.dropped[g, w] += 1
+                        continue
+                    total.read[g, w] += 1
+                    rows += [x[:, position] for position in positions]
+                if rows:
+                    mean = np.mean(rows, axis=0)
+                    total.sums[0, :, g, w] += mean
+                    total.sums[1, :, g, w] += np.sum(rows, axis=0)
+                    total.counts[:, g, w] += 1, len(rows)
+                    if w == 0:
+                        trace_means[t, :, g] = mean[list(plan.layers)]
+        reply = x[:, trace.reply_start :]
+        total.norm_sum += np.linalg.norm(reply, axis=-1).sum(1)
+        total.n_tokens += reply.shape[1]
+        total.trace_ids.append(trace.id)
+    return dataclasses.replace(total, trace_means=trace_means)
+
+
+def in_order_of(ids: Sequence[str], sums: WindowSums) -> np.ndarray:
+    """The per-trace means, sorted like `ids`."""
+    return sums.trace_means[[sums.trace_ids.index(trace_id) for trace_id in ids]]
+
+
+def assert_same_sums(a: WindowSums, b: WindowSums) -> None:
+    """To the bit."""
+    assert a.trace_ids == b.trace_ids
+    for name in SUMMED:
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def residuals() -> list[np.ndarray]:
+    reference = torch_copy(MODEL)
+    return [torch_residuals(reference, trace.ids) for trace in TRACES]
+
+
+@pytest.fixture(scope="module")
+def sums() -> WindowSums:
+    return window_sums(MODEL, TRACES, PLAN, batch_size=BATCH_SIZE)
+
+
+def test_layers_are_block_outputs_and_the_last_one_is_not_normed(residuals):
+    """T14: this package's layer l is `hidden_states[l + 1]` but for the last, which Hugging Face norms."""
+    import torch
+
+    reference = torch_copy(MODEL)
+    with torch.no_grad():
+        states = reference(torch.tensor([TRACES[0].ids]), output_hidden_states=True).hidden_states
+    for layer in range(L - 1):
+        np.testing.assert_allclose(residuals[0][layer], states[layer + 1][0].numpy(), atol=1e-5)
+    normed = reference.model.norm(torch.tensor(residuals[0][-1])).detach().numpy()
+    np.testing.assert_allclose(states[-1][0].numpy(), normed, atol=1e-5)
+    assert np.abs(residuals[0][-1] - normed).max() > 1
+
+
+@pytest.mark.parametrize("into_prompt", [False, True])
+def test_sums_equal_naive_loops_over_torch_activations(residuals, into_prompt):
+    """Both estimators, every group, window and layer, in one pass (T1-T3, T14)."""
+    plan = dataclasses.replace(PLAN, into_prompt=into_prompt)
+    mine, naive = window_sums(MODEL, TRACES, plan, batch_size=BATCH_SIZE), naive_sums(residuals, plan)
+    assert sorted(mine.trace_ids) == sorted(naive.trace_ids)
+    for name in ("counts", "read", "dropped", "n_tokens"):
+        np.testing.assert_array_equal(getattr(mine, name), getattr(naive, name), err_msg=name)
+    assert mine.sums.dtype == np.float64
+    np.testing.assert_allclose(mine.sums, naive.sums, rtol=1e-4, atol=1e-4)
+    assert cosines(mine.sums, naive.sums).min() >= 0.999999
+    np.testing.assert_allclose(mine.norm_sum, naive.norm_sum, rtol=1e-5)
+    np.testing.assert_allclose(in_order_of(naive.trace_ids, mine), naive.trace_means, rtol=1e-4, atol=1e-4)
+    assert (naive.dropped > 0).any()
+    assert (naive.read > 0).all()
+
+
+def test_means_are_sums_over_counts(sums, residuals):
+    naive = naive_sums(residuals, PLAN)
+    for e, g, w in np.ndindex(naive.counts.shape):
+        mean = sums.mean(list(GROUPS)[g], WINDOWS[w], ESTIMATORS[e])
+        assert mean.dtype == np.float64
+        np.testing.assert_allclose(mean, naive.sums[e, :, g, w] / naive.counts[e, g, w], rtol=1e-4, atol=1e-5)
+    assert np.abs(sums.mean("all", WINDOWS[0], "trace_mean") - sums.mean("all", WINDOWS[0], "token_mean")).max() > 1e-3
+    assert np.array_equal(sums.mean("all", WINDOWS[0]), sums.mean("all", WINDOWS[0], "trace_mean")), "Eq. 3 by default"
+
+
+def test_mean_norm_is_over_reply_tokens(sums, residuals):
+    reply = np.concatenate([x[:, trace.reply_start :] for trace, x in zip(TRACES, residuals, strict=True)], axis=1)
+    np.testing.assert_allclose(sums.mean_norm, np.linalg.norm(reply, axis=-1).mean(1), rtol=1e-5)
+
+
+def test_trace_means_are_nan_exactly_where_a_trace_has_no_window(sums):
+    absent = np.isnan(in_order_of([trace.id for trace in TRACES], sums))
+    assert sums.trace_means.dtype == np.float32
+    missing = np.any(absent, axis=(1, 3))  # [n, G]
+    np.testing.assert_array_equal(missing, np.all(absent, axis=(1, 3)))
+    assert missing[3].all(), "no sections at all"
+    assert missing[2].tolist() == [group == "backtracking" for group in GROUPS]
+
+
+def test_means_differ_between_layers_and_windows(sums):
+    """Otherwise an index that is off by one could pass."""
+    directions = sums.sums[0].reshape(-1, D)
+    similar = cosines(directions[:, None], directions[None])
+    assert np.sort(similar[~np.eye(len(directions), dtype=bool)])[-1] < 0.9999
+
+
+# Which positions are read
+
+TABLE = WindowPlan(("S", "R"), {"S": ("S",)}, ((-4, -3), (-6, -5), (-8, -7), (1, 2), (2, 3)), layers=())
+
+
+def test_positions_by_hand():
+    """The drawing of the module's docstring: 11 tokens, the reply starts at 3, a section at 8 (T2: inclusive ends)."""
+    trace = TokenTrace("t", list(range(11)), 3, [("S", 8)])
+    reads, dropped = count_windows(trace, TABLE, 13)
+    assert [np.flatnonzero(row).tolist() for row in reads[0]] == [[4, 5], [], [], [9, 10], []]
+    assert dropped[0].tolist() == [0, 1, 1, 0, 1]
+    assert not reads[1].any() and not dropped[1].any()
+
+
+def test_positions_into_the_prompt_by_hand():
+    """T3, T18: windows may reach into the prompt, never to BOS, and never wrap to the end of the trace."""
+    plan = dataclasses.replace(TABLE, into_prompt=True)
+    reads, dropped = count_windows(TokenTrace("t", list(range(11)), 3, [("S", 8)]), plan, 13)
+    assert [np.flatnonzero(row).tolist() for row in reads[0]] == [[4, 5], [2, 3], [], [9, 10], []]
+    assert dropped[0].tolist() == [0, 0, 1, 0, 1]
+    reads, dropped = count_windows(TokenTrace("t", list(range(11)), 3, [("S", 3)]), plan, 13)
+    assert [np.flatnonzero(row).tolist() for row in reads[0]] == [[], [], [], [4, 5], [5, 6]]
+    assert dropped[0].tolist() == [1, 1, 1, 0, 0]
+
+
+def test_overlapping_windows_count_a_position_twice():
+    reads, _ = count_windows(TokenTrace("t", list(range(11)), 3, [("S", 8), ("S", 9), ("R", 9)]), TABLE, 11)
+    np.testing.assert_array_equal(reads[0, 0], [0, 0, 0, 0, 1, 2, 1, 0, 0, 0, 0])
+    np.testing.assert_array_equal(reads[1, 0], [0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0])
+
+
+@pytest.mark.parametrize("into_prompt", [False, True])
+def test_bos_never_enters_a_sum(into_prompt):
+    """T18: BOS of huge norm, sections at every position, windows that reach beyond it."""
+    model = changed(MODEL, embed_tokens=lambda x: x.at[UNUSED].multiply(1e6))
+    everywhere = [("deduction", start) for start in range(1, 40)]
+    trace = TokenTrace("t", [UNUSED, *TRACES[0].ids[1:]], 1, everywhere)
+    mine = window_sums(model, [trace], dataclasses.replace(PLAN, into_prompt=into_prompt), batch_size=BATCH_SIZE)
+    g, w = list(GROUPS).index("deduction"), WINDOWS.index((-2, -2))
+    assert (mine.counts[1, g, w], mine.dropped[g, w]) == (37, 2)
+    assert np.abs(mine.sums).max() < 1e4
+    assert mine.mean_norm.max() < 100
+
+
+# Batches
+
+
+def test_batch_size_does_not_matter():
+    """Within the rounding of float32: other shapes are other programs."""
+    short = [trace for trace in TRACES if len(trace.ids) <= 64]
+    by_three, by_four = (window_sums(MODEL, short, PLAN, batch_size=n) for n in (BATCH_SIZE, 4))
+    assert by_three.trace_ids == by_four.trace_ids == [trace.id for trace in short]
+    for name in SUMMED:
+        np.testing.assert_allclose(getattr(by_three, name), getattr(by_four, name), rtol=1e-5, atol=1e-4, err_msg=name)
+
+
+def test_order_of_traces_does_not_matter(sums):
+    again = window_sums(MODEL, TRACES[::-1], PLAN, batch_size=BATCH_SIZE)
+    assert again.trace_ids != sums.trace_ids
+    for name in SUMMED[:-1]:
+        np.testing.assert_allclose(getattr(again, name), getattr(sums, name), rtol=1e-5, atol=1e-4, err_msg=name)
+    np.testing.assert_allclose(in_order_of(sums.trace_ids, again), sums.trace_means, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_done", [1, 2, 3])
+def test_resumed_equals_uninterrupted_to_the_bit(sums, tmp_path, n_done):
+    interrupted = WindowSums.zeros(PLAN, L, D)
+    batches = add_traces(interrupted, MODEL, TRACES, batch_size=BATCH_SIZE)
+    done = [trace_id for _ in range(n_done) for trace_id in next(batches)]
+    save_sums(interrupted, tmp_path / "sums.safetensors")
+    resumed = load_sums(tmp_path / "sums.safetensors", PLAN)
+    assert_same_sums(resumed, interrupted)
+    rest = [trace_id for ids in add_traces(resumed, MODEL, TRACES, batch_size=BATCH_SIZE) for trace_id in ids]
+    assert done + rest == sums.trace_ids
+    assert_same_sums(resumed, sums)
+
+
+def test_yields_every_trace_once(sums):
+    total = WindowSums.zeros(PLAN, L, D)
+    yielded = list(add_traces(total, MODEL, TRACES, batch_size=BATCH_SIZE))
+    assert [len(ids) for ids in yielded] == [3, 2, 2]
+    assert sorted(trace_id for ids in yielded for trace_id in ids) == sorted(trace.id for trace in TRACES)
+    assert_same_sums(total, sums)
+
+
+def test_resuming_with_other_batches_is_refused():
+    """Else the traces that share a batch with a finished one would be left out silently."""
+    total = WindowSums.zeros(PLAN, L, D)
+    next(add_traces(total, MODEL, TRACES, batch_size=BATCH_SIZE))
+    before = copy.deepcopy(total)
+    with pytest.raises(ValueError, match="trace 'problem 0/0' was summed in another batch"):
+        list(add_traces(total, MODEL, TRACES, batch_size=5))
+    assert_same_sums(total, before)
+
+
+def test_two_traces_of_one_name_are_refused():
+    with pytest.raises(ValueError, match=r"traces of one id: \['problem 0/0'\]"):
+        window_sums(MODEL, [*TRACES, TRACES[0]], PLAN, batch_size=BATCH_SIZE)
+
+
+def test_one_program_per_bucket_whatever_is_read(sums):
+    compiled = _contract._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
+    plan = WindowPlan(LABELS, GROUPS, ((-9, -9), (-4, -1), (0, 0)), layers=(1, 2), into_prompt=True)
+    window_sums(MODEL, TRACES, plan, batch_size=BATCH_SIZE)
+    window_sums(MODEL, TRACES[:2], PLAN, batch_size=BATCH_SIZE)
+    assert _contract._cache_size() == compiled  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_nothing_of_all_layers_and_positions_is_kept():
+    """T24: no buffer of the compiled program has a value for every layer, position and unit."""
+    B, T = 5, 64
+    shapes = [(B, T), (B, T), (B, 3, 3, T), (5, 3), (B, 5, 3), (B, T), (2,)]
+    dtypes = [jnp.int32] * 2 + [jnp.float32] * 4 + [jnp.int32]
+    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    program = _contract.lower(MODEL, *arrays).compile().as_text() or ""
+    assert f"f32[{B},{T},{D}]" in program
+    assert f"f32[{L},{B},{T}," not in program
+
+
+# Errors
+
+
+def test_an_activation_that_is_not_finite_is_named():
+    total = WindowSums.zeros(PLAN, L, D)
+    broken = dataclasses.replace(TRACES[3], ids=[*TRACES[3].ids[:-1], UNUSED])
+    traces = [*TRACES[:3], broken, *TRACES[4:]]
+    model = changed(MODEL, embed_tokens=lambda x: x.at[UNUSED].set(jnp.inf))
+    with pytest.raises(FloatingPointError, match=r"trace 'problem 3/0' .* layer 0"):
+        list(add_traces(total, model, traces, batch_size=BATCH_SIZE))
+    assert_same_sums(total, WindowSums.zeros(PLAN, L, D))
+    window_sums(model, TRACES, PLAN, batch_size=BATCH_SIZE)  # no trace holds the token
+    last = changed(MODEL, down_proj=lambda x: x.at[L - 1, 0, 0].set(jnp.nan))
+    with pytest.raises(FloatingPointError, match=rf"trace 'problem 0/0' .* layer {L - 1}"):
+        window_sums(last, TRACES, PLAN, batch_size=BATCH_SIZE)
+
+
+def test_an_unknown_label_is_named():
+    trace = dataclasses.replace(TRACES[0], starts=[("dreaming", 9)])
+    with pytest.raises(ValueError, match=r"problem 0/0.*'dreaming' is not among \['deduction'"):
+        window_sums(MODEL, [trace], PLAN, batch_size=BATCH_SIZE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("sleeping", (-2, -2), "trace_mean"), "group: 'sleeping' is not among"),
+        (("all", (-2, -1), "trace_mean"), r"window: \(-2, -1\) is not among"),
+        (("all", (-2, -2), "median"), r"estimator: 'median' is not among \['trace_mean', 'token_mean'\]"),
+    ],
+)
+def test_what_was_not_summed_is_named(sums, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sums.mean(*arguments)
+
+
+def test_a_mean_of_nothing_is_refused():
+    trace = dataclasses.replace(TRACES[0], starts=[("backtracking", TRACES[0].reply_start)])
+    sums = window_sums(MODEL, [trace], PLAN, batch_size=BATCH_SIZE)
+    with pytest.raises(ValueError, match=r"no window \(-5, -3\) of group 'backtracking' was read \(1 were dropped\)"):
+        sums.mean("backtracking", (-5, -3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"windows": ((-1, -2),)}, r"window \(-1, -2\) is empty"),
+        ({"groups": {"all": ("deduction", "humming")}}, r"group 'all' has unknown labels \['humming'\]"),
+    ],
+)
+def test_a_plan_that_cannot_be_read_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(PLAN, **changes)
+
+
+@pytest.mark.parametrize("layer", [-1, L])
+def test_a_layer_that_does_not_exist_is_refused(layer):
+    """An index out of range would be clamped to the last layer, silently."""
+    plan = dataclasses.replace(PLAN, layers=(0, layer))
+    with pytest.raises(ValueError, match=rf"layer={layer} is outside 0..{L - 1}"):
+        window_sums(MODEL, TRACES, plan, batch_size=BATCH_SIZE)
