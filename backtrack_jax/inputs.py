@@ -1,7 +1,7 @@
 """What a run depends on: where its inputs are, what tells them apart, and whether they fit together."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from backtrack_jax.data import records
 from backtrack_jax.data.problems import shipped_problems
 from backtrack_jax.models import checkpoint
 from backtrack_jax.models.config import HUB_CONFIGS, LlamaConfig
+from backtrack_jax.models.tokenizer import Tokenizer
 
 _T = TypeVar("_T")
 
@@ -59,13 +60,16 @@ def spread(items: Sequence[_T], limit: int) -> list[_T]:
     return [items[i] for i in np.linspace(0, len(items) - 1, limit).round().astype(int)]
 
 
-def check_architectures(e: Experiment) -> None:
-    """Refuses models that do not fit the config or each other, as far as they are known before they are fetched.
+def check_architectures(e: Experiment, known: Mapping[str, LlamaConfig]) -> None:
+    """Refuses models that do not fit the config or each other.
+
+    Args:
+      e: the experiment.
+      known: role -> architecture, of those that are known.
 
     Raises:
       ValueError: names the field, its value, and what the model has.
     """
-    known = {role: config for role in e.roles if (config := architecture(e.model(role).path))}
     for role, config in known.items():
         for field, layers in (("steering.layer", (e.steering.layer,)), ("vectors.layers", e.vectors.layers)):
             if beyond := [layer for layer in layers if layer >= config.n_layers]:
@@ -84,6 +88,42 @@ def check_architectures(e: Experiment) -> None:
         raise ValueError(
             "vectors of one model are added to the other, but (layers, width) differ: "
             + ", ".join(f"{role} {(config.n_layers, config.d_model)}" for role, config in known.items())
+        )
+
+
+def check_planned(e: Experiment) -> None:
+    """Refuses what is wrong with the models as far as it shows before they are fetched; see `check_architectures`."""
+    check_architectures(e, {role: config for role in e.roles if (config := architecture(e.model(role).path))})
+
+
+def check_fetched(e: Experiment) -> None:
+    """Fetches the models that are not here and refuses what is wrong with any of them, before weights are read.
+
+    Raises:
+      FileNotFoundError, ValueError: names the model and what is wrong with it.
+    """
+    paths = {role: checkpoint.resolve(e.model(role).path, e.model(role).revision or None) for role in e.roles}
+    for path in paths.values():
+        checkpoint.check(path)
+    check_architectures(e, {role: checkpoint.read_config(path) for role, path in paths.items()})
+
+
+def check_vocabulary(role: str, config: LlamaConfig, tokenizer: Tokenizer, not_read: Collection[int]) -> None:
+    """Refuses a tokenizer with ids beyond a model's embedding, which would be read as other tokens without a word.
+
+    Args:
+      role: of the model.
+      config: its architecture.
+      tokenizer: the tokenizer of the experiment.
+      not_read: ids that this model never reads.
+
+    Raises:
+      ValueError: names the highest such id.
+    """
+    highest = max(set(range(tokenizer.vocab_size)).difference(not_read))
+    if highest >= config.vocab_size:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name} has token ids up to {highest}, the {role} model embeds {config.vocab_size}"
         )
 
 

@@ -14,6 +14,7 @@ batch, so a killed run loses at most the batch in flight.
 """
 
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -69,21 +70,21 @@ class Run:
             experiment.prompt.format, experiment.prompt.think, experiment.prompt.system or None
         )
         self._models: dict[tuple[str, str, str], Llama] = {}
-        self._tokenizer: Tokenizer | None = None
-        inputs.check_architectures(experiment)
+        inputs.check_planned(experiment)
         self.inputs = _chained(inputs.stage_inputs(experiment))
 
     def run(self) -> None:
         """Runs the wanted stages that are not done, each after those it builds on."""
-        self.workdir.mkdir(parents=True, exist_ok=True)
+        needed = STAGES[: STAGES.index(self.stages[-1]) + 1]
+        if absent := [name for name in needed if name not in self.stages and not self.done(name)]:
+            raise ValueError(
+                f"{self.stages[-1]} builds on {absent[0]}, which is not done for this config; add it to --stages"
+            )
         with_models = {"3-vectors", "4-steering"} | (set() if self.experiment.traces.path else {"1-traces"})
         if any(not self.done(name) for name in with_models.intersection(self.stages)):
             self._check_models()
-        for name in STAGES[: STAGES.index(self.stages[-1]) + 1]:
-            if name not in self.stages and not self.done(name):
-                raise ValueError(
-                    f"{self.stages[-1]} builds on {name}, which is not done for this config: add it to --stages"
-                )
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        for name in needed:
             folder = store.StageFolder(self.workdir, name, self.inputs[name])
             if folder.done:
                 say(f"{name}: done before")
@@ -106,14 +107,14 @@ class Run:
         """Folder of a stage's results."""
         return self.workdir / name
 
-    @property
+    @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the experiment, checked on first use."""
-        if self._tokenizer is None:
-            path = checkpoint.resolve(self.experiment.tokenizer_path, self._tokenizer_revision())
-            self._tokenizer = Tokenizer.load(path)
-            prompts.check_tokenizer(self._tokenizer)
-        return self._tokenizer
+        e = self.experiment
+        revision = None if e.tokenizer else e.model(e.author).revision or None
+        tokenizer = Tokenizer.load(checkpoint.resolve(e.tokenizer_path, revision))
+        prompts.check_tokenizer(tokenizer)
+        return tokenizer
 
     def model(self, role: str) -> Llama:
         """The model of a role; only one checkpoint is held at a time."""
@@ -140,12 +141,11 @@ class Run:
 
     def _check_models(self) -> None:
         """Finds, before any long work, what is wrong with one of the models or the tokenizer."""
-        for role in self.experiment.roles:
-            self.architecture(role)
-        _ = self.tokenizer
-
-    def _tokenizer_revision(self) -> str | None:
-        return (not self.experiment.tokenizer and self.experiment.model(self.experiment.author).revision) or None
+        e = self.experiment
+        inputs.check_fetched(e)
+        for role in e.roles:
+            not_read = () if e.model(role).markers == "keep" else prompts.r1_markers(self.tokenizer)
+            inputs.check_vocabulary(role, self.architecture(role), self.tokenizer, not_read)
 
 
 def _chained(own: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -34,7 +34,7 @@ def get_config() -> Experiment:
         prompt=PromptSpec(format="r1", think="primed"),
         traces=TraceSpec(path="", temperature=0.7, max_new_tokens=500, batch_size=128),
         annotations=AnnotationSpec(judge="keyword"),
-        vectors=VectorSpec(window=(-13, -8), contrast="all", estimator="trace_mean", batch_size=16),
+        vectors=VectorSpec(window=(-13, -8), contrast="all", estimator="trace_mean", layers=(10,), batch_size=16),
         steering=SteeringSpec(
             kinds=("backtracking",),
             layer=10,

@@ -28,7 +28,7 @@ def get_config() -> Experiment:
         prompt=PromptSpec(format="chat"),
         traces=TraceSpec(path="package:backtrack_jax/data/example_chains.json"),
         annotations=AnnotationSpec(judge="released"),
-        vectors=VectorSpec(window=(-13, -8), batch_size=8),
+        vectors=VectorSpec(window=(-13, -8), layers=(9,), batch_size=8),
         steering=SteeringSpec(
             kinds=("backtracking", "deduction", "noise"),
             layer=9,

@@ -102,6 +102,21 @@ def read_config(path: Path) -> LlamaConfig:
     return LlamaConfig.from_file(path / _CONFIG)
 
 
+def check(path: Path) -> None:
+    """Refuses a checkpoint that `load` would refuse, as far as that shows without reading weights; takes no time.
+
+    Args:
+      path: what `resolve` returned.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load`.
+    """
+    if (path / _ORBAX).is_dir():
+        read_config(path)
+    else:
+        _open(path)
+
+
 def load(path_or_id: str, dtype: str | None = None, mesh: Mesh | None = None, revision: str | None = None) -> Llama:
     """Loads a model.
 
@@ -124,17 +139,7 @@ def load(path_or_id: str, dtype: str | None = None, mesh: Mesh | None = None, re
     path = resolve(path_or_id, revision)
     if (path / _ORBAX).is_dir():
         return _load_orbax(path, dtype, mesh)
-    file_faults, unreadable = [], set()
-    if path.suffix == ".gguf":
-        config, tensors = gguf.open_gguf(path)
-    else:
-        config = read_config(path)
-        tensors, file_faults, unreadable = _open_folder(path)
-    faults = file_faults + _faults(config, tensors, unreadable)
-    if faults:
-        raise ValueError(
-            f"{path} does not hold the weights that its configuration describes:\n  " + "\n  ".join(faults)
-        )
+    config, tensors = _open(path)
     target_dtype = jnp.dtype(dtype or _exact_dtype(tensors[name].dtype for name in expected_tensors(config)))
     _log_plan(path, config, target_dtype, mesh)
     return _fill(config, tensors, target_dtype, mesh)
@@ -212,6 +217,21 @@ def _inside_package(address: str) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{address}: the installed package has no file {path}")
     return path
+
+
+def _open(path: Path) -> tuple[LlamaConfig, Mapping[str, LazyTensor]]:
+    """Configuration and tensors of a Hugging Face folder or GGUF file; ValueError lists what does not fit."""
+    file_faults, unreadable = [], set()
+    if path.suffix == ".gguf":
+        config, tensors = gguf.open_gguf(path)
+    else:
+        config = read_config(path)
+        tensors, file_faults, unreadable = _open_folder(path)
+    if faults := file_faults + _faults(config, tensors, unreadable):
+        raise ValueError(
+            f"{path} does not hold the weights that its configuration describes:\n  " + "\n  ".join(faults)
+        )
+    return config, tensors
 
 
 def _open_folder(path: Path) -> tuple[dict[str, LazyTensor], list[str], set[str]]:
