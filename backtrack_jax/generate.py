@@ -135,15 +135,18 @@ def generate(
         last = lax.dynamic_slice_in_dim(state.ids, state.step - 1, 1, axis=1)
         # A row that has stopped goes on as padding: nothing attends to it and nothing is done to it.
         at = jnp.where(state.stopped, PAD, prompt_length + state.step - 1)[:, None]
-        out = model(last, at, cache=state.cache, intervention=intervention)
-        return record(dataclasses.replace(state, cache=state.cache.append(out.k, out.v, at)), out.resid)
+        out = model(last, at, cache=state.cache, intervention=intervention, layers=layers)
+        return record(dataclasses.replace(state, cache=out.cache), out.resid)
 
     def unfinished(state: DecodeState) -> jax.Array:
         return (state.step < max_new_tokens) & ~jnp.all(state.stopped)
 
-    B, T = ids.shape
+    B = len(ids)
     out = model(ids, positions, intervention=intervention)
-    cache = KVCache.empty(model.config, B, T + max_new_tokens, out.k.dtype).append(out.k, out.v, positions)
+    cache = out.cache.extended(max_new_tokens)
+    layers = None
+    if jax.default_backend() == "cpu":
+        layers, cache = model.unstacked_layers(), cache.unstacked()
     nothing = jnp.zeros((B, max_new_tokens), jnp.int32)
     zeros = jnp.zeros(B, jnp.int32)
     start = DecodeState(cache, nothing, jnp.zeros((), jnp.int32), zeros > 0, zeros, zeros == 0)
@@ -163,7 +166,7 @@ def sample(logits: jax.Array, sampling: Sampling, keys: jax.Array, step: jax.Arr
     """
     B = logits.shape[0]
     temperature = jnp.broadcast_to(jnp.asarray(sampling.temperature, jnp.float32), (B,))
-    most_likely = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    most_likely = _first_maximum(logits)
 
     def draw() -> jax.Array:
         scaled = logits / jnp.where(temperature == 0, 1.0, temperature)[:, None]
@@ -172,6 +175,13 @@ def sample(logits: jax.Array, sampling: Sampling, keys: jax.Array, step: jax.Arr
         return jnp.where(temperature == 0, most_likely, _inverse_cdf(weights, u))
 
     return lax.cond(jnp.all(temperature == 0), lambda: most_likely, draw)
+
+
+def _first_maximum(x: jax.Array) -> jax.Array:
+    """`jnp.argmax` over the last axis of [B, V], as two plain reductions, which XLA's CPU backend vectorises."""
+    V = x.shape[-1]
+    is_maximum = x == jnp.max(x, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(is_maximum, jnp.arange(V), V - 1), axis=-1).astype(jnp.int32)
 
 
 def _filtered_weights(logits: jax.Array, sampling: Sampling) -> jax.Array:

@@ -13,7 +13,7 @@ so they cannot disagree, and padding may stand on either side:
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -37,8 +37,9 @@ class BlockOutput(NamedTuple):
       resid_mid: [B, T, D] float32, resid_pre + attn_out.
       mlp_out: [B, T, D] float32, what the MLP adds.
       resid_post: [B, T, D] float32, resid_mid + mlp_out, after the intervention: "layer l" of this package.
-      k: [B, K, T, H], rotated keys of these tokens, in the cache's dtype.
+      k: [B, K, H, T], rotated keys of these tokens, in the cache's dtype.
       v: [B, K, T, H], values of these tokens, in the cache's dtype.
+      past: the cached keys [B, K, H, S] and values [B, K, S, H] with these written in; None without a cache.
     """
 
     resid_pre: jax.Array
@@ -48,8 +49,10 @@ class BlockOutput(NamedTuple):
     resid_post: jax.Array
     k: jax.Array
     v: jax.Array
+    past: "Past | None"
 
 
+Past = tuple[jax.Array, jax.Array]
 Capture = Callable[[BlockOutput], Any]
 
 
@@ -67,33 +70,32 @@ class KVCache:
         positions   0  1  2  3  4  5 -1
 
     Attributes:
-      k: [L, B, K, S, H] keys, rotated; S beside H, so that a step reads each head's keys where they lie.
-      v: [L, B, K, S, H] values.
+      k: [L, B, K, H, S] keys, rotated; slots come last, which is how a decode step multiplies them. Beside unstacked
+        layers, a tuple of L arrays without the axis L.
+      v: [L, B, K, S, H] values, likewise.
       positions: [B, S] int32, PAD where a slot is empty or holds padding.
       filled: int32, number of slots in use.
     """
 
-    k: jax.Array
-    v: jax.Array
+    k: Any
+    v: Any
     positions: jax.Array
     filled: jax.Array
 
-    @classmethod
-    def empty(cls, config: LlamaConfig, batch: int, slots: int, dtype: jnp.dtype) -> "KVCache":
-        """A cache of `slots` empty slots for `batch` rows."""
-        shape = (config.n_layers, batch, config.n_kv_heads, slots, config.head_dim)
-        positions = jnp.full((batch, slots), PAD, jnp.int32)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), positions, jnp.zeros((), jnp.int32))
+    def extended(self, slots: int) -> "KVCache":
+        """The same cache with `slots` more, empty ones."""
 
-    def append(self, k: jax.Array, v: jax.Array, positions: jax.Array) -> "KVCache":
-        """Writes T new tokens ([L, B, K, T, H] keys and values, [B, T] positions) behind those in use."""
-        start = (0, 0, 0, self.filled, 0)
+        none, more = (0, 0), (0, slots)
         return KVCache(
-            lax.dynamic_update_slice(self.k, k, start),
-            lax.dynamic_update_slice(self.v, v, start),
-            lax.dynamic_update_slice(self.positions, positions, (0, self.filled)),
-            self.filled + positions.shape[1],
+            jnp.pad(self.k, (none, none, none, none, more)),
+            jnp.pad(self.v, (none, none, none, more, none)),
+            jnp.pad(self.positions, (none, more), constant_values=PAD),
+            self.filled,
         )
+
+    def unstacked(self) -> "KVCache":
+        """The same cache as one array per layer, to go with `Llama.unstacked_layers`."""
+        return dataclasses.replace(self, k=tuple(self.k), v=tuple(self.v))
 
 
 class RMSNorm(nnx.Module):
@@ -123,18 +125,20 @@ class Attention(nnx.Module):
         self.config = config
 
     def __call__(
-        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], seen: "Seen", past: tuple[jax.Array, jax.Array] | None
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], mask: jax.Array, past: Past | None, filled: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array, Past | None]:
         """Attends from x to the cached tokens and to x itself.
 
         Args:
           x: [B, T, D] normalised residual stream.
           rope: cosines and sines, [B, T, H/2] float32.
-          seen: masks over cached and new keys.
-          past: this layer's cached keys and values [B, K, S, H], or None.
+          mask: [B, T, S] bool, which slots a query may attend to; without a cache, which tokens of x.
+          past: this layer's cached keys [B, K, H, S] and values [B, K, S, H], or None.
+          filled: slots of the cache in use; the new keys and values are written there before they are attended to.
 
         Returns:
-          Output [B, T, D] float32, and the new keys and values [B, K, T, H].
+          Output [B, T, D] float32, new keys [B, K, H, T] and values [B, K, T, H], and the cached ones with the new
+          written in.
         """
         c = self.config
         B, T, _ = x.shape
@@ -142,14 +146,14 @@ class Attention(nnx.Module):
         q = matmul(x, self.q_proj[...]).reshape(B, T, c.n_heads, c.head_dim)
         k = matmul(x, self.k_proj[...]).reshape(B, T, c.n_kv_heads, c.head_dim)
         v = matmul(x, self.v_proj[...]).reshape(B, T, c.n_kv_heads, c.head_dim)
-        q = (rotate(q, *rope) * c.head_dim**-0.5).astype(dtype)
-        q = q.reshape(B, T, c.n_kv_heads, c.n_heads // c.n_kv_heads, c.head_dim)
-        k, v = (jnp.swapaxes(a, 1, 2).astype(dtype) for a in (rotate(k, *rope), v))
-        keys, values, masks = [k], [v], [seen.new]
+        q = rotate(q, *rope) * c.head_dim**-0.5
+        q = q.reshape(B, T, c.n_kv_heads, c.n_heads // c.n_kv_heads, c.head_dim).astype(dtype)
+        k = jnp.transpose(rotate(k, *rope), (0, 2, 3, 1)).astype(dtype)
+        v = jnp.swapaxes(v, 1, 2).astype(dtype)
         if past is not None:
-            keys, values, masks = [past[0], k], [past[1], v], [seen.past, seen.new]
-        z = _attend(q, keys, values, masks)
-        return matmul(z.reshape(B, T, c.n_heads * c.head_dim), self.o_proj[...]), k, v
+            past = _write(past, (k, v), filled)
+        z = _attend(q, *(past or (k, v)), mask)
+        return matmul(z, self.o_proj[...]), k, v, past
 
 
 class MLP(nnx.Module):
@@ -181,8 +185,9 @@ class Block(nnx.Module):
         self,
         x: jax.Array,
         rope: tuple[jax.Array, jax.Array],
-        seen: "Seen",
-        past: tuple[jax.Array, jax.Array] | None,
+        mask: jax.Array,
+        past: Past | None,
+        filled: jax.Array,
         edit: Callable[[jax.Array], jax.Array],
     ) -> tuple[jax.Array, BlockOutput]:
         """Runs the block and returns the residual stream after it with everything computed on the way.
@@ -190,24 +195,18 @@ class Block(nnx.Module):
         Args:
           x: [B, T, D] float32 residual stream.
           rope: cosines and sines, [B, T, H/2].
-          seen: masks over cached and new keys.
+          mask: [B, T, S], see `Attention`.
           past: this layer's cached keys and values, or None.
+          filled: slots of the cache in use.
           edit: the intervention at this layer, [B, T, D] to [B, T, D].
         """
         with jax.named_scope("attention"):
-            attn_out, k, v = self.self_attn(self.input_layernorm(x), rope, seen, past)
+            attn_out, k, v, past = self.self_attn(self.input_layernorm(x), rope, mask, past, filled)
         resid_mid = x + attn_out
         with jax.named_scope("mlp"):
             mlp_out = self.mlp(self.post_attention_layernorm(resid_mid))
         resid_post = edit(resid_mid + mlp_out)
-        return resid_post, BlockOutput(x, attn_out, resid_mid, mlp_out, resid_post, k, v)
-
-
-class Seen(NamedTuple):
-    """Which keys a query may attend to: `past` [B, T, S] over the cache (or None), `new` [B, T, T] over the input."""
-
-    past: jax.Array | None
-    new: jax.Array
+        return resid_post, BlockOutput(x, attn_out, resid_mid, mlp_out, resid_post, k, v, past)
 
 
 class Output(NamedTuple):
@@ -215,14 +214,12 @@ class Output(NamedTuple):
 
     Attributes:
       resid: [B, T, D] float32, the residual stream after the last block, before the final norm.
-      k: [L, B, K, T, H] keys of the input tokens, for `KVCache.append`.
-      v: [L, B, K, T, H] values of the input tokens.
+      cache: the given cache with the input tokens written in; without one, a cache that is full of the input tokens.
       captured: what `capture` returned in each block, with a leading axis L.
     """
 
     resid: jax.Array
-    k: jax.Array
-    v: jax.Array
+    cache: KVCache
     captured: Any
 
 
@@ -257,23 +254,30 @@ class Llama(nnx.Module):
         cache: KVCache | None = None,
         intervention: Intervention | None = None,
         capture: Capture = lambda out: None,
+        layers: tuple[Block, ...] | None = None,
     ) -> Output:
-        """Runs the blocks over `ids`, reading (not writing) the cache.
+        """Runs the blocks over `ids`; nothing that is given is changed.
 
         Args:
           ids: [B, T] int32; any valid id at padding.
           positions: [B, T] int32, place of each token in its sequence, PAD at padding.
-          cache: tokens before these; None for none.
+          cache: tokens before these, with at least T slots free; None for none.
           intervention: B rows, with `resolve`d spans; None for none.
           capture: static function of a block's output; its results are stacked over layers. Reduce inside it:
             [L, B, T, D] of a large model does not fit.
+          layers: the blocks as `unstacked_layers` gives them, to run them one by one instead of under a scan; the
+            cache is then an `unstacked` one.
 
         Returns:
-          The final residual stream, new keys and values, and captures.
+          The final residual stream, the cache and the captures.
         """
         x = _take(self.embed_tokens[...], ids).astype(jnp.float32)
         rope = rope_tables(jnp.maximum(positions, 0), self.config)
-        seen = Seen(None if cache is None else _may_see(positions, cache.positions), _may_see(positions, positions))
+        filled = jnp.zeros((), jnp.int32) if cache is None else cache.filled
+        of_keys = positions
+        if cache is not None:
+            of_keys = lax.dynamic_update_slice_in_dim(cache.positions, positions, filled, axis=1)
+        mask = _may_see(positions, of_keys)
 
         def body(x, scanned):
             block, layer, past, values = scanned
@@ -283,14 +287,28 @@ class Llama(nnx.Module):
                     return resid
                 return intervene(resid, dataclasses.replace(intervention, **values), layer, positions)
 
-            x, out = block(x, rope, seen, past, edit)
-            return x, (out.k, out.v, capture(out))
+            x, out = block(x, rope, mask, past, filled, edit)
+            return x, (out.past if layers and out.past else (out.k, out.v), capture(out))
 
         values = None if intervention is None else intervention.per_layer()
         past = None if cache is None else (cache.k, cache.v)
-        layers = jnp.arange(self.config.n_layers)
-        x, (k, v, captured) = _scan_blocks(body, x, self.layers, (layers, past, values))
-        return Output(x, k, v, captured)
+        others = (jnp.arange(self.config.n_layers), past, values)
+        if layers is not None:
+            x, (kept, captured) = _loop_blocks(body, x, layers, others)
+        else:
+            x, (kept, captured) = _scan_blocks(body, x, self.layers, others)
+            if cache is not None:
+                kept = _write((cache.k, cache.v), kept, filled)
+        k, v = kept
+        return Output(x, KVCache(k, v, of_keys, filled + ids.shape[1]), captured)
+
+    def unstacked_layers(self) -> tuple[Block, ...]:
+        """The blocks one by one, for a decode loop on CPU.
+
+        Under a scan every step copies every layer's weights and cache out of their stacks. One by one they are taken
+        out once, before the loop, at the price of a second copy of the weights and of a longer compilation.
+        """
+        return tuple(_block_at(self.layers, layer) for layer in range(self.config.n_layers))
 
     def logits(self, resid: jax.Array) -> jax.Array:
         """Final norm and unembedding: [..., D] to [..., V] float32."""
@@ -325,12 +343,30 @@ def _scan_blocks(body: Callable, x: jax.Array, blocks: Block, others: tuple[Any,
 
     def body_on_cpu(x, scanned):
         stacked, layer = lax.optimization_barrier((blocks, scanned[0]))
-        return body(x, (jax.tree.map(lambda leaf: _take(leaf, layer), stacked), *scanned))
+        return body(x, (_block_at(stacked, layer), *scanned))
 
     return lax.scan(body_on_cpu, x, others)
 
 
-def _take(table: jax.Array, index: jax.Array) -> jax.Array:
+def _loop_blocks(body: Callable, x: jax.Array, blocks: tuple[Block, ...], others: tuple[Any, ...]) -> tuple[Any, Any]:
+    """What `_scan_blocks` does, one block after the other; keys and values come back as one array per layer."""
+    numbers, past, values = others
+    outs = []
+    for layer, block in enumerate(blocks):
+        kept = None if past is None else (past[0][layer], past[1][layer])
+        edits = None if values is None else {name: value[layer] for name, value in values.items()}
+        x, out = body(x, (block, numbers[layer], kept, edits))
+        outs.append(out)
+    kept, captured = zip(*outs, strict=True)
+    return x, (tuple(zip(*kept, strict=True)), jax.tree.map(lambda *leaves: jnp.stack(leaves), *captured))
+
+
+def _block_at(blocks: Block, layer: jax.Array | int) -> Block:
+    """One layer's block out of the stacked ones."""
+    return jax.tree.map(lambda leaf: _take(leaf, layer), blocks)
+
+
+def _take(table: jax.Array, index: jax.Array | int) -> jax.Array:
     """table[index]; on CPU, 16-bit floats are looked up as integers, since XLA would widen the whole table first."""
     if jax.default_backend() != "cpu" or table.dtype.itemsize != 2:
         return table[index]
@@ -342,20 +378,27 @@ def _einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _attend(q: jax.Array, keys: Sequence[jax.Array], values: Sequence[jax.Array], masks: Sequence[Any]) -> jax.Array:
-    """Softmax attention of q [B, T, K, G, H] over several groups of keys and values [B, K, S, H], as if concatenated.
+def _write(past: Past, new: Past, filled: jax.Array) -> Past:
+    """Cached keys and values with new ones behind the `filled` slots, stacked over layers or not."""
+    k = lax.dynamic_update_slice_in_dim(past[0], new[0], filled, axis=-1)
+    v = lax.dynamic_update_slice_in_dim(past[1], new[1], filled, axis=-2)
+    return k, v
 
-    The cached group is read where it lies: joining it with the new keys would copy the cache at every step.
+
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Softmax attention of queries [B, T, K, G, H] over keys [B, K, H, S] and values [B, K, S, H].
+
+    Returns [B, T, N * H] float32.
+
+    The queries of a key head's group are rows of one matrix, [B, K, T * G, H].
     """
-    scores = [
-        jnp.where(mask[:, None, None], _einsum("BTKGH,BKSH->BKGTS", q, k), -1e30)
-        for k, mask in zip(keys, masks, strict=True)
-    ]
-    highest = jnp.max(jnp.stack([jnp.max(s, axis=-1) for s in scores]), axis=0)[..., None]
-    weights = [jnp.exp(s - highest) for s in scores]
-    total = sum(jnp.sum(w, axis=-1) for w in weights)
-    z = sum(_einsum("BKGTS,BKSH->BTKGH", w.astype(v.dtype), v) for w, v in zip(weights, values, strict=True))
-    return z / jnp.moveaxis(total, 3, 1)[..., None]
+    B, T, K, G, H = q.shape
+    rows = jnp.moveaxis(q, 2, 1).reshape(B, K, T * G, H)
+    scores = _einsum("BKRH,BKHS->BKRS", rows, k)
+    scores = jnp.where(jnp.repeat(mask, G, axis=1)[:, None], scores, -1e30)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    z = _einsum("BKRS,BKSH->BKRH", weights.astype(v.dtype), v) / jnp.sum(weights, axis=-1, keepdims=True)
+    return jnp.moveaxis(z.reshape(B, K, T, G, H), 1, 2).reshape(B, T, K * G * H)
 
 
 def _may_see(queries: jax.Array, keys: jax.Array) -> jax.Array:
