@@ -22,6 +22,7 @@ from backtrack_jax.extract import (
     window_sums,
 )
 from backtrack_jax.models.llama import Llama
+from backtrack_jax.vectors import cosine, difference_of_means
 
 pytest.importorskip("torch", reason="needs torch and transformers to compare with")
 
@@ -169,6 +170,21 @@ def test_means_are_sums_over_counts(sums, residuals):
         np.testing.assert_allclose(mean, naive.sums[e, :, g, w] / naive.counts[e, g, w], rtol=1e-4, atol=1e-5)
     assert np.abs(sums.mean("all", WINDOWS[0], "trace_mean") - sums.mean("all", WINDOWS[0], "token_mean")).max() > 1e-3
     assert np.array_equal(sums.mean("all", WINDOWS[0]), sums.mean("all", WINDOWS[0], "trace_mean")), "Eq. 3 by default"
+
+
+def test_contrasts_with_all_and_with_rest_are_parallel(sums):
+    """T26: of tokens, mean(bt) - mean(all) = (1 - p) (mean(bt) - mean(rest)), p the share of backtracking positions."""
+    for w, window in enumerate(WINDOWS):
+        to_all, to_rest = (
+            difference_of_means(sums, "backtracking", window, contrast=contrast, estimator="token_mean")
+            for contrast in ("all", "rest")
+        )
+        share = sums.counts[1, list(GROUPS).index("backtracking"), w] / sums.counts[1, list(GROUPS).index("all"), w]
+        assert 0 < share < 1
+        np.testing.assert_allclose(cosine(to_all, to_rest), 1, rtol=1e-10)
+        np.testing.assert_allclose(to_all.directions, (1 - share) * to_rest.directions, rtol=1e-4, atol=1e-6)
+    to_all, to_rest = (difference_of_means(sums, "backtracking", WINDOWS[0], contrast=c) for c in ("all", "rest"))
+    assert cosine(to_all, to_rest).max() < 0.9999, "means of trace means are not parallel"
 
 
 def test_mean_norm_is_over_reply_tokens(sums, residuals):

@@ -29,13 +29,15 @@ CONFIG = LlamaConfig(
 
 
 def tiny_llama(seed: int = 0) -> Llama:
-    """Random weights large enough that logits differ by more than rounding and greedy texts vary; float32."""
-    model = Llama(CONFIG, rngs=nnx.Rngs(seed))
-    leaves, tree = jax.tree.flatten(model)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return jax.tree.unflatten(
-        tree, [leaf + 0.2 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    )
+    """Random float32 weights large enough that logits differ by more than rounding and greedy texts vary."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        mean = 1.0 if "norm" in jax.tree_util.keystr(path) else 0.0
+        return jnp.array(rng.normal(mean, 0.2, leaf.shape), jnp.float32)
+
+    model = nnx.eval_shape(lambda: Llama(CONFIG, rngs=nnx.Rngs(0)))  # draws and compiles nothing
+    return jax.tree_util.tree_map_with_path(draw, model)
 
 
 def torch_copy(model: Llama) -> transformers.LlamaForCausalLM:
