@@ -1,0 +1,252 @@
+"""What is done to the residual stream, against torch hooks of a few lines and against its own definition."""
+
+import functools
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from helpers import hf_llama, relative_error, save
+
+from backtrack_jax.intervention import (
+    END,
+    PROMPT_END,
+    Intervention,
+    ablate,
+    add_vector,
+    gaussian_noise,
+    no_intervention,
+    self_amplify,
+    stack_rows,
+)
+from backtrack_jax.models import checkpoint
+from backtrack_jax.models.batching import left_pad
+from backtrack_jax.models.llama import Llama
+
+pytestmark = pytest.mark.hf
+
+L, D, T, B = 3, 40, 10, 6
+TOLERANCE = 1e-5
+SIZES: Any = {"n_layers": L, "d_model": D}
+IDS = np.random.default_rng(0).integers(0, 131, (B, T)).astype(np.int32)
+POSITIONS = np.tile(np.arange(T, dtype=np.int32), (B, 1))
+VECTOR = jax.random.normal(jax.random.key(1), (D,))
+NOTHING = no_intervention(**SIZES)
+
+
+@functools.cache
+def models() -> tuple[transformers.LlamaForCausalLM, Llama]:
+    reference = hf_llama()
+    with tempfile.TemporaryDirectory() as folder:
+        return reference, checkpoint.load(str(save(reference, Path(folder))))
+
+
+@jax.jit
+def _states(model: Llama, ids: jax.Array, positions: jax.Array, intervention: Intervention | None) -> jax.Array:
+    return model(ids, positions, intervention=intervention, capture=lambda block: block.resid_post).captured
+
+
+def states(rows: list[Intervention] | None, ids: np.ndarray = IDS, positions: np.ndarray = POSITIONS) -> np.ndarray:
+    """Outputs of all blocks, [L, B, T, D], with one intervention per row, filled up with rows of none."""
+    if rows is None:
+        return np.asarray(_states(models()[1], ids, positions, None))
+    filled = stack_rows(rows + [NOTHING] * (len(ids) - len(rows)))
+    return np.asarray(_states(models()[1], ids, positions, filled))
+
+
+def test_no_strength_is_the_plain_program_to_the_bit():
+    zeros = [
+        NOTHING,
+        add_vector(VECTOR, 1, 0.0, n_layers=L),
+        add_vector(0 * VECTOR, 1, 7.0, n_layers=L),
+        self_amplify(1, 0.0, **SIZES),
+        gaussian_noise(1, 0.0, jax.random.key(0), **SIZES),
+    ]
+    np.testing.assert_array_equal(states(zeros), states(None))
+
+
+def test_added_vector_changes_its_layer_by_exactly_that_and_none_before():
+    plain = states(None)
+    steered = states([add_vector(VECTOR, 1, magnitude, n_layers=L) for magnitude in (-3.0, 0.5, 12.0)])
+    np.testing.assert_array_equal(steered[0], plain[0])
+    for row, magnitude in enumerate((-3.0, 0.5, 12.0)):
+        np.testing.assert_allclose(steered[1, row] - plain[1, row], np.tile(magnitude * VECTOR, (T, 1)), atol=1e-5)
+        assert np.all(np.any(steered[2, row] != plain[2, row], axis=-1))
+    np.testing.assert_array_equal(steered[:, 3:], plain[:, 3:])
+
+
+@pytest.mark.parametrize(
+    ("span", "selected"),
+    [
+        ("all", range(T)),
+        ("prompt", range(6)),
+        ("generated", range(6, T)),
+        ((2, 5), range(2, 5)),
+        ((8, 99), range(8, T)),
+    ],
+)
+def test_only_positions_of_the_span_change(span, selected):
+    key = jax.random.key(0)
+    rows = [
+        add_vector(VECTOR, 1, 2.0, n_layers=L, span=span),
+        self_amplify(1, 2.0, span=span, **SIZES),
+        gaussian_noise(1, 2.0, key, span=span, **SIZES),
+        ablate(VECTOR, [1], n_layers=L, span=span),
+    ]
+    resolved = [row.resolve(jnp.array(6)) for row in rows]
+    plain, steered = states(None), states(resolved)
+    changed = np.any(steered[1] != plain[1], axis=-1)
+    expected = np.zeros((B, T), bool)
+    expected[: len(rows), list(selected)] = True
+    np.testing.assert_array_equal(changed, expected)
+    np.testing.assert_array_equal(steered[0], plain[0])
+    np.testing.assert_array_equal(steered[:, :, : min(selected)], plain[:, :, : min(selected)])
+
+
+def test_padding_is_never_changed():
+    ids, positions = left_pad([row[:n].tolist() for row, n in zip(IDS, (3, 10, 7, 1, 9, 5), strict=True)], T)
+    steered = states([add_vector(VECTOR, 1, 5.0, n_layers=L)] * B, ids, positions)
+    plain = states(None, ids, positions)
+    np.testing.assert_array_equal(np.any(steered[1] != plain[1], axis=-1), positions >= 0)
+
+
+Edit = Callable[[torch.Tensor], torch.Tensor]
+
+
+@contextmanager
+def edited(reference: transformers.LlamaForCausalLM, layers: range, edit: Edit, span: range) -> Iterator[None]:
+    """Runs torch with the outputs of `layers` edited at the columns of `span`."""
+
+    def hook(module: torch.nn.Module, args: tuple, output: torch.Tensor | tuple) -> torch.Tensor | tuple:
+        hidden = output if isinstance(output, torch.Tensor) else output[0]  # depends on the version of transformers
+        assert hidden.shape[1:] == (T, D)
+        hidden = hidden.clone()
+        hidden[:, span.start : span.stop] = edit(hidden[:, span.start : span.stop])
+        return hidden if isinstance(output, torch.Tensor) else (hidden, *output[1:])
+
+    handles = [reference.model.layers[layer].register_forward_hook(hook) for layer in layers]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+def test_torch_with_a_hook_gives_the_same_logits():
+    reference, model = models()
+    v = torch.tensor(np.asarray(VECTOR))
+    unit = v / v.norm()
+    span = range(3, 9)
+    bounds = (span.start, span.stop)
+    conditions: list[tuple[Intervention, range, Edit]] = [
+        (add_vector(VECTOR, 0, 4.0, n_layers=L, span=bounds), range(0, 1), lambda x: x + 4 * v),
+        (add_vector(VECTOR, 2, -4.0, n_layers=L, span=bounds), range(2, 3), lambda x: x - 4 * v),
+        (
+            self_amplify(1, 3.0, span=bounds, **SIZES),
+            range(1, 2),
+            lambda x: x + 3 * x / x.norm(dim=-1, keepdim=True),
+        ),
+        (ablate(3 * VECTOR, n_layers=L, span=bounds), range(L), lambda x: x - (x @ unit)[..., None] * unit),
+        (ablate(VECTOR, [1], n_layers=L, span=bounds), range(1, 2), lambda x: x - (x @ unit)[..., None] * unit),
+        (
+            add_vector(VECTOR, 1, 4.0, n_layers=L, span=bounds) + self_amplify(1, 3.0, span=bounds, **SIZES),
+            range(1, 2),
+            lambda x: x + 4 * v + 3 * x / x.norm(dim=-1, keepdim=True),
+        ),
+    ]
+    out = states([row for row, _, _ in conditions])
+    logits = np.asarray(jax.jit(model.logits)(out[-1]))
+    for row, (_, layers, edit) in enumerate(conditions):
+        with edited(reference, layers, edit, span), torch.no_grad():
+            expected = reference(torch.tensor(IDS[row : row + 1]), use_cache=False).logits[0]
+        assert relative_error(logits[row], expected) < TOLERANCE
+    with torch.no_grad():
+        plain = reference(torch.tensor(IDS), use_cache=False).logits
+    assert all(relative_error(logits[row], plain[row]) > 0.01 for row in range(len(conditions)))
+
+
+def test_ablated_stream_has_no_component_left():
+    steered = states([ablate(VECTOR, n_layers=L)])
+    unit = np.asarray(VECTOR / jnp.linalg.norm(VECTOR))
+    sizes = np.linalg.norm(steered[:, 0], axis=-1)
+    assert np.max(np.abs(steered[:, 0] @ unit) / sizes) < 1e-6
+    assert np.median(np.abs(steered[:, 1] @ unit) / sizes) > 1e-3
+
+
+def noise(rows: list[Intervention], layer: int = 1) -> np.ndarray:
+    """What was added at the layer, [B, T, D]."""
+    return states(rows)[layer] - states(None)[layer]
+
+
+def test_noise_has_the_length_asked_for_and_a_new_direction_at_every_position():
+    rows = [gaussian_noise(1, magnitude, jax.random.key(0), **SIZES) for magnitude in (1.0, 20.0)]
+    added = noise(rows)[:2]
+    np.testing.assert_allclose(np.linalg.norm(added, axis=-1), [[1.0] * T, [20.0] * T], rtol=1e-4)
+    directions = added / np.linalg.norm(added, axis=-1, keepdims=True)
+    np.testing.assert_allclose(directions[0], directions[1], atol=1e-4)  # the same draw at another length
+    cosines = directions[1] @ directions[1].T
+    assert np.max(np.abs(cosines - np.eye(T))) < 0.75  # of 45 pairs in 40 dimensions
+    assert abs(np.mean(cosines[~np.eye(T, dtype=bool)])) < 0.1
+
+
+def test_noise_depends_on_key_layer_and_position_and_on_nothing_else():
+    key, other = jax.random.key(0), jax.random.key(1)
+    row = gaussian_noise(1, 5.0, key, **SIZES)
+    first = noise([row, gaussian_noise(1, 5.0, other, **SIZES)])
+    moved = noise([NOTHING, NOTHING, add_vector(VECTOR, 0, 1.0, n_layers=L), NOTHING, row])
+    np.testing.assert_allclose(moved[4], first[0], atol=1e-5)  # another row, other batch mates, other text
+    assert relative_error(first[1], first[0]) > 1
+    assert relative_error(noise([gaussian_noise(2, 5.0, key, **SIZES)], layer=2)[0], first[0]) > 1
+    shifted = states([row], IDS, POSITIONS + 3)[1] - states([NOTHING], IDS, POSITIONS + 3)[1]
+    np.testing.assert_allclose(shifted[0, : T - 3], first[0, 3:], atol=1e-5)
+
+
+def test_layer_magnitude_and_vector_are_traced():
+    """A sweep over all of them traces once, under jit as under vmap."""
+    traces = []
+
+    @jax.jit
+    def sweep(layer: jax.Array, magnitude: jax.Array, vector: jax.Array) -> jax.Array:
+        traces.append(1)
+        row = jax.vmap(lambda m: add_vector(vector, layer, m, n_layers=L))(magnitude)
+        return row.add
+
+    for layer in range(L):
+        magnitudes = jnp.array([1.0, 2.0]) + layer
+        added = sweep(jnp.array(layer), magnitudes, VECTOR * (layer + 1))
+        expected = np.zeros((2, L, D))
+        expected[:, layer] = np.outer(magnitudes, VECTOR * (layer + 1))
+        np.testing.assert_allclose(added, expected, rtol=1e-6)
+    assert len(traces) == 1
+
+
+def test_spans_resolve_per_row():
+    rows = [no_intervention(**SIZES, span=span) for span in ("all", "prompt", "generated", (3, 5))]
+    resolved = stack_rows(rows).resolve(jnp.array([7, 8, 9, 10]))
+    np.testing.assert_array_equal(resolved.span, [[0, END], [0, 8], [9, END], [3, 5]])
+    assert PROMPT_END < 0  # no position, so an unresolved span cannot be mistaken for one
+
+
+@pytest.mark.parametrize("layer", [-1, L])
+def test_a_layer_that_is_not_there_is_refused(layer):
+    with pytest.raises(ValueError, match=rf"layer={layer} is outside 0..2"):
+        add_vector(VECTOR, layer, 1.0, n_layers=L)
+    with pytest.raises(ValueError, match=rf"layer={layer} is outside 0..2"):
+        ablate(VECTOR, [0, layer], n_layers=L)
+
+
+@pytest.mark.parametrize("span", [(3, 3), (5, 2), (-2, 4), "reply"])
+def test_a_span_of_no_position_is_refused(span):
+    with pytest.raises(ValueError, match="span="):
+        no_intervention(**SIZES, span=span)
+
+
+@pytest.mark.parametrize("vector", [jnp.ones((2, D)), jnp.ones(())])
+def test_a_vector_of_another_shape_is_refused(vector):
+    with pytest.raises(ValueError, match=r"expected \[d_model\]"):
+        add_vector(vector, 0, 1.0, n_layers=L)
