@@ -32,6 +32,9 @@ import openai
 
 from backtrack_jax.judges.ledger import Entry, Ledger, content_key
 
+_SHORTEST_SECRET = 16
+_CONNECT_ATTEMPTS = 3
+
 
 class CallFault(StrEnum):
     """Why a call got no answer."""
@@ -40,6 +43,8 @@ class CallFault(StrEnum):
     SERVER_ERROR = "server_error"
     TIMED_OUT = "timed_out"
     DISCONNECTED = "disconnected"
+    UNREACHABLE = "unreachable"
+    """No connection. When the endpoint has never answered, the run stops after `_CONNECT_ATTEMPTS` of these."""
     NOT_A_COMPLETION = "not_a_completion"
     """HTTP 200 with a body that is not a chat completion: cut off, or a web page of something else."""
     BAD_REQUEST = "bad_request"
@@ -303,18 +308,24 @@ class ChatClient:
             try:
                 return await self._attempt(request)
             except _Retry as fault:
+                if fault.fault == CallFault.UNREACHABLE and not self._reached and attempt + 1 >= _CONNECT_ATTEMPTS:
+                    raise self._stop_all(self._unreachable(fault)) from None
                 backoff = min(settings.backoff * 2**attempt, settings.max_backoff) * random.uniform(0.5, 1.0)
                 wait = fault.wait + backoff
                 if attempt == settings.max_retries or time.monotonic() + wait > deadline:
                     raise CallFailed(fault.fault, f"{fault} ({attempt + 1} attempts)") from None
                 self._resume_at = max(self._resume_at, time.monotonic() + fault.wait)
             except JudgeStopped as error:
-                self._stopped = self._stopped or error
-                self._stop.set()
-                raise
+                raise self._stop_all(error) from None
             attempt += 1
             self.meter.retries += 1
             await self._wait(wait)
+
+    def _stop_all(self, error: JudgeStopped) -> JudgeStopped:
+        """Lets no further attempt start; the first error stays the one that is reported."""
+        self._stopped = self._stopped or error
+        self._stop.set()
+        return self._stopped
 
     async def _wait(self, seconds: float) -> None:
         """Sleeps, but not through a stop."""
@@ -326,21 +337,17 @@ class ChatClient:
 
     def _check_limits(self) -> None:
         settings = self.settings
-        if self._stopped is None:
-            elapsed = time.monotonic() - self._started_at
-            if settings.run_timeout is not None and elapsed > settings.run_timeout:
-                self._stopped = JudgeStopped(
-                    f"the judge's run_timeout of {settings.run_timeout:g} s is over ({self.meter}); "
-                    "run the same command again to go on"
-                )
-            elif settings.max_cost is not None and (self.meter.cost or 0.0) >= settings.max_cost:
-                self._stopped = JudgeStopped(
-                    f"the judge's max_cost of ${settings.max_cost:g} is reached ({self.meter}); "
-                    "raise it and run the same command again to go on"
-                )
         if self._stopped is not None:
-            self._stop.set()
             raise self._stopped
+        if settings.run_timeout is not None and time.monotonic() - self._started_at > settings.run_timeout:
+            limit, advice = f"run_timeout of {settings.run_timeout:g} s is over", "run"
+        elif settings.max_cost is not None and (self.meter.cost or 0.0) >= settings.max_cost:
+            limit, advice = f"max_cost of ${settings.max_cost:g} is reached", "raise it and run"
+        else:
+            return
+        raise self._stop_all(
+            JudgeStopped(f"the judge's {limit} ({self.meter}); {advice} the same command again to go on")
+        )
 
     async def _attempt(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """One request; the parsed body of a chat completion, or `_Retry`, `CallFailed`, `JudgeStopped`."""
@@ -363,23 +370,26 @@ class ChatClient:
             raise _Retry(CallFault.NOT_A_COMPLETION, f"the endpoint answered {text[:200]!r}") from None
 
     def _redact(self, text: str) -> str:
-        return text.replace(self._key, "[key]")
+        # The "key" of a local server may be any word, which is no secret and may well occur in an answer.
+        return text.replace(self._key, "[key]") if len(self._key) >= _SHORTEST_SECRET else text
 
     def _classify(self, error: Exception) -> Exception:
         """What a fault of the request means for this call and for the others."""
-        url, detail = self.settings.base_url, self._redact(str(error))[:300]
-        if not isinstance(error, openai.APIStatusError):
-            cause = type(error.__cause__).__name__
-            if cause in ("ConnectError", "ConnectTimeout") and not self._reached:
-                why = self._redact(str(error.__cause__)) or cause
-                return JudgeStopped(
-                    f"the judge's endpoint {url} cannot be reached ({why}). Check base_url, and that the server runs"
-                )
-            if isinstance(error, TimeoutError | openai.APITimeoutError):
-                return _Retry(CallFault.TIMED_OUT, f"no answer within {self.settings.request_timeout:g} s")
-            return _Retry(CallFault.DISCONNECTED, f"{detail} {self._redact(str(error.__cause__ or ''))}".strip())
-        self._reached = True
-        return self._classify_status(error, f"HTTP {error.status_code}: {detail}")
+        if isinstance(error, openai.APIStatusError):
+            self._reached = True
+            return self._classify_status(error, f"HTTP {error.status_code}: {self._redact(str(error))[:300]}")
+        cause = type(error.__cause__).__name__  # of httpx or httpx2, which the versions of openai differ in
+        if cause in ("ConnectError", "ConnectTimeout"):
+            return _Retry(CallFault.UNREACHABLE, str(error.__cause__) or cause)
+        if isinstance(error, TimeoutError | openai.APITimeoutError):
+            return _Retry(CallFault.TIMED_OUT, f"no answer within {self.settings.request_timeout:g} s")
+        return _Retry(CallFault.DISCONNECTED, self._redact(f"{error} {error.__cause__ or ''}"))
+
+    def _unreachable(self, fault: _Retry) -> JudgeStopped:
+        return JudgeStopped(
+            f"the judge's endpoint {self.settings.base_url} cannot be reached ({fault}). Check base_url, and that the "
+            "server runs"
+        )
 
     def _classify_status(self, error: openai.APIStatusError, detail: str) -> Exception:
         url, model, status = self.settings.base_url, self.settings.model, error.status_code
@@ -389,7 +399,7 @@ class ChatClient:
                 f"{url} refuses the key in the environment variable {self.settings.key_variable} ({detail}). Set it to "
                 f"a key that may use the model {model!r}; {again}"
             )
-        if status == 402 or {error.code, error.type} & {"insufficient_quota", "billing_hard_limit_reached"}:
+        if status == 402 or {str(error.code), str(error.type)} & {"insufficient_quota", "billing_hard_limit_reached"}:
             return JudgeStopped(
                 f"the account at {url} is out of money or over its quota ({detail}). Add credit or raise the limit; "
                 + again
@@ -402,10 +412,10 @@ class ChatClient:
         if status in (408, 409, 429) or status >= 500:
             fault = CallFault.RATE_LIMITED if status == 429 else CallFault.SERVER_ERROR
             return _Retry(fault, detail, _retry_after(error.response.headers))
-        parameter = (error.param or "").partition(".")[0]
+        parameter = str(error.param).partition(".")[0]
         if parameter in ChatSettings.__dataclass_fields__ or parameter == "response_format":
             return JudgeStopped(
-                f"{url} does not accept the judge's {parameter} ({detail}). Change it (null leaves it out); {again}"
+                f"{url} does not accept the judge's {parameter} ({detail}). Change it or leave it out; {again}"
             )
         return CallFailed(CallFault.BAD_REQUEST, detail)
 
