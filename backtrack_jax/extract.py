@@ -206,15 +206,18 @@ def count_windows(trace: TokenTrace, plan: WindowPlan, length: int) -> tuple[np.
 def save_sums(sums: WindowSums, path: Path) -> None:
     """Writes sums to a safetensors file that is whole or absent; `load_sums` reads them back."""
     arrays = {name: np.ascontiguousarray(getattr(sums, name)) for name in _ARRAYS}
-    metadata = {"trace_ids": json.dumps(sums.trace_ids), "n_tokens": str(sums.n_tokens)}
+    plan = json.dumps(dataclasses.asdict(sums.plan))
+    metadata = {"plan": plan, "trace_ids": json.dumps(sums.trace_ids), "n_tokens": str(sums.n_tokens)}
     store.write_safetensors(path, arrays, metadata)
 
 
 def load_sums(path: Path, plan: WindowPlan) -> WindowSums:
-    """Reads sums that `save_sums` wrote under the same plan."""
+    """Reads sums that `save_sums` wrote; ValueError if they were summed under another plan."""
     with safe_open(path, "np") as file:
         arrays = {name: file.get_tensor(name) for name in _ARRAYS}
         metadata = file.metadata()
+    if metadata["plan"] != json.dumps(dataclasses.asdict(plan)):
+        raise ValueError(f"{path} holds sums of another plan: {metadata['plan']}")
     return WindowSums(plan, trace_ids=json.loads(metadata["trace_ids"]), n_tokens=int(metadata["n_tokens"]), **arrays)
 
 

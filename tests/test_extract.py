@@ -303,6 +303,14 @@ def test_resuming_with_other_batches_is_refused():
     assert_same_sums(total, before)
 
 
+def test_sums_of_another_plan_are_refused(sums, tmp_path):
+    """Windows of equal number give arrays of equal shape."""
+    save_sums(sums, tmp_path / "sums.safetensors")
+    other = dataclasses.replace(PLAN, windows=((-6, -4), *WINDOWS[1:]))
+    with pytest.raises(ValueError, match=r"sums\.safetensors holds sums of another plan: .*\[-5, -3\]"):
+        load_sums(tmp_path / "sums.safetensors", other)
+
+
 def test_two_traces_of_one_name_are_refused():
     with pytest.raises(ValueError, match=r"traces of one id: \['problem 0/0'\]"):
         window_sums(MODEL, [*TRACES, TRACES[0]], PLAN, batch_size=BATCH_SIZE)
