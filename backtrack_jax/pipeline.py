@@ -458,7 +458,8 @@ def load_readings(run: Run) -> conditions.Readings:
         for kind in conditions.needed_vectors(e):
             file = folder / f"{role}.{kind}.safetensors"
             if not file.exists():
-                raise ValueError(f"steering.kinds: no {kind!r} vector of the {role} model; labels: {summary['labels']}")
+                known = sorted(path.name.split(".")[1] for path in folder.glob(f"{role}.*.safetensors"))
+                raise ValueError(f"steering.kinds: no {kind!r} vector of the {role} model was read; there are {known}")
             found[role, kind] = vector = vectors.load(file)
             for target, shape in shapes.items():
                 if vector.directions.shape != shape:

@@ -1,8 +1,16 @@
 """Fixtures that several tests share."""
 
+import contextlib
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
+import tiny
+from jax.experimental.compilation_cache import compilation_cache
+
+from backtrack_jax import pipeline
 
 
 @pytest.fixture(scope="session")
@@ -12,3 +20,47 @@ def ward2025() -> Path:
     if not path.is_dir():
         pytest.skip("the released artifacts are not here: ../shared/data/ward2025 is absent")
     return path
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Folder of compiled programs, so that processes that a test starts find what was compiled here."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # whether there is a cache is looked up once
+    yield Path(options["jax_compilation_cache_dir"])
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory, compiled: Path) -> Path:
+    """Folder of the tiny experiment with `results/tiny`, of a run without interruption. Not to be changed."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny.write(folder)
+    with contextlib.chdir(folder):
+        pipeline.Run(tiny.get_config()).run()
+    return folder
+
+
+@pytest.fixture
+def finished(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Results of the tiny experiment in a copy of its folder, which is the working directory."""
+    shutil.copytree(tiny_run, tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path / "tiny")
+    return tmp_path / "tiny" / "results" / "tiny"
+
+
+@pytest.fixture
+def fresh(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the results of the tiny experiment will be; nothing is done yet."""
+    shutil.copytree(tiny_run, tmp_path / "tiny", ignore=shutil.ignore_patterns("results"))
+    monkeypatch.chdir(tmp_path / "tiny")
+    return tmp_path / "tiny" / "results" / "tiny"

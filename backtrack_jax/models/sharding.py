@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from backtrack_jax.models.config import LlamaConfig
 from backtrack_jax.models.llama import Llama
@@ -52,7 +52,7 @@ def make_mesh(model_parallel: int = 1, devices: Sequence[Any] | None = None) -> 
     return jax.make_mesh(shape, (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
 
 
-def shardings(config: LlamaConfig, mesh: Mesh) -> dict[str, Any]:
+def shardings(config: LlamaConfig, mesh: Mesh | AbstractMesh) -> dict[str, Any]:
     """Placement of every weight of a model.
 
     Args:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,7 @@ def summarise(rows: Rows, experiment: Experiment, summary: Mapping[str, Any], pl
         cells = (
             *(row["target"], row["kind"], row["source"] or "-"),
             *(f"{row['magnitude']:g}", f"{row['length']:.3g}", f"{100 * row['rate']:.2f}"),
-            f"{100 * row['low']:.2f} to {100 * row['high']:.2f}",
+            "-" if math.isnan(row["low"]) else f"{100 * row['low']:.2f} to {100 * row['high']:.2f}",
             *(f"{row['repeated_3grams']:.2f}", f"{row['n_words']:.0f}", f"{row['n_replies']:.0f}"),
         )
         lines.append(f"| {' | '.join(cells)} |")

@@ -23,7 +23,7 @@ from helpers import LLAMA3_ROPE, hf_llama, relative_error, save
 from backtrack_jax.intervention import Intervention, add_vector, gaussian_noise, no_intervention, stack_rows
 from backtrack_jax.models import checkpoint
 from backtrack_jax.models.batching import left_pad, right_pad
-from backtrack_jax.models.llama import KVCache, Llama, Output, rope_frequencies, rope_tables
+from backtrack_jax.models.llama import Block, KVCache, Llama, Output, rope_frequencies, rope_tables
 
 pytestmark = pytest.mark.hf
 
@@ -44,9 +44,12 @@ def forward(
     positions: jax.Array,
     cache: KVCache | None = None,
     intervention: Intervention | None = None,
+    layers: tuple[Block, ...] | None = None,
 ) -> tuple[Output, jax.Array]:
     """Output with every `resid_post` captured, and logits."""
-    out = model(ids, positions, cache=cache, intervention=intervention, capture=lambda block: block.resid_post)
+    out = model(
+        ids, positions, cache=cache, intervention=intervention, capture=lambda block: block.resid_post, layers=layers
+    )
     return out, model.logits(out.resid)
 
 
@@ -225,20 +228,24 @@ def test_ids_at_padding_change_nothing():
 
 
 def decode(
-    model: Llama, sequences: list[list[int]], n_prompt: list[int], pad, intervention: Intervention | None
+    model: Llama, sequences: list[list[int]], n_prompt: list[int], pad, intervention: Intervention | None, loop: bool
 ) -> list[np.ndarray]:
-    """Hidden states [L, T, D] of each sequence by prefill and one step per further token, through the cache."""
+    """Hidden states [L, T, D] of each sequence by prefill and one step per further token, through the cache.
+
+    The steps scan over the blocks, or with `loop` take them one by one.
+    """
     rows = len(sequences)
     ids, positions = pad([s[:n] for s, n in zip(sequences, n_prompt, strict=True)], max(n_prompt))
     steps = len(sequences[0]) - n_prompt[0]
     out, _ = RUN(model, ids, positions, None, intervention)
-    cache = out.cache.extended(steps)
+    cache = out.cache.extended(steps).unstacked() if loop else out.cache.extended(steps)
+    layers = model.unstacked_layers() if loop else None
     captured = np.asarray(out.captured)
     states = [[captured[:, row, positions[row] >= 0]] for row in range(rows)]
     for step in range(steps):
         ids = np.array([[s[n + step]] for s, n in zip(sequences, n_prompt, strict=True)])
         positions = np.array(n_prompt, np.int32)[:, None] + step
-        out, _ = RUN(model, ids, positions, cache, intervention)
+        out, _ = RUN(model, ids, positions, cache, intervention, layers)
         cache = out.cache
         captured = np.asarray(out.captured)
         for row in range(rows):
@@ -246,9 +253,12 @@ def decode(
     return [np.concatenate(parts, axis=1) for parts in states]
 
 
-@pytest.mark.parametrize("pad", [left_pad, right_pad])
-@pytest.mark.parametrize("intervened", [False, True], ids=["plain", "intervened"])
-def test_cached_decoding_equals_the_full_pass(intervened, pad):
+@pytest.mark.parametrize(
+    ("pad", "intervened", "loop"),
+    [(left_pad, False, False), (left_pad, True, False), (right_pad, True, False), (left_pad, True, True)],
+    ids=["plain", "intervened", "right-padded", "block by block"],
+)
+def test_cached_decoding_equals_the_full_pass(pad, intervened, loop):
     """Ragged prompts; with an intervention in the prompt, in the generated part, in a range, with noise, with none."""
     _, model = pair()
     n_prompt = [3, 7, 5, 7, 1]
@@ -257,7 +267,7 @@ def test_cached_decoding_equals_the_full_pass(intervened, pad):
     rows = [add_vector(vector, 1, 2.0, n_layers=3, span=span) for span in ("prompt", "generated", (4, 7))]
     rows += [gaussian_noise(1, 2.0, jax.random.key(0), n_layers=3, d_model=40), no_intervention(3, 40)]
     interventions = stack_rows(rows).resolve(jnp.array(n_prompt))
-    cached = decode(model, sequences, n_prompt, pad, interventions if intervened else None)
+    cached = decode(model, sequences, n_prompt, pad, interventions if intervened else None, loop)
     ids, positions = right_pad(sequences, T)
     full = np.asarray(RUN(model, ids, positions, None, interventions if intervened else None)[0].captured)
     plain = np.asarray(RUN(model, ids, positions)[0].captured)

@@ -1,0 +1,143 @@
+"""Weights and rows spread over several devices, which here are parts of one CPU."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import hf_llama, relative_error, save
+
+from backtrack_jax.intervention import add_vector, stack_rows
+from backtrack_jax.models import checkpoint
+from backtrack_jax.models.config import LlamaConfig
+from backtrack_jax.models.llama import Llama
+from backtrack_jax.models.sharding import batch_sharding, make_mesh, shardings
+
+pytestmark = pytest.mark.hf
+
+B, T = 4, 9
+
+
+@pytest.fixture(scope="module")
+def devices() -> list:
+    found = jax.devices("cpu")
+    if len(found) < 4:
+        pytest.skip(f"needs 4 CPU devices and JAX was told of {len(found)} (jax_num_cpu_devices)")
+    return found[:4]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return save(hf_llama(vocab_size=132), tmp_path_factory.mktemp("sharding") / "model")
+
+
+def weights(model: Llama) -> dict:
+    return nnx.to_pure_dict(nnx.state(model))
+
+
+def run(model: Llama, ids: jax.Array, positions: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
+    rows = stack_rows([add_vector(vector, 1, float(row), n_layers=3) for row in range(B)])
+    out = model(ids, positions, intervention=rows, capture=lambda block: block.resid_post)
+    return out.captured, model.logits(out.resid)
+
+
+def test_meshes(devices):
+    for parts in (1, 2, 4):
+        mesh = make_mesh(parts, devices)
+        assert dict(mesh.shape) == {"data": 4 // parts, "model": parts}
+        assert mesh.axis_types == (jax.sharding.AxisType.Auto,) * 2
+    for parts in (0, 3, 8):
+        with pytest.raises(ValueError, match=f"model_parallel={parts} does not divide the number of devices, 4"):
+            make_mesh(parts, devices)
+
+
+@pytest.mark.parametrize("source", ["hf", "orbax"])
+def test_every_device_holds_its_part(source, devices, folder, tmp_path):
+    mesh = make_mesh(2, devices)
+    whole = weights(checkpoint.load(str(folder)))
+    path = folder
+    if source == "orbax":
+        path = tmp_path / "orbax"
+        checkpoint.save_orbax(checkpoint.load(str(folder), mesh=make_mesh(1, devices)), path)
+    split = weights(checkpoint.load(str(path), mesh=mesh))
+    expected = shardings(LlamaConfig.from_file(folder / "config.json"), mesh)
+    assert jax.tree.structure(split) == jax.tree.structure(expected)
+    for (keys, leaf), place, other in zip(
+        jax.tree.leaves_with_path(split), jax.tree.leaves(expected), jax.tree.leaves(whole), strict=True
+    ):
+        assert leaf.sharding.is_equivalent_to(place, leaf.ndim), keys
+        np.testing.assert_array_equal(leaf, other)
+        axis = {"o_proj": -2, "down_proj": -2, "embed_tokens": -2, "lm_head": -2}.get(keys[-1].key, -1)
+        if keys[-1].key == "weight":  # of a norm
+            assert place.is_fully_replicated
+            continue
+        shapes = {shard.data.shape for shard in leaf.addressable_shards}
+        half = list(leaf.shape)
+        half[axis] //= 2
+        assert shapes == {tuple(half)}
+        assert leaf.shape[axis] != 40  # the residual stream is never split
+
+
+def test_the_forward_pass_is_the_same_on_any_mesh(devices, folder):
+    """With an intervention that differs between rows, which lie on different devices."""
+    ids = np.random.default_rng(0).integers(0, 132, (B, T))
+    positions = np.tile(np.arange(T), (B, 1))
+    positions[1, :4] = -1  # a padded row
+    positions[1, 4:] = np.arange(T - 4)
+    vector = np.asarray(jax.random.normal(jax.random.key(0), (40,)))
+    plain = [np.asarray(x) for x in jax.jit(run)(checkpoint.load(str(folder)), ids, positions, vector)]
+    for parts in (1, 2):
+        mesh = make_mesh(parts, devices)
+        model = checkpoint.load(str(folder), mesh=mesh)
+        rows = batch_sharding(mesh)
+        split = jax.jit(run)(model, jax.device_put(ids, rows), jax.device_put(positions, rows), vector)
+        for ours, expected in zip(split, plain, strict=True):
+            assert relative_error(ours, expected) < 1e-5
+        assert {shard.data.shape[0] for shard in split[1].addressable_shards} == {B * parts // 4}
+
+
+def test_sizes_that_the_mesh_does_not_divide_are_refused_together(devices, folder):
+    config = LlamaConfig.from_file(folder / "config.json")
+    with pytest.raises(ValueError, match=r"model axis of 4 devices does not divide num_key_value_heads=2$"):
+        shardings(config, make_mesh(4, devices))
+    odd = LlamaConfig(
+        vocab_size=131,
+        d_model=40,
+        d_mlp=72,
+        n_layers=3,
+        n_heads=3,
+        n_kv_heads=3,
+        head_dim=16,
+        norm_eps=1e-5,
+        rope_theta=1e4,
+        rope_scaling=None,
+        tied=False,
+    )
+    with pytest.raises(ValueError, match=r"2 devices does not divide num_key_value_heads=3, vocab_size=131$"):
+        shardings(odd, make_mesh(2, devices))
+
+
+def test_released_8b_over_eight_devices_without_its_weights(folder):
+    """Everything that is large is an eighth: 2.0 GB a device."""
+    config = LlamaConfig(
+        vocab_size=128256,
+        d_model=4096,
+        d_mlp=14336,
+        n_layers=32,
+        n_heads=32,
+        n_kv_heads=8,
+        head_dim=128,
+        norm_eps=1e-5,
+        rope_theta=500000.0,
+        rope_scaling=None,
+        tied=False,
+    )
+    mesh = jax.sharding.AbstractMesh((1, 8), ("data", "model"))
+    places = shardings(config, mesh)
+    abstract = nnx.eval_shape(lambda: Llama(config, jnp.dtype(jnp.bfloat16), rngs=nnx.Rngs(0)))
+    sizes = jax.tree.map(
+        lambda leaf, place: np.prod(place.shard_shape(leaf.shape)), nnx.to_pure_dict(nnx.state(abstract)), places
+    )
+    assert sum(jax.tree.leaves(sizes)) < config.n_parameters / 8 * 1.001

@@ -1,0 +1,176 @@
+"""Conditions of a sweep: their number, lengths, directions and noise."""
+
+import dataclasses
+import hashlib
+import itertools
+import random
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from backtrack_jax import conditions
+from backtrack_jax.conditions import UNSTEERED, Condition, Interventions, Readings
+from backtrack_jax.config import CONTROLS, UNITS, Experiment
+from backtrack_jax.generate import noise_key, row_key
+from backtrack_jax.intervention import Intervention
+from backtrack_jax.vectors import SteeringVector
+
+L, D = 3, 8
+SOURCELESS = {"noise", "self-amplification", "random"}
+
+
+@pytest.fixture
+def readings() -> Readings:
+    """Vectors of unlike norms, none of them 1."""
+    rng = np.random.default_rng(0)
+    vectors = {
+        (role, kind): SteeringVector((3 + number) * rng.standard_normal((L, D)).astype(np.float32))
+        for number, (role, kind) in enumerate(
+            itertools.product(("base", "reasoning"), ("backtracking", "deduction", "overall-mean"))
+        )
+    }
+    return Readings(vectors, {"base": np.array([2.0, 5.0, 7.0]), "reasoning": np.array([3.0, 11.0, 13.0])})
+
+
+def experiment(**steering: object) -> Experiment:
+    e = tiny.get_config()
+    e.steering = dataclasses.replace(e.steering, **steering)
+    return e
+
+
+def test_make_and_count_agree_for_any_config(readings: Readings) -> None:
+    """And with a count by hand: 1 + sources x magnitudes for each model."""
+    rng = random.Random(0)
+    kinds = ("backtracking", "deduction", *CONTROLS)
+    for _ in range(200):
+        e = experiment(
+            kinds=tuple(rng.sample(kinds, rng.randint(1, len(kinds)))),
+            magnitudes=tuple(rng.sample((-4.0, 0.0, -0.0, 1, 2.5, 8), rng.randint(1, 6))),
+            unit=rng.choice(UNITS),
+            layer=rng.randrange(L),
+        )
+        e.roles = tuple(rng.sample(("base", "reasoning"), rng.randint(1, 2)))
+        steered = sum(1 if kind in SOURCELESS else len(e.roles) for kind in e.steering.kinds)
+        nonzero = sum(magnitude != 0 for magnitude in e.steering.magnitudes)
+        expected = len(e.roles) * (steered * nonzero + (0 in e.steering.magnitudes))
+        made = conditions.make(e, readings)
+        assert len(made) == len(set(made)) == conditions.count(e) == expected
+
+
+def test_every_pair_of_model_and_vector(readings: Readings) -> None:
+    """Fig. 3: four pairs; controls without a source once per model; one unsteered condition per model."""
+    made = conditions.make(experiment(kinds=("backtracking", "random"), magnitudes=(0.0, 4.0)), readings)
+    assert [(c.target, c.kind, c.source, c.magnitude) for c in made] == [
+        ("base", UNSTEERED, "", 0.0),
+        ("base", "backtracking", "base", 4.0),
+        ("base", "backtracking", "reasoning", 4.0),
+        ("base", "random", "", 4.0),
+        ("reasoning", UNSTEERED, "", 0.0),
+        ("reasoning", "backtracking", "base", 4.0),
+        ("reasoning", "backtracking", "reasoning", 4.0),
+        ("reasoning", "random", "", 4.0),
+    ]
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_length_of_a_magnitude(unit: str, readings: Readings) -> None:
+    e = experiment(unit=unit, magnitudes=(0.0, -2.0, 3.0), layer=1, kinds=("backtracking", "deduction", "noise"))
+    for c in conditions.make(e, readings):
+        if unit == "absolute":
+            expected = c.magnitude
+        elif unit == "relative":  # of the steered model, wherever the vector comes from
+            expected = c.magnitude * {"base": 5.0, "reasoning": 11.0}[c.target]
+        else:  # of the experiment's own vector, so that kinds are compared at equal length
+            vector = readings.vectors[c.source or c.target, "backtracking"].directions[1]
+            expected = c.magnitude * np.linalg.norm(vector)
+        assert c.length == pytest.approx(expected, rel=1e-6)
+
+
+def rows(readings: Readings, e: Experiment, key: jax.Array) -> list[tuple[Condition, Intervention]]:
+    built = Interventions(readings, L, D, e.steering.span, e.seed)
+    return [(c, built.row(c, key)) for c in conditions.make(e, readings)]
+
+
+def test_what_is_added_has_the_length_of_the_condition(readings: Readings) -> None:
+    """A vector of norm 3 or 8, normalised once: T27. Other layers are untouched."""
+    e = experiment(unit="relative", magnitudes=(0.0, -0.5, 2.0))
+    for c, row in rows(readings, e, row_key(0, "p", 0)):
+        others = [layer for layer in range(L) if layer != c.layer]
+        for field in ("add", "amplify", "noise", "ablate"):
+            assert not np.any(np.asarray(getattr(row, field))[others])
+        added = np.asarray(row.add)[c.layer]
+        if c.kind in ("noise", "self-amplification"):
+            strength = {"noise": row.noise, "self-amplification": row.amplify}[c.kind][c.layer]
+            assert strength == pytest.approx(c.length, rel=1e-6) and not np.any(added)
+        else:
+            assert np.linalg.norm(added) == pytest.approx(abs(c.length), rel=1e-5)
+            assert not np.any(row.noise) and not np.any(row.amplify)
+        if c.source:
+            direction = readings.vectors[c.source, c.kind].directions[c.layer]
+            cosine = added @ direction / np.linalg.norm(direction) / c.length
+            assert cosine == pytest.approx(1, abs=1e-6)
+
+
+def test_raw_adds_the_vector_as_it_was_found(readings: Readings) -> None:
+    e = experiment(unit="raw", kinds=("backtracking",), magnitudes=(1.0,), layer=2)
+    for c, row in rows(readings, e, row_key(0, "p", 0)):
+        np.testing.assert_allclose(row.add[2], readings.vectors[c.source, "backtracking"].directions[2], rtol=1e-5)
+
+
+def test_unsteered_is_no_intervention(readings: Readings) -> None:
+    (c, row), *_ = rows(readings, experiment(), row_key(0, "p", 0))
+    assert c.kind == UNSTEERED
+    for field in ("add", "amplify", "noise", "ablate", "direction"):
+        assert not np.any(np.asarray(getattr(row, field)))
+
+
+def test_noise_belongs_to_the_row_not_the_condition(readings: Readings) -> None:
+    e = experiment(kinds=("noise", "backtracking"), magnitudes=(4.0, 8.0))
+    one, other = row_key(0, "p", 0), row_key(0, "p", 1)
+    keys = {jax.random.key_data(row.key).tobytes() for _, row in rows(readings, e, one)}
+    assert keys == {jax.random.key_data(noise_key(one)).tobytes()}
+    assert keys.isdisjoint({jax.random.key_data(row.key).tobytes() for _, row in rows(readings, e, other)})
+
+
+def test_the_random_direction_is_fixed(readings: Readings) -> None:
+    """One direction for all rows, magnitudes and models of a run; another seed gives another one."""
+    e = experiment(kinds=("random",), magnitudes=(-4.0, 8.0))
+    units = [
+        np.asarray(row.add[c.layer]) / c.length
+        for sample in range(2)
+        for c, row in rows(readings, e, row_key(0, "p", sample))
+    ]
+    for unit in units:
+        np.testing.assert_allclose(unit, conditions.random_direction(0, "random", D), rtol=1e-6)
+    assert np.linalg.norm(conditions.random_direction(0, "random", D)) == pytest.approx(1)
+    for seed, name in ((1, "random"), (0, "other")):
+        assert abs(conditions.random_direction(seed, name, D) @ units[0]) < 0.99
+
+
+def test_vector_hash_tells_vectors_apart(readings: Readings) -> None:
+    built = Interventions(readings, L, D, "all", 0)
+    hashes = {}
+    for c in conditions.make(experiment(), readings):
+        hashes.setdefault((c.kind, c.source), set()).add(built.vector_hash(c))
+    assert all(len(values) == 1 for values in hashes.values())  # whatever model and magnitude
+    one = {key: values.pop() for key, values in hashes.items()}
+    with_direction = [value for value in one.values() if value]
+    assert len(set(with_direction)) == len(with_direction) == 7  # three kinds of two sources, and the random direction
+    assert {kind for (kind, _), value in one.items() if not value} == {UNSTEERED, "noise", "self-amplification"}
+    direction = readings.vectors["base", "deduction"].directions[1]
+    assert one["deduction", "base"] == hashlib.sha256(direction.astype("<f4").tobytes()).hexdigest()[:16]
+
+
+def test_needed_vectors() -> None:
+    e = experiment(kinds=("deduction", *CONTROLS))
+    assert conditions.needed_vectors(e) == {"deduction", "overall-mean"}
+    assert conditions.needed_labels(e) == {"deduction"}
+    e.steering.unit = "raw"  # lengths are measured by the experiment's own vector
+    assert conditions.needed_vectors(e) == {"deduction", "overall-mean", "backtracking"}
+
+
+def test_a_vector_that_was_not_read_is_named(readings: Readings) -> None:
+    with pytest.raises(ValueError, match=r"no 'initializing' vector of the base model.*'backtracking', 'deduction'"):
+        readings.vector("base", "initializing")

@@ -1,0 +1,187 @@
+"""Configs are documented, load through flags, and refuse what could not run with a message that names it."""
+
+import dataclasses
+import inspect
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from backtrack_jax import config
+from backtrack_jax.config import Experiment
+
+ROOT = Path(__file__).parents[1]
+SPECS = [kind for _, kind in inspect.getmembers(config, inspect.isclass) if dataclasses.is_dataclass(kind)]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.__name__)
+def test_every_field_is_documented(spec: type) -> None:
+    lines = (spec.__doc__ or "").split("Attributes:")[1].split("\n")
+    documented = [line.strip().split(":")[0] for line in lines if line.startswith("      ") and line[6] != " "]
+    assert documented == [field.name for field in dataclasses.fields(spec)]
+
+
+def test_specs_can_be_overridden() -> None:
+    """`config_flags` builds them without arguments and sets attributes, which a frozen dataclass would refuse."""
+    assert len(SPECS) == 7
+    for spec in SPECS:
+        made = spec()
+        for field in dataclasses.fields(spec):
+            setattr(made, field.name, getattr(made, field.name))
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.py")), ids=lambda path: path.stem)
+def test_shipped_configs_can_run(path: Path) -> None:
+    namespace: dict = {}
+    exec(compile(path.read_text(), path, "exec"), namespace)
+    config.check(namespace["get_config"]())
+    docstring = namespace["__doc__"]
+    assert f"--config=configs/{path.name}" in docstring and "Hardware" in docstring
+
+
+def test_reading_and_checking_a_config_needs_no_jax() -> None:
+    code = "import sys, configs.smollm2, backtrack_jax.config as c; c.check(configs.smollm2.get_config())"
+    code += "; print([name for name in sys.modules if name == 'jax'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def set_field(e: Experiment, name: str, value: object) -> Experiment:
+    *path, last = name.split(".")
+    holder: object = e
+    for part in path:
+        holder = getattr(holder, part)
+    setattr(holder, last, value)
+    return e
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("name", ""),
+        ("name", "../elsewhere"),
+        ("name", "a/b"),
+        ("seed", -1),
+        ("roles", ()),
+        ("roles", ("base", "teacher")),
+        ("roles", ("base", "base")),
+        ("base.path", ""),
+        ("base.dtype", "int8"),
+        ("base.markers", "shatter"),
+        ("base.marker_replacement", 7),  # without markers="replace"
+        ("prompt.think", "yes"),
+        ("annotations.judge", "human"),
+        ("annotations.judge", "import"),  # without a file
+        ("traces.path", ""),  # released labels of sampled traces
+        ("traces.samples", 0),
+        ("traces.limit", -1),
+        ("vectors.estimator", "median"),
+        ("vectors.contrast", "none"),
+        ("vectors.label", "backtraking"),
+        ("vectors.window", (-8, -13)),
+        ("vectors.window", (-8,)),
+        ("vectors.window", (-8.5, -3)),
+        ("vectors.offsets", ("x",)),
+        ("vectors.layers", (-1,)),
+        ("vectors.batch_size", 0),
+        ("steering.kinds", ()),
+        ("steering.kinds", ("backtraking",)),
+        ("steering.kinds", ("noise", "noise")),
+        ("steering.layer", -1),
+        ("steering.magnitudes", ()),
+        ("steering.magnitudes", (0.0,)),
+        ("steering.magnitudes", (0.0, math.nan)),
+        ("steering.magnitudes", (4.0, math.inf)),
+        ("steering.magnitudes", ("four",)),
+        ("steering.magnitudes", (4.0, 4)),
+        ("steering.unit", "sigma"),
+        ("steering.span", "reply"),
+        ("steering.temperature", -0.1),
+        ("steering.temperature", math.nan),
+        ("steering.top_p", 0.0),
+        ("steering.top_p", 1.5),
+        ("steering.top_k", -1),
+        ("steering.samples", 0),
+        ("steering.max_new_tokens", 0),
+        ("steering.batch_size", 0),
+    ],
+)
+def test_a_wrong_value_is_named(field: str, value: object) -> None:
+    config.check(tiny.get_config())
+    with pytest.raises(ValueError, match="the config cannot run") as error:
+        config.check(set_field(tiny.get_config(), field, value))
+    assert field in str(error.value)
+    assert len(str(error.value).splitlines()) == 2  # that fault, and no other
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"base.markers": "replace"}, "base.marker_replacement=-1"),
+        ({"prompt.format": "alpaca"}, "prompt.format='alpaca'"),
+        ({"prompt.format": "chat"}, "base.markers='drop'"),
+        ({"prompt.format": "plain", "prompt.system": "Think.", "base.markers": "keep"}, "prompt.system='Think.'"),
+        ({"annotations.judge": "keyword", "annotations.variant": "hmm"}, "annotations.variant='hmm'"),
+        ({"annotations.judge": "keyword"}, "steering.kinds='deduction'"),  # a label that this judge never gives
+    ],
+)
+def test_fields_that_contradict_each_other(fields: dict[str, object], named: str) -> None:
+    e = tiny.get_config()
+    for field, value in fields.items():
+        set_field(e, field, value)
+    with pytest.raises(ValueError) as error:
+        config.check(e)
+    assert named in str(error.value)
+
+
+def test_all_faults_are_reported_at_once() -> None:
+    e = set_field(set_field(tiny.get_config(), "steering.layer", -2), "vectors.label", "x")
+    with pytest.raises(ValueError, match=r"(?s)vectors\.label='x'.*steering\.layer=-2"):
+        config.check(e)
+
+
+def test_any_label_may_be_imported() -> None:
+    e = set_field(set_field(tiny.get_config(), "annotations.judge", "import"), "annotations.path", "labels.jsonl")
+    e.vectors.label, e.steering.kinds = "verification", ("verification", "noise")
+    config.check(e)
+
+
+def test_sampled_traces_need_a_judge_whoever_writes_them() -> None:
+    e = set_field(tiny.get_config(), "traces.path", "")  # the reasoning model takes part
+    with pytest.raises(ValueError, match="sampled traces come without labels"):
+        config.check(e)
+    e.annotations.judge, e.steering.kinds = "keyword", ("backtracking",)
+    config.check(e)
+
+
+def test_the_author_is_the_reasoning_model_in_any_order() -> None:
+    e = tiny.get_config()
+    e.base.path = "b"
+    for roles, author, tokenizer in ((("reasoning", "base"), "reasoning", "reasoning"), (("base",), "base", "b")):
+        e.roles = roles
+        assert (e.author, e.tokenizer_path) == (author, tokenizer)
+    e.tokenizer = "t"
+    assert e.tokenizer_path == "t"
+
+
+MISSPELT = ["steering.layr=9", "stering.layer=9", "name.x=9", "layer=9", "vectors.into=1"]
+
+
+@pytest.mark.parametrize("name", MISSPELT)
+def test_a_misspelt_override_names_the_fields_there_are(name: str) -> None:
+    for argument in (f"--config.{name}", f"-config.{name}", f"--noconfig.{name}"):
+        with pytest.raises(ValueError, match="there is no field") as error:
+            config.check_override(argument)
+        assert argument in str(error.value)
+    with pytest.raises(ValueError, match="there are kinds, layer, magnitudes"):
+        config.check_override("--config.steering.layr=9")
+
+
+def test_overrides_that_exist() -> None:
+    for argument in ("--config.steering.layer=9", "--noconfig.vectors.into_prompt", "--config.base.path=a.b"):
+        config.check_override(argument)
+    for argument in ("--config=x.py", "--stages=1", "config.nothing"):  # no overrides
+        config.check_override(argument)

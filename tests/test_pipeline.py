@@ -1,0 +1,805 @@
+"""The stages on disk: artifacts that agree with each other, and runs that go on, after any death, to the same bytes."""
+
+import csv
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from safetensors.numpy import load_file
+
+from backtrack_jax import conditions, generate, pipeline, store
+from backtrack_jax.config import Experiment
+from backtrack_jax.data import records
+from backtrack_jax.models import checkpoint, prompts
+from backtrack_jax.models.tokenizer import Tokenizer
+
+TINY = Path(tiny.__file__)
+ROLES = ("base", "reasoning")
+READ = ("adding-knowledge", "backtracking", "deduction", "uncertainty-estimation")  # `initializing` starts the reply
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
+
+
+def contents(results: Path) -> dict[str, bytes]:
+    """All artifacts by name. run.json is left out: the revision in it changes while one works on the source."""
+    files = (path for path in results.rglob("*") if path.is_file() and path.name != "run.json")
+    return {str(path.relative_to(results)): path.read_bytes() for path in files}
+
+
+def run(e: Experiment, *stages: str) -> pipeline.Run:
+    made = pipeline.Run(e, pipeline.stage_names(stages))
+    made.run()
+    return made
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the models that were loaded since: no model, no model work."""
+    names: list[str] = []
+    load = checkpoint.load
+
+    def counting(path: str, **kwargs: Any) -> Any:
+        names.append(path)
+        return load(path, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "load", counting)
+    return names
+
+
+# What a finished run holds
+
+
+def test_the_artifacts_are_these(tiny_run: Path) -> None:
+    """And nothing else: no partial and no temporary file."""
+    vectors = [f"3-vectors/{role}.{kind}.safetensors" for role in ROLES for kind in (*READ, "overall-mean", "sums")]
+    stages = ["1-traces", "2-annotations", "3-vectors", "4-steering", "5-analysis", "6-report"]
+    expected = [
+        *(f"{stage}/{name}" for stage in stages for name in ("DONE", "inputs.json")),
+        *("1-traces/traces.jsonl", "1-traces/labelled.jsonl", "2-annotations/annotations.jsonl"),
+        *("2-annotations/summary.txt", "3-vectors/summary.json", *vectors, "4-steering/generations.jsonl"),
+        *("5-analysis/rates.csv", "6-report/summary.md", *(f"6-report/steering.{s}" for s in ("csv", "pdf", "png"))),
+    ]
+    assert sorted(contents(tiny_run / "results" / "tiny")) == sorted(expected)
+    assert (tiny_run / "results" / "tiny").stat().st_nlink == 2 + len(stages)  # no other folder
+
+
+def test_traces_and_annotations_are_those_of_the_file(tiny_run: Path) -> None:
+    results = tiny_run / "results" / "tiny"
+    traces = records.read_traces(results / "1-traces" / "traces.jsonl")
+    assert [(t.problem_id, t.problem, t.text) for t in traces] == [
+        (chain["task_id"], chain["problem"], chain["reasoning_chain"]) for chain in tiny.chains()
+    ]
+    annotated = records.read_annotations(results / "2-annotations" / "annotations.jsonl")
+    for trace, annotation, chain in zip(traces, annotated, tiny.chains(), strict=True):
+        written = re.findall(r'\["([\w-]+)"\](.*?)\["end-section"\]', chain["annotated_chain"])
+        placed = [(section.label, trace.text[section.start : section.stop]) for section in annotation.sections]
+        assert placed == [pair for pair in written if pair[1] in trace.text]
+    rejected = [(a.trace_id, r.reason) for a in annotated for r in a.rejected]
+    assert rejected == [("verbal_2/0", "not_found")]
+    assert "not_found" in (results / "2-annotations" / "summary.txt").read_text()
+
+
+@pytest.mark.parametrize(("markers", "replacement"), [("keep", -1), ("drop", -1), ("replace", ord("#"))])
+def test_both_models_read_the_same_words(fresh: Path, markers: str, replacement: int) -> None:
+    """T10: whatever stands in the place of R1's markers, a section starts at the same word, after the same words."""
+    e = tiny.get_config()
+    e.base.markers, e.base.marker_replacement = markers, replacement
+    made = run(e, "1", "2")
+    traces = records.read_traces(fresh / "1-traces" / "traces.jsonl")
+    annotated = records.read_annotations(fresh / "2-annotations" / "annotations.jsonl")
+    marks = set(prompts.r1_markers(made.tokenizer))
+    for trace, annotation in records.pair_annotations(traces, annotated):
+        base, reasoning = (pipeline._token_trace(made, role, trace, annotation) for role in ROLES)
+        assert len(base.starts) == len(reasoning.starts) == len(annotation.sections)
+        assert base.ids[0] == reasoning.ids[0] == made.tokenizer.bos_id
+        assert markers == "keep" or not marks.intersection(base.ids)
+        for section, (label, b), (_, r) in zip(annotation.sections, base.starts, reasoning.starts, strict=True):
+            assert label == section.label
+            assert made.tokenizer.decode(base.ids[b : b + 2]).startswith(trace.text[section.start])
+            if not marks.intersection(reasoning.ids[r - 5 : r + 1]):
+                assert list(base.ids[b - 5 : b + 1]) == list(reasoning.ids[r - 5 : r + 1])
+        for read in (base, reasoning):  # the reply, with or without its own <think>
+            text = made.tokenizer.decode(read.ids[read.reply_start :], skip_markers=True).lstrip("#\n")
+            assert trace.text.removeprefix("<think>").lstrip().startswith(text[:9])
+
+
+def test_vectors_and_their_summary_agree(tiny_run: Path) -> None:
+    folder = tiny_run / "results" / "tiny" / "3-vectors"
+    summary = json.loads((folder / "summary.json").read_text())
+    found = {role: load_file(folder / f"{role}.backtracking.safetensors") for role in ROLES}
+    for layer in range(3):
+        a, b = (found[role][f"direction.{layer}"].astype(np.float64) for role in ROLES)
+        assert summary["cosine"][layer] == pytest.approx(a @ b / np.sqrt((a @ a) * (b @ b)), rel=1e-12)
+        assert abs(summary["cosine"][layer]) < 0.99  # the models differ
+    for role in ROLES:
+        windows = summary[role]["windows"]
+        labels = Counter(s.label for a in annotations(tiny_run) for s in a.sections)
+        for label, count in labels.items():
+            assert windows[label]["read"] + windows[label]["dropped"] == count
+        assert windows["all"]["read"] == sum(windows[label]["read"] for label in labels)
+        assert windows["rest"]["read"] == windows["all"]["read"] - windows["backtracking"]["read"]
+        # Too near the start of the reply: the first section of every trace, which in one is a backtracking one.
+        assert windows["backtracking"]["dropped"] == 1
+        assert windows["initializing"]["read"] == 0
+
+
+def annotations(tiny_run: Path) -> list[records.Annotation]:
+    return records.read_annotations(tiny_run / "results" / "tiny" / "2-annotations" / "annotations.jsonl")
+
+
+def test_a_vector_says_where_it_comes_from(tiny_run: Path) -> None:
+    from safetensors import safe_open
+
+    folder = tiny_run / "results" / "tiny" / "3-vectors"
+    with safe_open(folder / "base.backtracking.safetensors", "np") as file:
+        metadata = file.metadata()
+        norms = [float(np.linalg.norm(file.get_tensor(f"direction.{layer}"))) for layer in range(3)]
+    provenance = json.loads(metadata["provenance"])
+    assert (provenance["role"], provenance["model"], provenance["window"]) == ("base", "base", [-5, -2])
+    assert (provenance["label"], provenance["contrast"], provenance["estimator"]) == (
+        "backtracking",
+        "all",
+        "trace_mean",
+    )
+    assert provenance["inputs"] == (folder / "DONE").read_text().strip()
+    assert provenance["counts"]["backtracking"] == {"windows": 17, "dropped": 1}
+    assert json.loads(metadata["raw_norms"]) == pytest.approx(norms)
+    assert not any(abs(norm - 1) < 1e-3 for norm in norms)  # as found, not normalised
+
+
+def test_generations_are_conditions_times_problems_times_samples(tiny_run: Path) -> None:
+    e = tiny.get_config()
+    rows = lines_of(tiny_run / "results" / "tiny" / "4-steering" / "generations.jsonl")
+    names = ["problem_id", "category", "problem", "sample", "model", "target", "kind", "source", "layer", "magnitude"]
+    names += ["length", "unit", "span", "vector_hash", "seed", "ids", "text", "finish_reason"]
+    assert all(list(row) == names for row in rows)
+    cells = Counter((row["target"], row["kind"], row["source"], row["magnitude"]) for row in rows)
+    assert len(cells) == conditions.count(e) == 38
+    assert set(cells.values()) == {3 * 2}
+    assert len({json.dumps({**row, "ids": 0, "text": 0, "finish_reason": 0}) for row in rows}) == len(rows) == 228
+    problems = {chain["task_id"]: chain["problem"] for chain in tiny.chains()}
+    assert {row["problem_id"] for row in rows} == {tiny.TASKS[0], tiny.TASKS[6], tiny.TASKS[11]}  # evenly spread
+    for row in rows:
+        assert row["problem"] == problems[row["problem_id"]]
+        assert row["model"] == row["target"]  # the tiny models' folders are named like their roles
+        assert (row["layer"], row["unit"], row["span"], row["seed"]) == (1, "absolute", "all", 0)
+        assert row["length"] == row["magnitude"]
+
+
+def test_texts_ids_and_finish_reasons_agree(tiny_run: Path) -> None:
+    tokenizer = Tokenizer.load(tiny_run / "reasoning")
+    (stop,) = tokenizer.stop_ids
+    rows = lines_of(tiny_run / "results" / "tiny" / "4-steering" / "generations.jsonl")
+    for row in rows:
+        stopped = row["finish_reason"] == "stop"
+        assert [i == stop for i in row["ids"]] == [False] * (len(row["ids"]) - stopped) + [True] * stopped
+        assert stopped or len(row["ids"]) == 8
+        assert row["text"] == tokenizer.decode(row["ids"][: len(row["ids"]) - stopped])
+    assert {row["finish_reason"] for row in rows} == {"stop", "length"}
+    assert len({row["text"] for row in rows}) > 150
+
+
+def test_a_row_names_the_very_vector_that_was_added(tiny_run: Path) -> None:
+    folder = tiny_run / "results" / "tiny"
+    for row in lines_of(folder / "4-steering" / "generations.jsonl"):
+        file = folder / "3-vectors" / f"{row['source']}.{row['kind']}.safetensors"
+        if file.exists():
+            tensor = load_file(file)[f"direction.{row['layer']}"]
+            assert row["vector_hash"] == hashlib.sha256(tensor.tobytes()).hexdigest()[:16]
+        else:
+            assert row["kind"] in ("unsteered", "noise", "self-amplification", "random")
+            assert bool(row["vector_hash"]) == (row["kind"] == "random")
+
+
+def test_conditions_share_their_random_numbers_and_differ_by_what_is_added(tiny_run: Path) -> None:
+    texts: dict[tuple[str, str, int], dict[tuple, str]] = {}
+    for row in lines_of(tiny_run / "results" / "tiny" / "4-steering" / "generations.jsonl"):
+        cell = (row["kind"], row["source"], row["magnitude"])
+        texts.setdefault((row["target"], row["problem_id"], row["sample"]), {})[cell] = row["text"]
+    for by_cell in texts.values():
+        unsteered = by_cell.pop(("unsteered", "", 0.0))
+        assert sum(text != unsteered for text in by_cell.values()) > len(by_cell) // 2
+
+
+def test_rates_follow_from_the_generations(tiny_run: Path) -> None:
+    """Eq. 1 written once more: the tiny models say few words beside those of the list."""
+    results = tiny_run / "results" / "tiny"
+    words: dict[tuple[str, ...], list[str]] = {}
+    for row in lines_of(results / "4-steering" / "generations.jsonl"):
+        cell = (row["target"], row["kind"], row["source"], str(row["magnitude"]))
+        words.setdefault(cell, []).extend(re.findall(r"[^\W_]+", row["text"].lower()))
+    with (results / "5-analysis" / "rates.csv").open(newline="") as file:
+        rates = list(csv.DictReader(file))
+    assert [(r["target"], r["kind"], r["source"], r["magnitude"]) for r in rates] == list(words)
+    for rate, said in zip(rates, words.values(), strict=True):
+        hits = said.count("wait") + said.count("hmm")
+        assert (int(rate["n_words"]), int(rate["n_hits"])) == (len(said), hits)
+        assert float(rate["rate"]) == pytest.approx(hits / len(said) if said else 0.0)
+        assert (rate["n_replies"], rate["n_problems"]) == ("6", "3")
+        assert float(rate["low"]) <= float(rate["rate"]) <= float(rate["high"])
+    assert len({rate["rate"] for rate in rates}) > 10
+
+
+def test_every_stage_keeps_what_it_was_computed_with(tiny_run: Path) -> None:
+    import jax
+
+    for name in pipeline.STAGES:
+        described = json.loads((tiny_run / "results" / "tiny" / name / "run.json").read_text())
+        # Through JSON, where tuples are lists.
+        assert described["config"] == json.loads(json.dumps(dataclasses.asdict(tiny.get_config())))
+        assert described["versions"]["jax"] == jax.__version__
+        assert {"backtrack-jax", "numpy", "python", "safetensors"} <= described["versions"].keys()
+        assert described["device"]["platform"] == jax.devices()[0].platform
+        assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?|unknown", described["git_revision"])
+
+
+def test_no_artifact_holds_a_place_or_a_secret(fresh: Path, compiled: Path, tiny_run: Path) -> None:
+    secrets = {"OPENAI_API_KEY": "sk-a3f9c1", "HF_TOKEN": "hf_77ab12", "USER": "somebody-7c1e"}
+    done = command("--stages=1,2", env=secrets)
+    assert done.returncode == 0, done.stderr
+    shutil.copytree(tiny_run / "results" / "tiny", fresh / "whole")
+    places = [
+        str(fresh.parents[2]),
+        str(tiny_run),
+        str(Path.home()),
+        str(TINY.parents[1]),
+        sys.prefix,
+        os.uname().nodename,
+    ]
+    for name, content in contents(fresh).items() | {("run", (fresh / "1-traces" / "run.json").read_bytes())}:
+        for forbidden in (*secrets.values(), *(place for place in places if len(place) > 4)):
+            assert forbidden.encode() not in content, name
+
+
+def command(*arguments: str, env: dict[str, str] | None = None, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    """The program, as its own process, in the working directory."""
+    return subprocess.run(
+        [sys.executable, "-m", "backtrack_jax.run", f"--config={TINY}", *arguments],
+        env={**os.environ, **ENVIRONMENT, **(env or {})},
+        capture_output=True,
+        text=True,
+        **kwargs,
+    )
+
+
+ENVIRONMENT = {
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+}
+
+
+# What is done again, and what is not
+
+
+def test_a_second_run_does_nothing(finished: Path, loaded: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(finished)
+    times = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    started = time.monotonic()
+    run(tiny.get_config())
+    assert time.monotonic() - started < 5
+    assert not loaded
+    assert contents(finished) == before
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == times
+    assert capsys.readouterr().err.count("done before") == 6
+
+
+def test_a_changed_sweep_runs_the_later_stages_and_can_be_taken_back(
+    finished: Path, loaded: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(finished)
+    e = tiny.get_config()
+    e.steering.layer, e.steering.kinds = 2, ("backtracking",)
+    run(e)
+    said = capsys.readouterr().err
+    assert "3-vectors: done before" in said
+    assert (
+        "4-steering: runs again, since steering.kinds, steering.layer changed; old results are in superseded/" in said
+    )
+    assert loaded == ["base", "reasoning"]
+    changed = contents(finished)
+    for name, content in before.items():
+        if name[0] in "123":
+            assert changed[name] == content
+        elif "inputs" in name or "DONE" in name or name.endswith((".csv", ".png", "jsonl")):
+            assert changed[name] != content
+    assert len(lines_of(finished / "4-steering" / "generations.jsonl")) == 2 * 5 * 6
+    loaded.clear()
+    run(tiny.get_config())
+    assert not loaded
+    assert {name: c for name, c in contents(finished).items() if not name.startswith("superseded")} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "stage", "named"),
+    [
+        (lambda e: set_at(e.vectors, "window", (-4, -1)), "3-vectors", "vectors.window"),
+        (lambda e: set_at(e.vectors, "contrast", "rest"), "3-vectors", "vectors.contrast"),
+        (lambda e: set_at(e.base, "markers", "keep"), "3-vectors", "models.base.markers"),
+        (lambda e: set_at(e.prompt, "think", "none"), "3-vectors", "prompt.think"),
+        (lambda e: set_at(e.annotations, "judge", "keyword"), "2-annotations", "annotations.judge"),
+        (lambda e: set_at(e.traces, "limit", 6), "1-traces", "traces.limit"),
+        (lambda e: set_at(e, "seed", 1), "4-steering", "seed"),
+        (lambda e: set_at(e.steering, "span", "generated"), "4-steering", "steering.span"),
+    ],
+)
+def test_a_changed_config_reaches_the_stages_that_it_affects(
+    finished: Path, change: Callable[[Experiment], None], stage: str, named: str
+) -> None:
+    e = tiny.get_config()
+    change(e)
+    made = pipeline.Run(e)
+    assert [name for name in pipeline.STAGES if made.done(name)] == [name for name in pipeline.STAGES if name < stage]
+    assert store.StageFolder(finished, stage, made.inputs[stage]).changed == [named]
+
+
+def set_at(holder: object, name: str, value: object) -> None:
+    setattr(holder, name, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [(tiny.CHAINS, "1-traces"), ("base/model.safetensors", "3-vectors"), ("reasoning/tokenizer.json", "3-vectors")],
+)
+def test_a_file_with_other_content_is_another_input(finished: Path, name: str, stage: str) -> None:
+    """Moving or touching it is not."""
+    e = tiny.get_config()
+    path = Path(name)
+    path.touch()
+    shutil.copytree("base", "moved")
+    e.base.path = "moved"
+    assert all(pipeline.Run(e).done(name) for name in pipeline.STAGES)
+    e.base.path = "base"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    made = pipeline.Run(e)
+    assert [name for name in pipeline.STAGES if made.done(name)] == [name for name in pipeline.STAGES if name < stage]
+
+
+def test_settings_of_sampling_do_not_matter_to_imported_traces(finished: Path) -> None:
+    e = tiny.get_config()
+    e.traces.temperature, e.traces.batch_size, e.traces.samples = 0.1, 3, 5
+    assert all(pipeline.Run(e).done(name) for name in pipeline.STAGES)
+
+
+def test_seeds_change_texts_and_batch_mates_do_not(finished: Path) -> None:
+    """The same rows with another neighbourhood: one kind, two problems, one sample."""
+    before = {key(row): row["text"] for row in lines_of(finished / "4-steering" / "generations.jsonl")}
+    e = tiny.get_config()
+    e.steering.kinds, e.steering.limit, e.steering.samples = ("noise", "deduction"), 2, 1
+    run(e, "4")
+    rows = lines_of(finished / "4-steering" / "generations.jsonl")
+    assert len(rows) == 2 * 7 * 2
+    assert all(before[key(row)] == row["text"] for row in rows)
+    e.seed = 1
+    run(e, "4")
+    reseeded = lines_of(finished / "4-steering" / "generations.jsonl")
+    assert sum(before[key(row)] == row["text"] for row in reseeded) < len(rows) // 4
+
+
+def key(row: dict[str, Any]) -> tuple:
+    return tuple(row[name] for name in ("target", "kind", "source", "magnitude", "problem_id", "sample"))
+
+
+@pytest.mark.slow
+def test_batch_size_does_not_change_texts(finished: Path) -> None:
+    """Another program is compiled for it."""
+    before = lines_of(finished / "4-steering" / "generations.jsonl")
+    e = tiny.get_config()
+    e.steering.batch_size = 5
+    run(e, "4")
+    assert lines_of(finished / "4-steering" / "generations.jsonl") == before
+
+
+def test_strength_zero_is_unsteered(finished: Path) -> None:
+    """T29: every kind at length 0 gives the unsteered tokens, through the same compiled program as all other rows."""
+    made = pipeline.Run(tiny.get_config())
+    e = made.experiment
+    readings = pipeline.load_readings(made)
+    built = conditions.Interventions(readings, 3, 16, "all", e.seed)
+    cells = [c for c in conditions.make(e, readings) if c.target == "reasoning" and c.magnitude > 0]
+    chain = tiny.chains()[0]
+    ids, _ = made.for_role("reasoning", prompts.prompt_ids(made.tokenizer, chain["problem"], made.prompt))
+    row_key = generate.row_key(e.seed, chain["task_id"], 0)
+    rows = [
+        generate.Row(ids, row_key, built.row(dataclasses.replace(c, magnitude=0.0, length=0.0), row_key)) for c in cells
+    ]
+    sampling = generate.Sampling(e.steering.temperature, e.steering.top_p, e.steering.top_k)
+    batches = generate.generate_rows(
+        made.model("reasoning"),
+        rows,
+        sampling=sampling,
+        stop_ids=made.tokenizer.stop_ids,
+        max_new_tokens=e.steering.max_new_tokens,
+        batch_size=e.steering.batch_size,
+    )
+    replies = [reply for batch in batches for _, reply in batch]
+    (unsteered,) = (
+        row
+        for row in lines_of(finished / "4-steering" / "generations.jsonl")
+        if (row["target"], row["kind"], row["problem_id"], row["sample"])
+        == ("reasoning", "unsteered", chain["task_id"], 0)
+    )
+    assert len(replies) == 9
+    assert {reply.ids for reply in replies} == {tuple(unsteered["ids"])}
+
+
+# Stages
+
+
+def test_stage_names() -> None:
+    assert pipeline.stage_names([]) == pipeline.STAGES
+    assert pipeline.stage_names(["vectors", "1", "6-report", "1-traces"]) == ("1-traces", "3-vectors", "6-report")
+    with pytest.raises(ValueError, match=r"\['7', ''\] unknown; there are 1-traces, 2-annotations"):
+        pipeline.stage_names(["7", "", "2"])
+
+
+def test_stages_one_by_one_give_the_same(fresh: Path, tiny_run: Path) -> None:
+    for stages in (("1",), ("2", "3"), ("steering",), ("5-analysis", "6")):
+        run(tiny.get_config(), *stages)
+    assert contents(fresh) == contents(tiny_run / "results" / "tiny")
+
+
+def test_a_stage_whose_ground_is_missing_is_refused(fresh: Path, loaded: list[str]) -> None:
+    with pytest.raises(ValueError, match="4-steering builds on 1-traces, which is not done for this config"):
+        run(tiny.get_config(), "4")
+    assert not fresh.exists()
+    run(tiny.get_config(), "1", "2")
+    with pytest.raises(ValueError, match="5-analysis builds on 3-vectors"):
+        run(tiny.get_config(), "4", "5")
+    assert not loaded
+
+
+def test_a_later_stage_alone_stands_on_its_own_config(finished: Path) -> None:
+    """The vectors in place are of another window; those of this config lie in superseded/ and are brought back."""
+    own = load_file(finished / "3-vectors" / "base.backtracking.safetensors")["direction.1"]
+    other = tiny.get_config()
+    other.vectors.window = (-4, -1)
+    run(other, "1", "2", "3")
+    assert not np.array_equal(load_file(finished / "3-vectors" / "base.backtracking.safetensors")["direction.1"], own)
+    e = tiny.get_config()
+    e.steering.kinds, e.steering.limit = ("backtracking",), 1
+    run(e, "4")
+    (used,) = {
+        row["vector_hash"] for row in lines_of(finished / "4-steering" / "generations.jsonl") if row["source"] == "base"
+    }
+    assert used == hashlib.sha256(own.tobytes()).hexdigest()[:16]
+
+
+def test_sampled_traces(fresh: Path, loaded: list[str]) -> None:
+    """Stage 1 samples them from the reasoning model; ids are kept, and a second run samples nothing."""
+    problems = [{"id": f"p{i}", "category": "verbal", "problem": f"Add {i} and two."} for i in range(5)]
+    Path("problems.json").write_text(json.dumps(problems))
+    e = tiny.get_config()
+    e.traces.path, e.traces.problems, e.traces.limit, e.traces.samples = "", "problems.json", 3, 2
+    e.traces.temperature, e.traces.max_new_tokens, e.traces.batch_size = 1.0, 8, 32
+    e.annotations.judge = "keyword"
+    made = run(e, "1", "2")
+    traces = records.read_traces(fresh / "1-traces" / "traces.jsonl")
+    assert [trace.id for trace in traces] == [f"p{i}/{sample}" for i in (0, 2, 4) for sample in range(2)]
+    assert len({trace.text for trace in traces}) == 6
+    for trace in traces:
+        encoded = prompts.encode_trace(
+            made.tokenizer, trace.problem, trace.text, made.prompt, token_ids=trace.token_ids
+        )
+        assert trace.token_ids is not None
+        # The reasoning ends before a stop token and before `</think>`, whichever was sampled first.
+        ends = {*made.tokenizer.stop_ids, prompts.r1_markers(made.tokenizer).end_think}
+        end = next((at for at, i in enumerate(trace.token_ids) if i in ends), len(trace.token_ids))
+        assert encoded.ids[encoded.reply_start :] == trace.token_ids[:end]
+    assert loaded == ["reasoning"]
+    assert sorted(path.name for path in (fresh / "1-traces").iterdir()) == [
+        "DONE",
+        "inputs.json",
+        "run.json",
+        "traces.jsonl",
+    ]
+    run(e, "1", "2")
+    assert loaded == ["reasoning"]
+    problems[0]["problem"] = "Add."
+    Path("problems.json").write_text(json.dumps(problems))
+    assert not pipeline.Run(e).done("1-traces")
+    e.roles, e.base.markers = ("base",), "keep"  # the base model alone writes its own traces
+    run(e, "1")
+    assert loaded == ["reasoning", "base"]
+
+
+# Death
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL in the process of the tests: after it, nothing reaches the disk."""
+
+
+class Disk:
+    """Lets `left` changes through, then tears what is being written and dies, again at every later change."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.left = 0
+        self._change(monkeypatch, Path, "replace")
+        self._change(monkeypatch, Path, "unlink")
+        self._change(monkeypatch, os, "truncate")
+        fsync = os.fsync
+
+        def torn_fsync(descriptor: int) -> None:
+            if self.left <= 0:
+                os.ftruncate(descriptor, os.fstat(descriptor).st_size * 2 // 3)
+                raise Killed
+            fsync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", torn_fsync)
+
+    def _change(self, monkeypatch: pytest.MonkeyPatch, holder: Any, name: str) -> None:
+        original = getattr(holder, name)
+
+        def change(*args: Any, **kwargs: Any) -> Any:
+            if self.left <= 0:
+                raise Killed
+            self.left -= 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(holder, name, change)
+
+
+def test_death_at_any_change_on_disk(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that dies again and again, after a few changes each time, comes to the artifacts of one that does not."""
+    e = tiny.get_config()
+    e.steering.kinds, e.steering.limit = ("backtracking", "noise"), 2  # two batches for each model
+    with monkeypatch.context() as patch:
+        disk = Disk(patch)
+        rng = random.Random(0)
+        deaths = 0
+        while True:
+            disk.left = rng.randint(2, 9)
+            try:
+                run(e)
+                break
+            except Killed:
+                deaths += 1
+        assert deaths > 10
+    died = contents(fresh)
+    shutil.rmtree(fresh)
+    run(e)
+    assert {name: content for name, content in died.items() if not Path(name).name.startswith(".")} == contents(fresh)
+
+
+KILLER = """
+import os, runpy, signal, sys
+from backtrack_jax import store
+name, calls = sys.argv.pop(1), int(sys.argv.pop(1))
+original = getattr(store, name)
+def killing(path, *args):
+    global calls
+    original(path, *args)
+    calls -= path.name.endswith(("sums.safetensors", "replies.jsonl"))
+    if calls == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+setattr(store, name, killing)
+runpy.run_module("backtrack_jax.run", run_name="__main__")
+"""
+
+
+def test_sigkill_in_the_long_stages(fresh: Path, tiny_run: Path, compiled: Path) -> None:
+    """After one batch of stage 3, then after two of stage 4; the same command goes on from there to the same bytes."""
+    env = {**os.environ, **ENVIRONMENT, "JAX_COMPILATION_CACHE_DIR": str(compiled)}
+    for name, calls in (("write_safetensors", 1), ("append_lines", 2)):
+        started = [sys.executable, "-c", KILLER, name, str(calls), f"--config={TINY}"]
+        assert subprocess.run(started, env=env, capture_output=True).returncode == -signal.SIGKILL
+    partial = fresh / "4-steering" / "base.replies.jsonl"
+    assert len(lines_of(partial)) == 2 * 32
+    with partial.open("a") as file:
+        file.write('{"row": 64, "ids": [1')  # torn, as by a loss of power
+    (fresh / "4-steering" / ".generations.jsonl.tmp").write_text("{")
+    done = command(env={"JAX_COMPILATION_CACHE_DIR": str(compiled)})
+    assert done.returncode == 0, done.stderr
+    assert "3-vectors: done before" in done.stderr
+    assert re.search(r"base model: 114 of 114 rows, ", done.stderr)
+    assert contents(fresh) == contents(tiny_run / "results" / "tiny")
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_moments(fresh: Path, tiny_run: Path, compiled: Path) -> None:
+    rng = random.Random(0)
+    env = {**os.environ, **ENVIRONMENT, "JAX_COMPILATION_CACHE_DIR": str(compiled)}
+    died_in = set()
+    for _ in range(40):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "backtrack_jax.run", f"--config={TINY}"],
+            env=env,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            assert process.wait(timeout=rng.uniform(2, 9)) == 0
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            died_in.add(sum(1 for name in pipeline.STAGES if (fresh / name / "DONE").exists()))
+    else:
+        assert command(env={"JAX_COMPILATION_CACHE_DIR": str(compiled)}).returncode == 0
+    assert len(died_in) > 1
+    whole = {name: content for name, content in contents(fresh).items() if not Path(name).name.startswith(".")}
+    assert whole == contents(tiny_run / "results" / "tiny")
+
+
+# What cannot run stops before the long work
+
+
+def test_a_broken_checkpoint_of_either_model_stops_before_the_first_is_read(fresh: Path, loaded: list[str]) -> None:
+    weights = Path("reasoning/model.safetensors")
+    whole = weights.read_bytes()
+    for broken in (b"", whole[:100], whole[:-1]):
+        weights.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"reasoning/model\.safetensors"):
+            run(tiny.get_config())
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match="reasoning"):
+        run(tiny.get_config())
+    assert not loaded
+
+
+def edit_json(path: str, **changes: Any) -> None:
+    Path(path).write_text(json.dumps(json.loads(Path(path).read_text()) | changes))
+
+
+def test_an_unknown_field_of_a_models_config(fresh: Path) -> None:
+    edit_json("base/config.json", sliding_window=512)
+    with pytest.raises(ValueError, match=r"base/config\.json.*\n.*unknown field sliding_window=512"):
+        pipeline.Run(tiny.get_config())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda e: set_at(e.steering, "layer", 3), r"steering\.layer=3 is no block of the base model.*0\.\.2"),
+        (lambda e: set_at(e.vectors, "layers", (0, 7)), r"vectors\.layers=7 is no block"),
+        (lambda e: set_at(e.traces, "path", "nowhere.json"), r"nowhere\.json: no such file"),
+        (lambda e: set_at(e.base, "path", "nowhere/at/all"), "nowhere/at/all"),
+        (lambda e: set_at(e.base, "path", "package:llm_nothing/x.gguf"), "llm_nothing is not installed"),
+    ],
+)
+def test_what_does_not_fit_stops_before_anything_is_written(
+    fresh: Path, change: Callable[[Experiment], None], message: str
+) -> None:
+    e = tiny.get_config()
+    change(e)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(e)
+    assert not fresh.exists()
+
+
+def test_models_that_do_not_fit_each_other(fresh: Path) -> None:
+    shutil.rmtree("base")
+    tiny.write_model(Path("base"), vocab_size=tiny.VOCAB_SIZE, seed=3, d_model=24)
+    with pytest.raises(ValueError, match=r"base \(3, 24\), reasoning \(3, 16\)"):
+        pipeline.Run(tiny.get_config())
+
+
+def test_a_replacement_beyond_the_vocabulary(fresh: Path) -> None:
+    e = tiny.get_config()
+    e.base.markers, e.base.marker_replacement = "replace", 27370
+    with pytest.raises(ValueError, match=r"base\.marker_replacement=27370 is no token"):
+        pipeline.Run(e)
+
+
+def test_token_ids_beyond_the_embedding(fresh: Path, loaded: list[str]) -> None:
+    """A gather out of range reads another row without a word. Markers that the base model drops may be beyond it."""
+    shutil.rmtree("base")
+    tiny.write_model(Path("base"), vocab_size=tiny.VOCAB_SIZE - 4, seed=1)
+    run(tiny.get_config(), "1", "2")
+    e = tiny.get_config()
+    e.base.markers = "keep"
+    with pytest.raises(ValueError, match=f"token ids up to {tiny.VOCAB_SIZE - 1}, the base model embeds"):
+        run(e)
+    run(tiny.get_config(), "3")
+    assert loaded == ["base", "reasoning"]
+
+
+def test_a_vector_of_the_wrong_width_or_depth(finished: Path, loaded: list[str]) -> None:
+    e = tiny.get_config()
+    e.steering.layer = 0
+    file = finished / "3-vectors" / "base.backtracking.safetensors"
+    for shape in ((3, 15), (4, 16)):
+        rows = {f"direction.{layer}": np.ones(shape[1], np.float32) for layer in range(shape[0])}
+        metadata = {"layer_convention": "block_output_0based", "n_layers": str(shape[0]), "provenance": "{}"}
+        store.write_safetensors(file, rows, metadata)
+        with pytest.raises(
+            ValueError, match=rf"base\.backtracking\.safetensors has directions of shape \({shape[0]}, "
+        ):
+            run(e, "4")
+    assert not loaded
+
+
+def test_a_vector_that_is_not_there(finished: Path, loaded: list[str]) -> None:
+    e = tiny.get_config()
+    e.steering.kinds = ("initializing",)  # its windows were all dropped
+    with pytest.raises(ValueError, match=r"no 'initializing' vector of the base model was read; there are \['adding-"):
+        run(e, "4")
+    assert not loaded
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda e: set_at(e.steering, "kinds", ("example-testing",)), "no section is labelled 'example-testing'"),
+        (lambda e: set_at(e.steering, "kinds", ("initializing",)), r"no window \(-5, -2\) of 'initializing'"),
+        (lambda e: set_at(e.vectors, "window", (-300, -290)), r"no window \(-300, -290\) of"),
+    ],
+)
+def test_windows_that_nobody_can_read_stop_before_a_model_is_loaded(
+    fresh: Path, loaded: list[str], change: Callable[[Experiment], None], message: str
+) -> None:
+    e = tiny.get_config()
+    change(e)
+    with pytest.raises(ValueError, match=message):
+        run(e)
+    assert not loaded
+
+
+@pytest.mark.parametrize(
+    ("chain", "message"),
+    [
+        ({"reasoning_chain": ""}, "entry 1.*'reasoning_chain' is empty"),
+        ({"reasoning_chain": None}, "entry 1.*'reasoning_chain' must be a string"),
+        ({"problem": f"{tiny.BOS}Add."}, "BOS"),
+    ],
+)
+def test_a_chain_that_cannot_be_read(fresh: Path, loaded: list[str], chain: dict[str, Any], message: str) -> None:
+    chains = tiny.chains()
+    chains[1] |= chain
+    Path(tiny.CHAINS).write_text(json.dumps(chains))
+    with pytest.raises(ValueError, match=message):
+        run(tiny.get_config())
+    assert not loaded
+
+
+def test_a_chain_that_the_judge_left_unlabelled_is_counted_not_fatal(fresh: Path) -> None:
+    chains = tiny.chains()
+    chains[1]["annotated_chain"] = ""
+    Path(tiny.CHAINS).write_text(json.dumps(chains))
+    run(tiny.get_config(), "1", "2")
+    assert "no_sections" in (fresh / "2-annotations" / "summary.txt").read_text()
+
+
+def test_traces_without_labels_need_a_judge(fresh: Path) -> None:
+    traces, _ = records.read_released(tiny.CHAINS)
+    records.write_jsonl("traces.jsonl", traces)
+    e = tiny.get_config()
+    e.traces.path = "traces.jsonl"
+    with pytest.raises(ValueError, match=r"traces\.jsonl holds traces without labels"):
+        run(e, "1", "2")
+    e.annotations.judge = "keyword"
+    run(e, "1", "2")
+    e.annotations.judge, e.annotations.path = "import", "labels.jsonl"
+    shutil.copy(fresh / "2-annotations" / "annotations.jsonl", "labels.jsonl")
+    run(e, "1", "2")
+    assert (fresh / "2-annotations" / "annotations.jsonl").read_bytes() == Path("labels.jsonl").read_bytes()
+
+
+def test_spread() -> None:
+    from backtrack_jax.inputs import spread
+
+    for n in range(1, 30):
+        for limit in range(1, n + 1):
+            chosen = spread(range(n), limit)
+            assert len(set(chosen)) == limit and chosen == sorted(chosen) and chosen[0] == 0
+            assert limit == 1 or chosen[-1] == n - 1
+    assert spread([1, 2], 0) == spread([1, 2], 9) == [1, 2]

@@ -1,0 +1,187 @@
+"""Stage folders: whole or absent, moved aside and brought back, and the same bytes for the same contents."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors
+
+from backtrack_jax import store
+
+
+def test_a_stage_is_done_under_its_inputs_only(tmp_path: Path) -> None:
+    inputs = {"layer": 9}
+    folder = store.StageFolder(tmp_path, "3-vectors", inputs)
+    assert (folder.done, folder.changed) == (False, [])
+    assert not store.peek(tmp_path, "3-vectors", inputs)
+    folder.finish()
+    assert store.StageFolder(tmp_path, "3-vectors", {"layer": 9}).done
+    assert store.peek(tmp_path, "3-vectors", inputs)
+    assert not store.peek(tmp_path, "3-vectors", {"layer": 8})
+    assert not store.peek(tmp_path, "4-steering", inputs)
+    (folder.path / "DONE").write_text("of something else\n")
+    assert not store.StageFolder(tmp_path, "3-vectors", inputs).done
+
+
+def test_other_inputs_move_results_aside_and_the_old_ones_bring_them_back(tmp_path: Path) -> None:
+    old, new = {"models": {"base": 1}, "seed": 0}, {"models": {"base": 1, "reasoning": 2}, "seed": 1}
+    first = store.StageFolder(tmp_path, "stage", old)
+    (first.path / "result").write_text("old")
+    first.finish()
+    second = store.StageFolder(tmp_path, "stage", new)
+    assert (second.done, second.changed) == (False, ["models.reasoning", "seed"])
+    assert not (second.path / "result").exists()
+    assert store.peek(tmp_path, "stage", old)  # done, though it is not in its place
+    (second.path / "half").write_text("begun")
+    third = store.StageFolder(tmp_path, "stage", old)
+    assert third.done and (third.path / "result").read_text() == "old"
+    fourth = store.StageFolder(tmp_path, "stage", new)  # what was begun goes on
+    assert not fourth.done and (fourth.path / "half").read_text() == "begun"
+
+
+def test_a_stage_folder_survives_death_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening it makes up to four changes on disk; whichever is the last one, opening it again works."""
+
+    class Killed(BaseException):
+        pass
+
+    replace = Path.replace
+    for steps in range(4):
+        workdir = tmp_path / str(steps)
+        first = store.StageFolder(workdir, "stage", {"layer": 0})
+        (first.path / "result").write_text("0")
+        left = [steps]
+
+        def dying(path: Path, target: Path, left: list[int] = left) -> None:
+            if not left[0]:
+                raise Killed
+            left[0] -= 1
+            replace(path, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", dying)
+            try:
+                store.StageFolder(workdir, "stage", {"layer": 1})
+            except Killed:
+                assert steps < 3
+        for layer in (1, 0, 1):
+            folder = store.StageFolder(workdir, "stage", {"layer": layer})
+            assert json.loads((folder.path / "inputs.json").read_text()) == {"layer": layer}
+            assert (folder.path / "result").exists() == (layer == 0)
+
+
+def test_a_folder_of_someone_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "1-traces").mkdir()
+    (tmp_path / "1-traces" / "mine.txt").touch()
+    with pytest.raises(ValueError, match=r"1-traces has no inputs\.json"):
+        store.StageFolder(tmp_path, "1-traces", {})
+    assert (tmp_path / "1-traces" / "mine.txt").exists()
+
+
+def test_file_hash_follows_content_not_place(tmp_path: Path) -> None:
+    a, b, folder = tmp_path / "a", tmp_path / "elsewhere.json", tmp_path / "folder"
+    for path in (a, b):
+        path.write_text("same")
+    assert store.file_hash(a) == store.file_hash(b)
+    b.write_text("other")
+    assert store.file_hash(a) != store.file_hash(b)
+    folder.mkdir()
+    (folder / "x").write_text("1")
+    first = store.file_hash(folder)
+    (folder / "x").rename(folder / "y")
+    assert store.file_hash(folder) != first
+
+
+@pytest.mark.parametrize("size", [1, 1 << 16, 300_000])
+def test_weights_hash_reads_all_of_a_small_file(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "weights"
+    data = bytearray(random.Random(size).randbytes(size))
+    path.write_bytes(data)
+    before = store.weights_hash(path)
+    for at in {0, size // 3, size - 1}:
+        changed = bytearray(data)
+        changed[at] ^= 1
+        path.write_bytes(changed)
+        assert store.weights_hash(path) != before
+    path.write_bytes(data)
+    assert store.weights_hash(path) == before
+    path.write_bytes(data + b"\0")
+    assert store.weights_hash(path) != before
+
+
+def test_weights_hash_of_a_large_file_sees_a_changed_tensor(tmp_path: Path) -> None:
+    """1 GiB of holes, 8 MiB of it changed: as a finetuned projection in the middle of a checkpoint."""
+    path = tmp_path / "weights"
+    with path.open("wb") as file:
+        file.truncate(1 << 30)
+    before = store.weights_hash(path)
+    with path.open("r+b") as file:
+        file.seek(700_000_001)
+        file.write(b"\1" * (1 << 23))
+    assert store.weights_hash(path) != before
+
+
+def test_a_file_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rates.csv"
+
+    def full_disk(*_: object) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full_disk)
+        with pytest.raises(OSError, match="no space"):
+            store.write_text(path, "new")
+    assert not path.exists()
+    store.write_text(path, "é\n")  # over the temporary file that was left
+    assert path.read_bytes() == "é\n".encode()
+    assert [file.name for file in tmp_path.iterdir()] == ["rates.csv"]
+
+
+def test_lines_come_back_and_an_unfinished_one_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "replies.jsonl"
+    assert store.recover_lines(path) == []
+    lines = [{"row": 0, "text": "a\u2028b\r\n\x85 é"}, {"row": 1, "text": ""}]
+    store.append_lines(path, lines)
+    whole = path.read_bytes()
+    with path.open("ab") as file:
+        file.write('{"row": 2, "text": "é'.encode()[:-1])  # in the middle of a character
+    assert store.recover_lines(path) == lines
+    assert path.read_bytes() == whole
+    store.append_lines(path, [{"row": 2}])
+    assert store.read_lines(path) == store.recover_lines(path) == [*lines, {"row": 2}]
+
+
+def test_reading_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "edited.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2}')  # no line break at the end, as some editors leave it
+    assert store.read_lines(path) == [{"a": 1}, {"a": 2}]
+    assert path.read_text() == '{"a": 1}\n{"a": 2}'
+
+
+SAVE = """
+import sys
+import numpy as np
+from pathlib import Path
+from backtrack_jax import store
+metadata = {name: name * 2 for name in ("schema", "layer_convention", "n_layers", "raw_norms", "provenance")}
+store.write_safetensors(Path(sys.argv[1]), {"b": np.arange(6.0).reshape(2, 3), "a": np.ones(3, np.float32)}, metadata)
+"""
+
+
+def test_equal_tensors_are_equal_files_in_every_process(tmp_path: Path) -> None:
+    """The library writes metadata in an order that each process draws anew."""
+    files = [tmp_path / name for name in ("first", "second", "third")]
+    for file in files:
+        subprocess.run([sys.executable, "-c", SAVE, file], check=True)
+    assert len({file.read_bytes() for file in files}) == 1
+    with safetensors.safe_open(files[0], "np") as file:
+        assert file.metadata() == {
+            name: name * 2 for name in ("schema", "layer_convention", "n_layers", "raw_norms", "provenance")
+        }
+        np.testing.assert_array_equal(file.get_tensor("b"), np.arange(6.0).reshape(2, 3))
+        assert file.get_tensor("a").dtype == np.float32
