@@ -86,11 +86,11 @@ def test_the_figure_shows_the_rates(tiny_run: Path, tmp_path: Path, monkeypatch:
         ):
             assert isinstance(container, ErrorbarContainer)
             points, _, (bars,) = container.lines
-            np.testing.assert_allclose(np.asarray(points.get_xdata()), [cell["magnitude"] for cell in cells])
-            np.testing.assert_allclose(np.asarray(points.get_ydata()), [100 * cell["rate"] for cell in cells])
+            np.testing.assert_allclose(np.asarray(points.get_xdata(), float), [cell["magnitude"] for cell in cells])
+            np.testing.assert_allclose(np.asarray(points.get_ydata(), float), [100 * cell["rate"] for cell in cells])
             ends = [segment[:, 1] for segment in bars.get_segments()]
             np.testing.assert_allclose(ends, [[100 * cell["low"], 100 * cell["high"]] for cell in cells], atol=1e-9)
-            np.testing.assert_allclose(np.asarray(line.get_ydata()), [cell["repeated_3grams"] for cell in cells])
+            np.testing.assert_allclose(np.asarray(line.get_ydata(), float), [cell["repeated_3grams"] for cell in cells])
             assert line.get_color() == points.get_color() and line.get_linestyle() == points.get_linestyle()
             styles.setdefault(kind, set()).add((points.get_color(), points.get_marker()))
             assert points.get_linestyle() == {"base": "-", "reasoning": "--", "": ":"}[source]
