@@ -127,7 +127,7 @@ def generate(
             ids=jnp.where(state.stopped[:, None], state.ids, written),
             step=state.step + 1,
             stopped=state.stopped | jnp.isin(tokens, stop_ids),
-            lengths=state.lengths + ~state.stopped,
+            lengths=jnp.where(state.stopped, state.lengths, state.lengths + 1),
             finite=state.finite & (state.stopped | jnp.isfinite(jnp.max(logits, axis=-1))),
         )
 
