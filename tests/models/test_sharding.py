@@ -1,5 +1,6 @@
 """Weights and rows spread over several devices, which here are parts of one CPU."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -37,6 +38,7 @@ def weights(model: Llama) -> dict:
     return nnx.to_pure_dict(nnx.state(model))
 
 
+@functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 def run(model: Llama, ids: jax.Array, positions: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
     rows = stack_rows([add_vector(vector, 1, float(row), n_layers=3) for row in range(B)])
     out = model(ids, positions, intervention=rows, capture=lambda block: block.resid_post)
@@ -80,22 +82,21 @@ def test_every_device_holds_its_part(source, devices, folder, tmp_path):
         assert leaf.shape[axis] != 40  # the residual stream is never split
 
 
-def test_the_forward_pass_is_the_same_on_any_mesh(devices, folder):
+def test_the_forward_pass_is_the_same_on_a_mesh(devices, folder):
     """With an intervention that differs between rows, which lie on different devices."""
     ids = np.random.default_rng(0).integers(0, 132, (B, T))
     positions = np.tile(np.arange(T), (B, 1))
     positions[1, :4] = -1  # a padded row
     positions[1, 4:] = np.arange(T - 4)
     vector = np.asarray(jax.random.normal(jax.random.key(0), (40,)))
-    plain = [np.asarray(x) for x in jax.jit(run)(checkpoint.load(str(folder)), ids, positions, vector)]
-    for parts in (1, 2):
-        mesh = make_mesh(parts, devices)
-        model = checkpoint.load(str(folder), mesh=mesh)
-        rows = batch_sharding(mesh)
-        split = jax.jit(run)(model, jax.device_put(ids, rows), jax.device_put(positions, rows), vector)
-        for ours, expected in zip(split, plain, strict=True):
-            assert relative_error(ours, expected) < 1e-5
-        assert {shard.data.shape[0] for shard in split[1].addressable_shards} == {B * parts // 4}
+    plain = run(checkpoint.load(str(folder)), ids, positions, vector)
+    mesh = make_mesh(2, devices)
+    rows = batch_sharding(mesh)
+    model = checkpoint.load(str(folder), mesh=mesh)
+    split = run(model, jax.device_put(ids, rows), jax.device_put(positions, rows), vector)
+    for ours, expected in zip(split, plain, strict=True):
+        assert relative_error(ours, expected) < 1e-5
+    assert {shard.data.shape[0] for shard in split[1].addressable_shards} == {B // 2}
 
 
 def test_sizes_that_the_mesh_does_not_divide_are_refused_together(devices, folder):
