@@ -573,7 +573,7 @@ def test_generate_rows_keeps_shapes_few_and_rows_in_their_place(monkeypatch):
         lengths = positions.max(1) + 1
         replies = np.stack([lengths, ids[:, -1], jax.random.key_data(keys)[:, -1] % 1000], axis=1)
         yes = jnp.ones(len(ids), bool)
-        return Generated(jnp.array(replies), 3 * yes, yes, yes)
+        return Generated(jnp.array(replies), jnp.full(len(ids), 3), yes, yes)
 
     monkeypatch.setattr(generate_module, "compiled_generate", echo)
     lengths = [70, 3, 64, 1, 65, 600, 9, 128, 12, 577]
