@@ -50,3 +50,8 @@ class Progress:
             gone, left = (datetime.timedelta(seconds=round(s)) for s in (elapsed, elapsed / rows * self._left))
             text += f", {gone} gone, {left} left"
         print(("\r\x1b[K" if self._terminal else "") + text, end=end, file=sys.stderr, flush=True)
+
+
+def say(text: str) -> None:
+    """Prints a line of the run's log."""
+    print(text, file=sys.stderr, flush=True)

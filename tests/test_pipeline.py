@@ -27,6 +27,8 @@ from backtrack_jax.config import Experiment
 from backtrack_jax.data import records
 from backtrack_jax.models import checkpoint, prompts
 from backtrack_jax.models.tokenizer import Tokenizer
+from backtrack_jax.stages import steering
+from backtrack_jax.stages import vectors as stage_vectors
 
 TINY = Path(tiny.__file__)
 ROLES = ("base", "reasoning")
@@ -106,7 +108,7 @@ def test_both_models_read_the_same_words(fresh: Path, markers: str, replacement:
     annotated = records.read_annotations(fresh / "2-annotations" / "annotations.jsonl")
     marks = set(prompts.r1_markers(made.tokenizer))
     for trace, annotation in records.pair_annotations(traces, annotated):
-        base, reasoning = (pipeline._token_trace(made, role, trace, annotation) for role in ROLES)
+        base, reasoning = (stage_vectors.token_trace(made, role, trace, annotation) for role in ROLES)
         assert len(base.starts) == len(reasoning.starts) == len(annotation.sections)
         assert base.ids[0] == reasoning.ids[0] == made.tokenizer.bos_id
         assert markers == "keep" or not marks.intersection(base.ids)
@@ -412,7 +414,7 @@ def test_strength_zero_is_unsteered(finished: Path) -> None:
     """T29: every kind at length 0 gives the unsteered tokens, through the same compiled program as all other rows."""
     made = pipeline.Run(tiny.get_config())
     e = made.experiment
-    readings = pipeline.load_readings(made)
+    readings = steering.load_readings(made)
     built = conditions.Interventions(readings, 3, 16, "all", e.seed)
     cells = [c for c in conditions.make(e, readings) if c.target == "reasoning" and c.magnitude > 0]
     chain = tiny.chains()[0]

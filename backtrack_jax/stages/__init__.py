@@ -1,0 +1,1 @@
+"""What each stage of a run does: one module a stage, called by `pipeline`."""

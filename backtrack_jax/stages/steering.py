@@ -1,0 +1,99 @@
+"""Stage 4: replies under every condition of the sweeps."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from backtrack_jax import conditions, generate, inputs, store, vectors
+from backtrack_jax.data import records
+from backtrack_jax.models import prompts
+from backtrack_jax.stages.sampling import sample_rows
+
+if TYPE_CHECKING:
+    from backtrack_jax.pipeline import Run
+
+
+def steer(run: "Run", folder: Path) -> None:
+    """Stage 4: samples every problem under every condition."""
+    e = run.experiment
+    partials = {role: folder / f"{role}.replies.jsonl" for role in e.roles}
+    if not (folder / "generations.jsonl").exists():
+        readings = load_readings(run)
+        traces = records.read_traces(run.folder("1-traces") / "traces.jsonl")
+        asked = inputs.spread(list({trace.problem_id: trace for trace in traces}.values()), e.steering.limit)
+        lines = [line for role in e.roles for line in _steer_model(run, role, partials[role], readings, asked)]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        store.write_text(folder / "generations.jsonl", text)
+    for partial in partials.values():
+        partial.unlink(missing_ok=True)
+
+
+def _steer_model(
+    run: "Run", target: str, partial: Path, readings: conditions.Readings, asked: Sequence[records.Trace]
+) -> list[dict[str, Any]]:
+    """Replies of one model under all its conditions, as lines of generations.jsonl."""
+    e, spec = run.experiment, run.experiment.steering
+    config = run.architecture(target)
+    built = conditions.Interventions(readings, config.n_layers, config.d_model, spec.span, e.seed)
+    todo = [
+        (condition, trace, sample)
+        for condition in conditions.make(e, readings)
+        if condition.target == target
+        for trace in asked
+        for sample in range(spec.samples)
+    ]
+    rows = []
+    for condition, trace, sample in todo:
+        ids, _ = run.for_role(target, prompts.prompt_ids(run.tokenizer, trace.problem, run.prompt))
+        key = generate.row_key(e.seed, trace.problem_id, sample)
+        rows.append(generate.Row(ids, key, built.row(condition, key)))
+    sampling = generate.Sampling(spec.temperature, spec.top_p, spec.top_k)
+    replies = sample_rows(run, partial, target, rows, sampling, spec)
+    return [
+        {
+            "problem_id": trace.problem_id,
+            "category": trace.category,
+            "problem": trace.problem,
+            "sample": sample,
+            "model": e.model(target).path,
+            **dataclasses.asdict(condition),
+            "unit": spec.unit,
+            "span": spec.span,
+            "vector_hash": built.vector_hash(condition),
+            "seed": e.seed,
+            "ids": reply["ids"],
+            "text": reply["text"],
+            "finish_reason": reply["finish_reason"],
+        }
+        for (condition, trace, sample), reply in zip(todo, replies, strict=True)
+    ]
+
+
+def load_readings(run: "Run") -> conditions.Readings:
+    """The vectors and norms that stage 3 wrote.
+
+    Raises:
+      ValueError: a vector that the sweep needs was not written, or does not fit the models.
+    """
+    folder, e = run.folder("3-vectors"), run.experiment
+    summary = json.loads((folder / "summary.json").read_text())
+    shapes = {role: (config.n_layers, config.d_model) for role in e.roles for config in [run.architecture(role)]}
+    found = {}
+    for role in e.roles:
+        for kind in conditions.needed_vectors(e):
+            file = folder / f"{role}.{kind}.safetensors"
+            if not file.exists():
+                known = sorted(path.name.split(".")[1] for path in folder.glob(f"{role}.*.safetensors"))
+                raise ValueError(f"steering.kinds: no {kind!r} vector of the {role} model was read; there are {known}")
+            found[role, kind] = vector = vectors.load(file)
+            for target, shape in shapes.items():
+                if vector.directions.shape != shape:
+                    raise ValueError(
+                        f"{file} has directions of shape {vector.directions.shape} (layers, width); "
+                        f"the {target} model takes {shape}"
+                    )
+    return conditions.Readings(found, {role: np.array(summary[role]["mean_norm"]) for role in e.roles})

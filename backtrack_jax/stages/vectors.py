@@ -1,0 +1,125 @@
+"""Stage 3: window sums of every model, and the vectors that follow from them."""
+
+import json
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from backtrack_jax import conditions, extract, store, vectors
+from backtrack_jax.data import records
+from backtrack_jax.models import prompts
+from backtrack_jax.progress import Progress, say
+
+if TYPE_CHECKING:
+    from backtrack_jax.pipeline import Run
+
+
+def read_vectors(run: "Run", folder: Path) -> None:
+    """Stage 3: window sums of every model, and from them the difference-of-means vectors of every layer."""
+    e = run.experiment
+    traces = records.read_traces(run.folder("1-traces") / "traces.jsonl")
+    annotated = records.read_annotations(run.folder("2-annotations") / "annotations.jsonl")
+    pairs = records.pair_annotations(traces, annotated)
+    found = sorted({section.label for _, annotation in pairs for section in annotation.sections})
+    wanted = {e.vectors.label} | (conditions.needed_labels(e) if "4-steering" in run.stages else set())
+    if missing := sorted(wanted - set(found)):
+        raise ValueError(
+            f"no section is labelled {missing[0]!r}, which vectors.label or steering.kinds asks for; "
+            f"labels that occur: {', '.join(found) or 'none'}"
+        )
+    plan = extract.WindowPlan(
+        labels=tuple(found),
+        groups={label: (label,) for label in found}
+        | {"all": tuple(found), "rest": tuple(label for label in found if label != e.vectors.label)},
+        windows=(e.vectors.window, *((offset, offset) for offset in e.vectors.offsets)),
+        layers=e.vectors.layers,
+        into_prompt=e.vectors.into_prompt,
+    )
+    summary: dict[str, Any] = {"labels": found}
+    for role in e.roles:
+        sums = _sums_of_role(run, folder, role, pairs, plan, wanted | {e.vectors.contrast})
+        summary[role] = _write_vectors(run, folder, role, sums)
+    if len(e.roles) == 2:
+        base, reasoning = (vectors.load(folder / f"{role}.{e.vectors.label}.safetensors") for role in e.roles)
+        summary["cosine"] = vectors.cosine(base, reasoning).tolist()
+    store.write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+
+
+def _sums_of_role(
+    run: "Run",
+    folder: Path,
+    role: str,
+    pairs: Sequence[tuple[records.Trace, records.Annotation]],
+    plan: extract.WindowPlan,
+    wanted: Collection[str],
+) -> extract.WindowSums:
+    """Window sums of one model, saved after every batch; ValueError if a wanted group has no window."""
+    e = run.experiment
+    file = folder / f"{role}.sums.safetensors"
+    sums = extract.load_sums(file, plan) if file.exists() else None
+    seen = len(sums.trace_ids) if sums else 0
+    if sums and seen == len(pairs):
+        return sums
+    traces = [token_trace(run, role, trace, annotation) for trace, annotation in pairs]
+    _require_windows(traces, plan, wanted)
+    model = run.model(role)
+    length = {trace.id: len(trace.ids) for trace in traces}
+    sums = sums or extract.WindowSums.zeros(plan, model.config.n_layers, model.config.d_model)
+    with Progress(f"  reading the {role} model", len(traces), seen) as progress:
+        for new in extract.add_traces(sums, model, traces, batch_size=e.vectors.batch_size):
+            extract.save_sums(sums, file)
+            progress.update(len(new), sum(length[i] for i in new))
+    return sums
+
+
+def _require_windows(traces: Sequence[extract.TokenTrace], plan: extract.WindowPlan, wanted: Collection[str]) -> None:
+    """Refuses, before the model is loaded, a group of labels of which no window could be read."""
+    counted = [extract.count_windows(trace, plan, len(trace.ids)) for trace in traces]
+    readable = {label for reads, _ in counted for row, label in enumerate(plan.labels) if reads[row, 0].any()}
+    for group in sorted(wanted):
+        if not readable.intersection(plan.groups[group]):
+            raise ValueError(
+                f"no window {plan.windows[0]} of {group!r} lies inside a reply, so it has no mean; "
+                "choose another vectors.window, or vectors.into_prompt=True"
+            )
+
+
+def token_trace(run: "Run", role: str, trace: records.Trace, annotation: records.Annotation) -> extract.TokenTrace:
+    """A trace as the model of a role reads it, with each section's first token."""
+    encoded = prompts.encode_trace(run.tokenizer, trace.problem, trace.text, run.prompt, token_ids=trace.token_ids)
+    ids, index = run.for_role(role, encoded.ids)
+    placed = [(section.label, encoded.position_of_char(section.start)) for section in annotation.sections]
+    starts = [(label, int(index[at])) for label, at in placed if at is not None and index[at] >= 0]
+    reply_start = int(np.sum(index[: encoded.reply_start] >= 0))
+    return extract.TokenTrace(trace.id, ids, reply_start, starts)
+
+
+def _write_vectors(run: "Run", folder: Path, role: str, sums: extract.WindowSums) -> dict[str, Any]:
+    """Writes a vector for every label that was read, and the overall mean; returns counts and norms."""
+    spec = run.experiment.vectors
+    model = run.experiment.model(role)
+    origin = {
+        "role": role,
+        "model": model.path,
+        "revision": model.revision,
+        "inputs": store.fingerprint(run.inputs["3-vectors"]),
+    }
+    windows = {}
+    for g, label in enumerate(sums.plan.groups):
+        windows[label] = {"read": int(sums.read[g, 0]), "dropped": int(sums.dropped[g, 0])}
+        if label in ("all", "rest") or not sums.read[g, 0]:
+            continue
+        contrast = spec.contrast if label == spec.label else "all"
+        vector = vectors.difference_of_means(
+            sums, label, spec.window, contrast=contrast, estimator=spec.estimator, provenance=origin
+        )
+        vectors.save(vector, folder / f"{role}.{label}.safetensors")
+    mean = sums.mean("all", spec.window, spec.estimator).astype(np.float32)
+    vectors.save(vectors.SteeringVector(mean, origin | {"mean": "all"}), folder / f"{role}.overall-mean.safetensors")
+    layer = run.experiment.steering.layer
+    counts = ", ".join(f"{windows[name]['read']} of {name}" for name in (spec.label, "all"))
+    say(f"  {role} model, windows read: {counts}; dropped: {windows['all']['dropped']}")
+    say(f"  {role} model, mean residual norm at layer {layer}: {sums.mean_norm[layer]:.4g}")
+    return {"windows": windows, "mean_norm": sums.mean_norm.tolist()}
