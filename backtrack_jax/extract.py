@@ -268,7 +268,8 @@ def _contract(
         per_trace = jnp.einsum("gl,blwd->bgwd", members, per_label, precision=lax.Precision.HIGHEST)
         means = per_trace * scale[..., None]
         return {
-            "sums": jnp.stack([jnp.sum(means, axis=0), jnp.sum(per_trace, axis=0)]),
+            # A product, since a reduction over the batch takes XLA's CPU backend as long as all the MLPs together.
+            "sums": jnp.stack([_sum_rows(means), _sum_rows(per_trace)]),
             "trace_means": means[:, :, 0],
             "norm_sum": jnp.sum(jnp.linalg.norm(x, axis=-1) * reply),
             "finite": jnp.all(jnp.isfinite(x), axis=(1, 2)),
@@ -278,6 +279,12 @@ def _contract(
     captured["sums"] = jnp.moveaxis(captured["sums"], 1, 0)
     captured["trace_means"] = jnp.moveaxis(captured["trace_means"][layers], 0, 1)
     return captured
+
+
+def _sum_rows(x: jax.Array) -> jax.Array:
+    """Sum over the first axis."""
+    ones = jnp.ones((1, len(x)), x.dtype)
+    return jnp.matmul(ones, x.reshape(len(x), -1), precision=lax.Precision.HIGHEST).reshape(x.shape[1:])
 
 
 def _check_finite(finite: np.ndarray, rows: Sequence[TokenTrace]) -> None:

@@ -26,6 +26,8 @@ from backtrack_jax.intervention import Intervention, intervene
 from backtrack_jax.models.config import Llama3RopeScaling, LlamaConfig
 
 PAD = -1  # position of a padding token
+_QUERY_CHUNK = 128  # queries of a causal chunk, at least; shorter ones make products too small to be fast
+_MAX_CHUNKS = 16  # since each adds to the compilation
 
 
 class BlockOutput(NamedTuple):
@@ -152,7 +154,7 @@ class Attention(nnx.Module):
         v = jnp.swapaxes(v, 1, 2).astype(dtype)
         if past is not None:
             past = _write(past, (k, v), filled)
-        z = _attend(q, *(past or (k, v)), mask)
+        z = _attend_causally(q, k, v, mask) if past is None else _attend(q, *past, mask)
         return matmul(z, self.o_proj[...]), k, v, past
 
 
@@ -260,7 +262,7 @@ class Llama(nnx.Module):
 
         Args:
           ids: [B, T] int32; any valid id at padding.
-          positions: [B, T] int32, place of each token in its sequence, PAD at padding.
+          positions: [B, T] int32, place of each token in its sequence, PAD at padding; they rise along a row.
           cache: tokens before these, with at least T slots free; None for none.
           intervention: B rows, with `resolve`d spans; None for none.
           capture: static function of a block's output; its results are stacked over layers. Reduce inside it:
@@ -383,6 +385,20 @@ def _write(past: Past, new: Past, filled: jax.Array) -> Past:
     k = lax.dynamic_update_slice_in_dim(past[0], new[0], filled, axis=-1)
     v = lax.dynamic_update_slice_in_dim(past[1], new[1], filled, axis=-2)
     return k, v
+
+
+def _attend_causally(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """`_attend` without a cache, in chunks of queries that do not look at the keys behind them.
+
+    Half the scores are never computed, and those of one chunk are all that is held at a time.
+    """
+    T = q.shape[1]
+    size = max(_QUERY_CHUNK, -(-T // _MAX_CHUNKS))
+    chunks = []
+    for start in range(0, T, size):
+        stop = min(start + size, T)
+        chunks.append(_attend(q[:, start:stop], k[..., :stop], v[:, :, :stop], mask[:, start:stop, :stop]))
+    return jnp.concatenate(chunks, axis=1) if len(chunks) > 1 else chunks[0]
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:

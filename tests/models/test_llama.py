@@ -100,6 +100,21 @@ def test_every_hidden_state_and_logit_equals_hugging_face(heads, rope, offset):
     assert len(np.unique(logits.argmax(-1))) > 10  # not a degenerate model
 
 
+@pytest.mark.parametrize("pad", [left_pad, right_pad])
+def test_long_rows_are_attended_in_chunks(pad):
+    """Three chunks of queries, of which the last is cut short; rows end in, at, and before a chunk's end."""
+    reference, model = pair()
+    lengths = (300, 256, 129, 40)
+    rows = [np.random.default_rng(n).integers(0, 131, n).tolist() for n in lengths]
+    ids, positions = pad(rows, max(lengths))
+    out, logits = RUN(model, ids, positions)
+    for row, tokens in enumerate(rows):
+        states, expected = hf_states(reference, np.array([tokens]), np.arange(len(tokens))[None])
+        real = positions[row] >= 0
+        assert relative_error(out.captured[-1][row][real], states[-1][0]) < TOLERANCE
+        assert relative_error(logits[row][real], expected[0]) < TOLERANCE
+
+
 @pytest.mark.parametrize(
     "change",
     [{"rope_scaling": None}, {"rope_theta": 490_000.0}, {"rms_norm_eps": 1e-4}],
