@@ -314,8 +314,12 @@ class Llama(nnx.Module):
 
     def logits(self, resid: jax.Array) -> jax.Array:
         """Final norm and unembedding: [..., D] to [..., V] float32."""
+        return self.unembed(self.norm(resid))
+
+    def unembed(self, x: jax.Array) -> jax.Array:
+        """W_U x, without the final norm: [..., D] to [..., V] float32."""
         unembedding = self.embed_tokens if self.lm_head is None else self.lm_head
-        return matmul(self.norm(resid), unembedding[...], spec="...d,vd->...v")
+        return matmul(x, unembedding[...], spec="...d,vd->...v")
 
 
 def matmul(x: jax.Array, weight: jax.Array, spec: str = "...d,df->...f") -> jax.Array:

@@ -1,0 +1,68 @@
+"""How likely the unsteered model finds a steered reply: one of the measures that tell steering from breaking.
+
+Text that falls apart is unlikely; text that repeats itself is likely, so repetition is reported beside it. Mean
+log-likelihood per token, in nats, at temperature 1 and without top-p, whatever the reply was sampled with.
+"""
+
+from collections.abc import Container, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from backtrack_jax.generate import batches
+from backtrack_jax.models.batching import right_pad
+from backtrack_jax.models.llama import Llama
+
+_LOGITS_AT_ONCE = 1 << 27  # numbers; all of an 8B model's batch would be 16 GB
+
+
+def log_likelihoods(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    replies: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    done: Container[int] = (),
+) -> Iterator[list[tuple[int, float]]]:
+    """Mean log-likelihood per token of replies given their prompts, without any intervention.
+
+    Args:
+      model: the unsteered model.
+      prompts: token ids, BOS included.
+      replies: generated ids, a stop token included.
+      batch_size: rows of a batch; rows of similar length share one.
+      done: row numbers; batches of which all rows are in it are left out.
+
+    Yields:
+      After every batch, (row number, mean log-likelihood in nats per token); nan for an empty reply.
+    """
+    sequences = [[*prompt, *reply] for prompt, reply in zip(prompts, replies, strict=True)]
+    for padded, members in batches([len(sequence) for sequence in sequences], batch_size):
+        if all(row in done for row in members):
+            continue
+        filled = members + [members[-1]] * (batch_size - len(members))
+        ids, positions = right_pad([sequences[row] for row in filled], padded)
+        starts = np.array([len(prompts[row]) for row in filled])
+        sums = np.asarray(_reply_sums(model, ids, positions, starts), np.float64)
+        lengths = np.array([len(replies[row]) for row in members])
+        means = np.divide(sums[: len(members)], lengths, out=np.full(len(members), np.nan), where=lengths > 0)
+        yield list(zip(members, means.tolist(), strict=True))
+
+
+@jax.jit
+def _reply_sums(model: Llama, ids: jax.Array, positions: jax.Array, starts: jax.Array) -> jax.Array:
+    """Sum of the log-probabilities of the tokens at `starts` [B] and after, [B] float32."""
+    resid = model(ids, positions).resid
+    counted = jnp.pad((positions >= starts[:, None])[:, 1:], ((0, 0), (0, 1)))
+    targets = jnp.roll(ids, -1, axis=1)
+
+    def of_row(row: tuple[jax.Array, ...]) -> jax.Array:
+        x, target, count = row
+        logits = model.logits(x)
+        chosen = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
+        return jnp.sum(jnp.where(count, chosen - jax.nn.logsumexp(logits, axis=-1), 0.0))
+
+    rows_at_once = max(1, min(len(ids), _LOGITS_AT_ONCE // (ids.shape[1] * model.config.vocab_size)))
+    return lax.map(of_row, (resid, targets, counted), batch_size=rows_at_once)
