@@ -278,13 +278,20 @@ class Reply:
 
 
 def batches(lengths: Sequence[int], batch_size: int) -> list[tuple[int, list[int]]]:
-    """Groups rows into (padded length, row numbers) of at most `batch_size` rows, each group of one bucket."""
+    """Groups rows into (padded length, row numbers) of at most `batch_size` rows of similar length.
+
+    What does not fill a batch joins the next longer bucket, since an incomplete batch takes as long as a full one and
+    a bucket of its own takes a compilation.
+    """
     order = sorted(range(len(lengths)), key=lambda row: bucket(lengths[row]))
     groups = []
+    waiting: list[int] = []
     for padded, rows in itertools.groupby(order, key=lambda row: bucket(lengths[row])):
-        members = list(rows)
-        groups += [(padded, members[i : i + batch_size]) for i in range(0, len(members), batch_size)]
-    return groups
+        waiting += rows
+        while len(waiting) >= batch_size:
+            groups.append((padded, waiting[:batch_size]))
+            waiting = waiting[batch_size:]
+    return groups + ([(bucket(lengths[waiting[-1]]), waiting)] if waiting else [])
 
 
 def generate_rows(
@@ -299,8 +306,8 @@ def generate_rows(
 ) -> Iterator[list[tuple[int, Reply]]]:
     """Samples all rows and yields, batch by batch, (row number, reply) pairs.
 
-    Rows of similar prompt length share a batch; an incomplete batch is filled with copies of its last row, so one shape
-    per prompt bucket is compiled. Batches of which all rows are in `done` are left out; the others are composed as if
+    Rows of similar prompt length share a batch, and the last one is filled with copies of its last row, so that few
+    shapes are compiled. Batches of which all rows are in `done` are left out; the others are composed as if
     nothing were done, so that an interrupted run repeats the very computation of an uninterrupted one.
 
     Raises:
