@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,8 @@ class Condition:
       target: role of the model that is steered.
       kind: what is added: a label, a control, or `unsteered`.
       source: role of the model whose activations the direction comes from; empty where there is none.
-      layer: block whose output is changed, 0-based.
+      layer: block whose output is changed, 0-based, and where the direction was read.
+      window: offsets that the direction was read at, as `window_name` writes them; empty where there is no source.
       magnitude: as in the config, in its unit.
       length: norm of what is added, in the residual stream's own scale, with the magnitude's sign.
     """
@@ -43,6 +44,7 @@ class Condition:
     kind: str
     source: str
     layer: int
+    window: str
     magnitude: float
     length: float
 
@@ -52,48 +54,78 @@ class Readings:
     """What stage 3 found, as far as steering needs it.
 
     Attributes:
-      vectors: (role, kind) -> vector of every layer; kinds are labels and `overall-mean`.
+      vectors: (role, kind) -> vector of every layer; kinds are labels, `overall-mean` and `shuffled`.
       mean_norm: role -> [L] mean norm of the residual stream over reply tokens.
+      offsets: (role, window name) -> vector of the experiment's label at another window than the experiment's.
     """
 
     vectors: Mapping[tuple[str, str], SteeringVector]
     mean_norm: Mapping[str, np.ndarray]
+    offsets: Mapping[tuple[str, str], SteeringVector] = dataclasses.field(default_factory=dict)
 
-    def vector(self, source: str, kind: str) -> SteeringVector:
-        """The vector of a role and kind; ValueError names what there is."""
+    def vector(self, source: str, kind: str, window: str = "") -> SteeringVector:
+        """The vector of a role, kind and window (empty: the experiment's); ValueError names what there is."""
+        if (source, window) in self.offsets:
+            return self.offsets[source, window]
         if (source, kind) not in self.vectors:
             known = sorted({k for s, k in self.vectors if s == source})
             raise ValueError(f"no {kind!r} vector of the {source} model was read; there are {known}")
         return self.vectors[source, kind]
 
 
-def make(experiment: Experiment, readings: Readings) -> list[Condition]:
-    """All conditions of the experiment's sweep; magnitude 0 becomes one `unsteered` condition per steered model."""
-    steering = experiment.steering
-    made = []
-    for target in experiment.roles:
-        if 0 in steering.magnitudes:
-            made.append(Condition(target, UNSTEERED, "", steering.layer, 0.0, 0.0))
-        for kind in steering.kinds:
-            for source in ("",) if kind in _SOURCELESS else experiment.roles:
-                made += [
-                    Condition(target, kind, source, steering.layer, m, m * _scale(experiment, readings, target, source))
-                    for m in steering.magnitudes
-                    if m != 0
-                ]
+def window_name(window: tuple[int, int]) -> str:
+    """Offsets as they stand in tables: `-13..-8`."""
+    return f"{window[0]}..{window[1]}"
+
+
+def make(experiment: Experiment, readings: Readings) -> dict[Condition, int]:
+    """All conditions of the experiment's sweeps, each once, with the number of problems it is sampled on (0: all).
+
+    Magnitude 0 becomes one `unsteered` condition per steered model. A condition that two sweeps share, such as the
+    experiment's own layer in Fig. 3 and Fig. B.1, takes the larger number of problems.
+    """
+    return _conditions(experiment, lambda target, source, layer: _scale(experiment, readings, target, source, layer))
+
+
+def planned(experiment: Experiment) -> dict[Condition, int]:
+    """What `make` gives but for the lengths, known before anything was read."""
+    return _conditions(experiment, lambda target, source, layer: 1.0)
+
+
+def _conditions(e: Experiment, scale: Callable[[str, str, int], float]) -> dict[Condition, int]:
+    s, made = e.steering, {}
+
+    def add(target: str, kind: str, source: str, layer: int, window: str, magnitudes: Iterable[float], limit: int):
+        length = scale(target, source, layer)
+        for m in magnitudes:
+            c = Condition(target, kind, source, layer, window, m, m * length)
+            if m == 0:
+                c = Condition(target, UNSTEERED, "", s.layer, "", 0.0, 0.0)
+            made[c] = max(made.get(c, limit), limit) if limit and made.get(c, limit) else 0
+
+    def add_kind(target: str, kind: str, sources: Sequence[str]) -> None:
+        for source in ("",) if kind in _SOURCELESS else sources:
+            add(target, kind, source, s.layer, own if source else "", s.magnitudes, s.limit)
+
+    own = window_name(e.vectors.window)
+    grid, grid_limit = s.grid_magnitudes or s.magnitudes, s.grid_limit or s.limit
+    for target in e.roles:
+        for kind in s.kinds:
+            add_kind(target, kind, e.roles)
+        if target != e.author:
+            continue
+        for kind in s.baselines:
+            add_kind(target, kind, (target,))
+        for offset in s.offsets:
+            add(target, e.vectors.label, target, s.layer, window_name(e.vectors.window_at(offset)), grid, grid_limit)
+        for layer in s.layers:
+            for source in e.roles:
+                add(target, e.vectors.label, source, layer, own, grid, grid_limit)
     return made
 
 
-def count(experiment: Experiment) -> int:
-    """How many conditions `make` gives, known before anything was read."""
-    nowhere = dict.fromkeys(experiment.roles, np.ones(experiment.steering.layer + 1))
-    relative = dataclasses.replace(experiment, steering=dataclasses.replace(experiment.steering, unit="absolute"))
-    return len(make(relative, Readings({}, nowhere)))
-
-
-def _scale(experiment: Experiment, readings: Readings, target: str, source: str) -> float:
+def _scale(experiment: Experiment, readings: Readings, target: str, source: str, layer: int) -> float:
     """Length of magnitude 1. A control without a source takes the target's own vector as its measure."""
-    layer = experiment.steering.layer
     if experiment.steering.unit == "relative":
         return float(readings.mean_norm[target][layer])
     if experiment.steering.unit == "raw":
@@ -128,7 +160,7 @@ class Interventions:
         if c.kind == "random":
             direction = random_direction(self._seed, "random", d_model)
         else:
-            direction = self._readings.vector(c.source, c.kind).unit(c.layer)
+            direction = self._readings.vector(c.source, c.kind, c.window).unit(c.layer)
         return add_vector(jnp.asarray(direction), c.layer, c.length, n_layers=n_layers, span=span)
 
     def vector_hash(self, c: Condition) -> str:
@@ -136,7 +168,7 @@ class Interventions:
         if c.kind == "random":
             direction = random_direction(self._seed, "random", self._d_model)
         elif c.source:
-            direction = self._readings.vector(c.source, c.kind).at(c.layer)
+            direction = self._readings.vector(c.source, c.kind, c.window).at(c.layer)
         else:
             return ""
         return hashlib.sha256(np.ascontiguousarray(direction, "<f4").tobytes()).hexdigest()[:16]
@@ -151,9 +183,11 @@ def random_direction(seed: int, name: str, d_model: int) -> np.ndarray:
 def needed_vectors(experiment: Experiment) -> set[str]:
     """Names of the vectors that the sweep takes from stage 3."""
     raw = {experiment.vectors.label} if experiment.steering.unit == "raw" else set()
-    return needed_labels(experiment) | raw | ({"overall-mean"} & set(experiment.steering.kinds))
+    return needed_labels(experiment) | raw | ({"overall-mean", "shuffled"} & set(experiment.steering.all_kinds))
 
 
 def needed_labels(experiment: Experiment) -> set[str]:
-    """Labels whose vectors the sweep adds."""
-    return {kind for kind in experiment.steering.kinds if kind not in CONTROLS}
+    """Labels whose vectors the sweeps add."""
+    s = experiment.steering
+    swept = {experiment.vectors.label} if s.offsets or s.layers else set()
+    return swept | {kind for kind in s.all_kinds if kind not in CONTROLS}

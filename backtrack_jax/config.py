@@ -15,7 +15,7 @@ from backtrack_jax.judges import keyword
 ROLES = ("base", "reasoning")
 ESTIMATORS = ("trace_mean", "token_mean")
 UNITS = ("absolute", "relative", "raw")
-CONTROLS = ("overall-mean", "noise", "self-amplification", "random")
+CONTROLS = ("overall-mean", "noise", "self-amplification", "random", "shuffled")
 
 
 @dataclasses.dataclass
@@ -103,7 +103,9 @@ class VectorSpec:
       contrast: D of Eq. 3: `all` sections (paper) or the `rest`.
       estimator: `trace_mean` (Eq. 3) or `token_mean` (the released script).
       window: first and last offset from a section's first token, both included.
-      offsets: single offsets whose sums are kept as well (Fig. 2).
+      offsets: offsets whose sums are kept as well (Fig. 2).
+      offset_window: what is read at an offset o: positions o + first to o + last; (0, 0) is the single position,
+        (-1, 4) the six that the authors' sweep read at each of its offsets.
       layers: blocks (0-based) at which every trace's own mean is kept as well, for intervals and probes.
       into_prompt: whether a window may reach back into the prompt, as in the paper's code, or is dropped.
       batch_size: traces per forward pass.
@@ -114,9 +116,14 @@ class VectorSpec:
     estimator: str = "trace_mean"
     window: tuple[int, int] = (-13, -8)
     offsets: tuple[int, ...] = tuple(range(-20, 4))
+    offset_window: tuple[int, int] = (0, 0)
     layers: tuple[int, ...] = ()
     into_prompt: bool = False
     batch_size: int = 8
+
+    def window_at(self, offset: int) -> tuple[int, int]:
+        """The window that is read at an offset."""
+        return offset + self.offset_window[0], offset + self.offset_window[1]
 
 
 @dataclasses.dataclass
@@ -125,10 +132,16 @@ class SteeringSpec:
 
     Attributes:
       kinds: what is added: a label's vector (D+ that label), or one of the controls `overall-mean`, `noise`,
-        `self-amplification`, `random` (one fixed random direction). At one magnitude all that come from one model's
-        activations are equally long, whatever the kind.
+        `self-amplification`, `random` (one fixed random direction), `shuffled` (D+ drawn at random from all sections,
+        as many as there are of `vectors.label`). Each is added to every model, from every model's activations (Fig. 3).
+        At one magnitude all that come from one model's activations are equally long, whatever the kind.
       layer: output of which block (0-based) is changed, and where the vector was read.
       magnitudes: strengths; 0 is run once per model.
+      baselines: further kinds, added only to the model that writes the traces, from its own activations (Fig. 4).
+      offsets: of `vectors.offsets`, those whose vectors are added to that model as well (Fig. 2).
+      layers: blocks at which the vectors of `vectors.label` of every model are added to that model as well (Fig. B.1).
+      grid_magnitudes: strengths at `offsets` and `layers`; empty for `magnitudes`.
+      grid_limit: number of problems at `offsets` and `layers`; 0 for `limit`.
       unit: `absolute`: length of what is added; `relative`: share of the steered model's mean residual norm at that
         layer; `raw`: share of the norm that the difference of means of `vectors.label` was found with, so that 1 adds
         it as it is.
@@ -145,6 +158,11 @@ class SteeringSpec:
     kinds: tuple[str, ...] = ("backtracking",)
     layer: int = 10
     magnitudes: tuple[float, ...] = (0.0, 4.0, 8.0, 12.0)
+    baselines: tuple[str, ...] = ()
+    offsets: tuple[int, ...] = ()
+    layers: tuple[int, ...] = ()
+    grid_magnitudes: tuple[float, ...] = ()
+    grid_limit: int = 0
     unit: str = "absolute"
     span: str = "all"
     limit: int = 10
@@ -154,6 +172,32 @@ class SteeringSpec:
     top_k: int = 0
     max_new_tokens: int = 128
     batch_size: int = 64
+
+    @property
+    def all_kinds(self) -> tuple[str, ...]:
+        """Everything that is added anywhere."""
+        return (*self.kinds, *self.baselines)
+
+
+@dataclasses.dataclass
+class AnalysisSpec:
+    """Stages 5 and 6: what is measured and shown. Probes and split halves are taken at `vectors.layers`.
+
+    Attributes:
+      keywords: lower-case; vocabulary items whose text contains one are those of Eq. 2.
+      horizons: a token is positive if a section of `vectors.label` starts within so many tokens after it.
+      positions: tokens of each trace that probes are fitted and scored on, drawn at random from the reply.
+      folds: of problems; what is scored on one was fitted on the others.
+      shown: traces that the report shows token by token.
+      batch_size: sequences per forward pass.
+    """
+
+    keywords: tuple[str, ...] = ("wait", "but")
+    horizons: tuple[int, ...] = (13,)
+    positions: int = 48
+    folds: int = 5
+    shown: int = 6
+    batch_size: int = 16
 
 
 @dataclasses.dataclass
@@ -174,6 +218,7 @@ class Experiment:
       annotations: stage 2.
       vectors: stage 3.
       steering: stage 4.
+      analysis: stages 5 and 6.
     """
 
     name: str = "experiment"
@@ -188,6 +233,7 @@ class Experiment:
     annotations: AnnotationSpec = dataclasses.field(default_factory=AnnotationSpec)
     vectors: VectorSpec = dataclasses.field(default_factory=VectorSpec)
     steering: SteeringSpec = dataclasses.field(default_factory=SteeringSpec)
+    analysis: AnalysisSpec = dataclasses.field(default_factory=AnalysisSpec)
 
     def model(self, role: str) -> ModelSpec:
         """The model that plays a role."""
@@ -203,6 +249,10 @@ class Experiment:
         """Where the tokenizer is read from."""
         return self.tokenizer or self.model(self.author).path
 
+    def shown_vectors(self, labels: Sequence[str]) -> list[str]:
+        """Kinds of vectors that traces are shaded by: the experiment's label first, then the other labels."""
+        return [self.vectors.label, *(label for label in labels if label != self.vectors.label)]
+
 
 def check(experiment: Experiment) -> None:
     """Refuses an experiment that could not run, before any long work.
@@ -211,7 +261,7 @@ def check(experiment: Experiment) -> None:
       ValueError: lists every field that is wrong, its value, and what is accepted.
     """
     e = experiment
-    faults = [*_model_faults(e), *_source_faults(e), *_vector_faults(e), *_steering_faults(e)]
+    faults = [*_model_faults(e), *_source_faults(e), *_vector_faults(e), *_steering_faults(e), *_analysis_faults(e)]
     if not re.fullmatch(r"[^/\\\s.][^/\\]*", e.name):
         faults.append(_fault("name", e.name, "the name of a folder"))
     if not (isinstance(e.seed, int) and 0 <= e.seed < 2**32):
@@ -305,6 +355,8 @@ def _vector_faults(e: Experiment) -> list[str]:
         faults.append(_fault("vectors.window", v.window, "(first, last), integers, first <= last"))
     if not _integers(v.offsets):
         faults.append(_fault("vectors.offsets", v.offsets, "integers"))
+    if len(v.offset_window) != 2 or not _integers(v.offset_window) or v.offset_window[0] > v.offset_window[1]:
+        faults.append(_fault("vectors.offset_window", v.offset_window, "(first, last), integers, first <= last"))
     if not _integers(v.layers) or any(layer < 0 for layer in v.layers):
         faults.append(_fault("vectors.layers", v.layers, "block numbers >= 0"))
     if v.batch_size < 1:
@@ -319,16 +371,38 @@ def _integers(values: Sequence[object]) -> bool:
 def _steering_faults(e: Experiment) -> list[str]:
     s, labels = e.steering, _labels(e)
     faults = [] if s.kinds else [_fault("steering.kinds", s.kinds, "at least one")]
-    faults += _repeated("steering.kinds", s.kinds)
-    for kind in s.kinds:
-        faults += _not_one_of("steering.kinds", kind, (*labels, *CONTROLS)) if labels else []
+    faults += _repeated("steering.kinds and baselines", s.all_kinds)
+    for field, kinds in (("steering.kinds", s.kinds), ("steering.baselines", s.baselines)):
+        for kind in kinds:
+            faults += _not_one_of(field, kind, (*labels, *CONTROLS)) if labels else []
     faults += _not_one_of("steering.unit", s.unit, UNITS)
     faults += _not_one_of("steering.span", s.span, ("all", "prompt", "generated"))
     if s.layer < 0:
         faults.append(_fault("steering.layer", s.layer, "a block number >= 0"))
-    if not any(s.magnitudes) or not all(isinstance(m, int | float) and math.isfinite(m) for m in s.magnitudes):
-        faults.append(_fault("steering.magnitudes", s.magnitudes, "finite numbers, at least one of them not 0"))
-    faults += _repeated("steering.magnitudes", s.magnitudes)
+    if not _integers(s.layers) or any(layer < 0 for layer in s.layers):
+        faults.append(_fault("steering.layers", s.layers, "block numbers >= 0"))
+    if _integers(e.vectors.offsets) and not set(s.offsets) <= set(e.vectors.offsets):
+        faults.append(_fault("steering.offsets", s.offsets, f"some of vectors.offsets, {e.vectors.offsets}"))
+    for field, magnitudes in (("magnitudes", s.magnitudes), ("grid_magnitudes", s.grid_magnitudes or s.magnitudes)):
+        if not any(magnitudes) or not all(isinstance(m, int | float) and math.isfinite(m) for m in magnitudes):
+            faults.append(_fault(f"steering.{field}", magnitudes, "finite numbers, at least one of them not 0"))
+        faults += _repeated(f"steering.{field}", magnitudes)
+    if s.grid_limit < 0:
+        faults.append(_fault("steering.grid_limit", s.grid_limit, "at least 0"))
     if s.top_k < 0:
         faults.append(_fault("steering.top_k", s.top_k, "at least 0"))
     return faults + _sampling_faults("steering", s)
+
+
+def _analysis_faults(e: Experiment) -> list[str]:
+    a = e.analysis
+    faults = [] if all(a.keywords) and a.keywords else [_fault("analysis.keywords", a.keywords, "lower-case words")]
+    if any(word != word.casefold() for word in a.keywords):
+        faults.append(_fault("analysis.keywords", a.keywords, "lower-case words"))
+    if not a.horizons or not _integers(a.horizons) or min(a.horizons) < 1:
+        faults.append(_fault("analysis.horizons", a.horizons, "integers >= 1"))
+    for field, least in (("positions", 1), ("folds", 2), ("shown", 1), ("batch_size", 1)):
+        value = getattr(a, field)
+        if value < least:
+            faults.append(_fault(f"analysis.{field}", value, f"at least {least}"))
+    return faults

@@ -15,6 +15,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -211,14 +212,27 @@ def save_sums(sums: WindowSums, path: Path) -> None:
     store.write_safetensors(path, arrays, metadata)
 
 
-def load_sums(path: Path, plan: WindowPlan) -> WindowSums:
-    """Reads sums that `save_sums` wrote; ValueError if they were summed under another plan."""
+def load_sums(path: Path, plan: WindowPlan | None = None) -> WindowSums:
+    """Reads sums that `save_sums` wrote; ValueError if they were summed under another plan than the given one."""
     with safe_open(path, "np") as file:
         arrays = {name: file.get_tensor(name) for name in _ARRAYS}
         metadata = file.metadata()
-    if metadata["plan"] != json.dumps(dataclasses.asdict(plan)):
+    if plan is None:
+        plan = _plan(json.loads(metadata["plan"]))
+    elif metadata["plan"] != json.dumps(dataclasses.asdict(plan)):
         raise ValueError(f"{path} holds sums of another plan: {metadata['plan']}")
     return WindowSums(plan, trace_ids=json.loads(metadata["trace_ids"]), n_tokens=int(metadata["n_tokens"]), **arrays)
+
+
+def _plan(fields: Mapping[str, Any]) -> WindowPlan:
+    """A plan out of its JSON form, where tuples are lists."""
+    return WindowPlan(
+        labels=tuple(fields["labels"]),
+        groups={name: tuple(members) for name, members in fields["groups"].items()},
+        windows=tuple((first, last) for first, last in fields["windows"]),
+        layers=tuple(fields["layers"]),
+        into_prompt=fields["into_prompt"],
+    )
 
 
 def _add_batch(total: WindowSums, model: Llama, rows: Sequence[TokenTrace], padded: int, batch_size: int) -> None:

@@ -71,7 +71,7 @@ def check_architectures(e: Experiment, known: Mapping[str, LlamaConfig]) -> None
       ValueError: names the field, its value, and what the model has.
     """
     for role, config in known.items():
-        for field, layers in (("steering.layer", (e.steering.layer,)), ("vectors.layers", e.vectors.layers)):
+        for field, layers in _layer_fields(e).items():
             if beyond := [layer for layer in layers if layer >= config.n_layers]:
                 raise ValueError(
                     f"{field}={beyond[0]} is no block of the {role} model, {e.model(role).path}: "
@@ -89,6 +89,11 @@ def check_architectures(e: Experiment, known: Mapping[str, LlamaConfig]) -> None
             "vectors of one model are added to the other, but (layers, width) differ: "
             + ", ".join(f"{role} {(config.n_layers, config.d_model)}" for role, config in known.items())
         )
+
+
+def _layer_fields(e: Experiment) -> dict[str, tuple[int, ...]]:
+    s = e.steering
+    return {"steering.layer": (s.layer,), "steering.layers": s.layers, "vectors.layers": e.vectors.layers}
 
 
 def check_planned(e: Experiment) -> None:
@@ -146,7 +151,7 @@ def stage_inputs(e: Experiment) -> dict[str, dict[str, Any]]:
         "2-annotations": {"annotations": annotations},
         "3-vectors": {"vectors": dataclasses.asdict(e.vectors), "models": models, "prompt": prompt},
         "4-steering": {"steering": dataclasses.asdict(e.steering), "seed": e.seed},
-        "5-analysis": {},
+        "5-analysis": {"analysis": dataclasses.asdict(e.analysis)},
         "6-report": {"name": e.name},
     }
 

@@ -5,7 +5,11 @@
     3-vectors      {role}.sums.safetensors         window sums of every layer, window and label
                    {role}.{label}.safetensors      difference-of-means vectors of every layer; summary.json
     4-steering     generations.jsonl               one line per steered reply
-    5-analysis     rates.csv                       backtracking rate and coherence per condition
+    5-analysis     replies.csv, rates.csv, effects.csv    rate and coherence per reply, condition, problem
+                   similarity.csv, label_cosines.csv, reliability.csv, windows.csv    what vectors share; counts
+                   {role}.lens.csv, {role}.lens_tokens.csv      what vectors spell through each unembedding
+                   {role}.probe.csv, {role}.projections.json    how far projections tell what comes
+                   agreement.csv                                keyword judge against the labels of the run
     6-report       steering.png .pdf .csv, summary.md
 
 Every folder also holds inputs.json, what the stage's results depend on, and run.json, what they were computed with. A
@@ -74,7 +78,9 @@ class Run:
             raise ValueError(
                 f"{self.stages[-1]} builds on {absent[0]}, which is not done for this config; add it to --stages"
             )
-        with_models = {"3-vectors", "4-steering"} | (set() if self.experiment.traces.path else {"1-traces"})
+        with_models = {"3-vectors", "4-steering", "5-analysis"} | (
+            set() if self.experiment.traces.path else {"1-traces"}
+        )
         if any(not self.done(name) for name in with_models.intersection(self.stages)):
             self._check_models()
         self.workdir.mkdir(parents=True, exist_ok=True)
@@ -119,6 +125,11 @@ class Run:
             say(f"  loading the {role} model, {spec.path}")
             self._models[key] = checkpoint.load(spec.path, revision=spec.revision or None, dtype=spec.dtype)
         return self._models[key]
+
+    def roles_by_need(self) -> list[str]:
+        """Roles, the one whose model is held first, so that it is not loaded again."""
+        held = {path for path, _, _ in self._models}
+        return sorted(self.experiment.roles, key=lambda role: self.experiment.model(role).path not in held)
 
     def for_role(self, role: str, ids: Sequence[int]) -> tuple[list[int], np.ndarray]:
         """Ids as the model of a role reads them, and where each old position went (-1: dropped)."""

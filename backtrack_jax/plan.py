@@ -56,12 +56,13 @@ def _vectors(run: Run) -> list[str]:
 
 def _steering(run: Run) -> list[str]:
     e, spec = run.experiment, run.experiment.steering
-    cells = conditions.count(e)
+    cells = conditions.planned(e)
     traced = {trace.problem_id for trace in _imported(e)} if e.traces.path else {problem.id for problem in problems(e)}
     asked = min(len(traced), spec.limit or len(traced))
-    lines = [f"{cells} conditions, {asked} problems, {spec.samples} sample(s) each"]
+    lines = [f"{len(cells)} conditions, {asked} problems at most, {spec.samples} sample(s) each"]
     for role in e.roles:
-        rows = cells // len(e.roles) * asked * spec.samples
+        problems_of = [min(asked, limit or asked) for cell, limit in cells.items() if cell.target == role]
+        rows = sum(problems_of) * spec.samples
         lines += _sampling(e, role, rows, spec.max_new_tokens, spec.batch_size)
     return lines
 

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import random
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,15 +29,22 @@ def readings() -> Readings:
     vectors = {
         (role, kind): SteeringVector((3 + number) * rng.standard_normal((L, D)).astype(np.float32))
         for number, (role, kind) in enumerate(
-            itertools.product(("base", "reasoning"), ("backtracking", "deduction", "overall-mean"))
+            itertools.product(("base", "reasoning"), ("backtracking", "deduction", "overall-mean", "shuffled"))
         )
     }
-    return Readings(vectors, {"base": np.array([2.0, 5.0, 7.0]), "reasoning": np.array([3.0, 11.0, 13.0])})
+    offsets = {
+        ("reasoning", window): SteeringVector(rng.standard_normal((L, D)).astype(np.float32))
+        for window in ("-1..-1", "0..0")
+    }
+    norms = {"base": np.array([2.0, 5.0, 7.0]), "reasoning": np.array([3.0, 11.0, 13.0])}
+    return Readings(vectors, norms, offsets)
 
 
 def experiment(**steering: object) -> Experiment:
+    """The tiny experiment with one sweep only, unless others are asked for."""
     e = tiny.get_config()
-    e.steering = dataclasses.replace(e.steering, **steering)
+    alone: dict[str, Any] = {"baselines": (), "offsets": (), "layers": (), "grid_magnitudes": (), "grid_limit": 0}
+    e.steering = dataclasses.replace(e.steering, **(alone | steering))
     return e
 
 
@@ -56,7 +64,56 @@ def test_make_and_count_agree_for_any_config(readings: Readings) -> None:
         nonzero = sum(magnitude != 0 for magnitude in e.steering.magnitudes)
         expected = len(e.roles) * (steered * nonzero + (0 in e.steering.magnitudes))
         made = conditions.make(e, readings)
-        assert len(made) == len(set(made)) == conditions.count(e) == expected
+        assert len(made) == len(set(made)) == len(conditions.planned(e)) == expected
+
+
+def test_sweeps_over_offsets_and_layers(readings: Readings) -> None:
+    """Fig. 2, 4 and B.1 on the model that writes the traces; what two sweeps share is one condition."""
+    e = experiment(
+        kinds=("backtracking",),
+        baselines=("deduction", "noise", "shuffled"),
+        offsets=(-1, 0),
+        layers=(0, 1),
+        magnitudes=(0.0, 4.0),
+        grid_magnitudes=(4.0, 8.0),
+        limit=5,
+        grid_limit=2,
+    )
+    made = conditions.make(e, readings)
+    found = [(c.target, c.kind, c.source, c.layer, c.window, c.magnitude, n) for c, n in made.items()]
+    label, own = "backtracking", "-5..-2"
+    assert found == [
+        ("base", UNSTEERED, "", 1, "", 0.0, 5),
+        ("base", label, "base", 1, own, 4.0, 5),
+        ("base", label, "reasoning", 1, own, 4.0, 5),
+        ("reasoning", UNSTEERED, "", 1, "", 0.0, 5),
+        ("reasoning", label, "base", 1, own, 4.0, 5),
+        ("reasoning", label, "reasoning", 1, own, 4.0, 5),
+        ("reasoning", "deduction", "reasoning", 1, own, 4.0, 5),
+        ("reasoning", "noise", "", 1, "", 4.0, 5),
+        ("reasoning", "shuffled", "reasoning", 1, own, 4.0, 5),
+        *(("reasoning", label, "reasoning", 1, w, m, 2) for w in ("-1..-1", "0..0") for m in (4.0, 8.0)),
+        *(("reasoning", label, source, 0, own, m, 2) for source in ("base", "reasoning") for m in (4.0, 8.0)),
+        *(("reasoning", label, source, 1, own, 8.0, 2) for source in ("base", "reasoning")),
+    ]
+    built = Interventions(readings, L, D, "all", 0)
+    for c in made:
+        if c.window not in ("", own):
+            direction = readings.offsets["reasoning", c.window].directions[1]
+            np.testing.assert_allclose(
+                np.asarray(built.row(c, row_key(0, "p", 0)).add)[1],
+                c.length * direction / np.linalg.norm(direction),
+                rtol=1e-5,
+            )
+    hashes = {c.window: built.vector_hash(c) for c in made if c.source == "reasoning" and c.kind == label}
+    assert len(set(hashes.values())) == 3
+
+
+def test_limits_of_shared_conditions(readings: Readings) -> None:
+    """The larger number of problems; 0 is all of them."""
+    for limit, grid_limit, expected in ((5, 2, 5), (2, 5, 5), (0, 2, 0), (3, 0, 3)):
+        e = experiment(kinds=("backtracking",), layers=(1,), limit=limit, grid_limit=grid_limit)
+        assert {n for c, n in conditions.make(e, readings).items() if c.target == "reasoning"} == {expected}
 
 
 def test_every_pair_of_model_and_vector(readings: Readings) -> None:
@@ -165,10 +222,11 @@ def test_vector_hash_tells_vectors_apart(readings: Readings) -> None:
 
 def test_needed_vectors() -> None:
     e = experiment(kinds=("deduction", *CONTROLS))
-    assert conditions.needed_vectors(e) == {"deduction", "overall-mean"}
+    assert conditions.needed_vectors(e) == {"deduction", "overall-mean", "shuffled"}
     assert conditions.needed_labels(e) == {"deduction"}
     e.steering.unit = "raw"  # lengths are measured by the experiment's own vector
-    assert conditions.needed_vectors(e) == {"deduction", "overall-mean", "backtracking"}
+    assert conditions.needed_vectors(e) == {"deduction", "overall-mean", "shuffled", "backtracking"}
+    assert conditions.needed_vectors(experiment(kinds=("noise",), layers=(1,))) == {"backtracking"}
 
 
 def test_a_vector_that_was_not_read_is_named(readings: Readings) -> None:

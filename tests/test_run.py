@@ -58,9 +58,9 @@ def test_plan_of_the_tiny_experiment(fresh: Path, command: Callable[..., tuple[s
     assert re.findall(r"^\d-\w+ +(.*)$", out, re.MULTILINE) == ["to do"] * 6
     tokens = sum(100 + len(chain["reasoning_chain"]) // 4 for chain in tiny.chains())  # 100 for each prompt
     assert f"base model: 12 traces, about {tokens:,} tokens" in out
-    assert "38 conditions, 3 problems, 2 sample(s) each" in out
-    for role in ("base", "reasoning"):
-        assert f"{role} model: 114 rows in batches of 32, up to 912 new tokens" in out
+    assert "46 conditions, 3 problems at most, 2 sample(s) each" in out
+    for role, rows in (("base", 114), ("reasoning", 150)):
+        assert f"{role} model: {rows} rows in batches of 32, up to {8 * rows:,} new tokens" in out
     assert out.count("memory: weights 0.00 GB") == 4
 
 
@@ -85,7 +85,7 @@ def test_plan_counts_traces_of_another_config_that_lies_aside(
     (finished / "1-traces").rename(finished / "superseded" / f"1-traces-{done}")
     out, message = command(TINY, "--dry_run", "--config.steering.limit=0")
     assert not message
-    assert "1-traces       done" in out and "38 conditions, 12 problems" in out
+    assert "1-traces       done" in out and "46 conditions, 12 problems" in out
 
 
 @pytest.mark.usefixtures("no_model")
@@ -95,7 +95,7 @@ def test_plan_of_the_paper_needs_no_weights(tmp_path: Path, command: Callable[..
     assert not message and not workdir.exists()
     # 300 problems x 500 tokens; 2 models x (1 + 2 sources x 10 magnitudes) conditions, 10 problems each.
     assert "reasoning model: 300 rows in batches of 128, up to 150,000 new tokens" in out
-    assert "42 conditions, 10 problems, 1 sample(s) each" in out
+    assert "42 conditions, 10 problems at most, 1 sample(s) each" in out
     assert out.count("210 rows in batches of 128, up to 26,880 new tokens") == 2
     assert out.count("weights 16.06 GB") == 5
     # 2 x 32 layers x 8 heads x 128 x 2 bytes = 128 KiB a token; 128 rows of 128 + 128 tokens.
@@ -111,7 +111,7 @@ def test_plan_of_smollm2(tmp_path: Path, command: Callable[..., tuple[str, str]]
     assert not message and not list(tmp_path.iterdir())
     # 1 + 3 kinds x 4 magnitudes; 134,515,008 weights of two bytes
     assert "base model: 40 traces" in out
-    assert "13 conditions, 16 problems, 1 sample(s) each" in out
+    assert "13 conditions, 16 problems at most, 1 sample(s) each" in out
     assert "base model: 208 rows in batches of 64, up to 19,968 new tokens" in out
     assert "memory: weights 0.27 GB" in out
 

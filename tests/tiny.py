@@ -31,7 +31,7 @@ CHAINS = "chains.json"
 
 
 def get_config() -> Experiment:
-    """Both models, both sources, every kind of condition."""
+    """Both models, both sources, every kind of condition, every sweep."""
     return Experiment(
         name="tiny",
         base=ModelSpec("base", dtype="float32", markers="drop"),
@@ -39,9 +39,14 @@ def get_config() -> Experiment:
         prompt=PromptSpec(format="r1", think="primed"),
         traces=TraceSpec(path=CHAINS),
         annotations=AnnotationSpec(judge="released"),
-        vectors=VectorSpec(window=(-5, -2), offsets=(-6, -1, 0, 1), batch_size=4),
+        vectors=VectorSpec(window=(-5, -2), offsets=(-6, -1, 0, 1), layers=(1, 2), batch_size=4),
         steering=SteeringSpec(
             kinds=("backtracking", "deduction", "overall-mean", "noise", "self-amplification", "random"),
+            baselines=("shuffled",),
+            offsets=(-1, 0),
+            layers=(0, 1, 2),
+            grid_magnitudes=(0.0, 8.0),
+            grid_limit=2,
             layer=1,
             magnitudes=(0.0, -4.0, 8.0),
             limit=3,

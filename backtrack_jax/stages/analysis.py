@@ -1,25 +1,357 @@
-"""Stage 5: what the replies, vectors and activations show, as tables."""
+"""Stage 5: what replies, vectors and activations show, as tables. Model by model, so that one is held at a time."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backtrack_jax import store
-from backtrack_jax.analysis import backtracking
-from backtrack_jax.report import steering as steering_report
+import numpy as np
+
+from backtrack_jax import extract, store, tables, vectors
+from backtrack_jax.analysis import activations, agreement, coherence, logit_lens, probe, replies, similarity
+from backtrack_jax.analysis.backtracking import KEYWORDS
+from backtrack_jax.config import ROLES
+from backtrack_jax.data import records
+from backtrack_jax.inputs import spread
+from backtrack_jax.judges import keyword
+from backtrack_jax.models import prompts
+from backtrack_jax.progress import Progress, say
+from backtrack_jax.stages.vectors import token_trace
 
 if TYPE_CHECKING:
     from backtrack_jax.pipeline import Run
 
+Pairs = Sequence[tuple[records.Trace, records.Annotation]]
+Rows = list[dict[str, Any]]
+
 
 def analyse(run: "Run", folder: Path) -> None:
-    """Stage 5: backtracking rate (Eq. 1), its interval and the text's coherence, for every condition."""
-    cells: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for line in store.read_lines(run.folder("4-steering") / "generations.jsonl"):
-        cell = tuple(line[name] for name in steering_report.CELL)
-        cells.setdefault(cell, []).append(line)
-    rows = [
-        dict(zip(steering_report.CELL, cell, strict=True))
-        | backtracking.summarise_cell([line["text"] for line in lines], [line["problem_id"] for line in lines])
-        for cell, lines in cells.items()
+    """Stage 5: every table that figures and page are drawn from."""
+    e = run.experiment
+    traces = records.read_traces(run.folder("1-traces") / "traces.jsonl")
+    annotated = records.read_annotations(run.folder("2-annotations") / "annotations.jsonl")
+    pairs = records.pair_annotations(traces, annotated)
+    sums = {role: extract.load_sums(run.folder("3-vectors") / f"{role}.sums.safetensors") for role in e.roles}
+    lines = store.read_lines(run.folder("4-steering") / "generations.jsonl")
+    partials = {role: folder / f"{role}.likelihoods.jsonl" for role in e.roles}
+    for role in run.roles_by_need():
+        if not (folder / "replies.csv").exists():
+            _likelihoods(run, role, partials[role], [line for line in lines if line["target"] == role])
+        if not (folder / f"{role}.lens_tokens.csv").exists():
+            _lens(run, role, folder)
+        if not (folder / f"{role}.probe.csv").exists():
+            _probe(run, role, folder, pairs, sums)
+    if not (folder / "replies.csv").exists():
+        tables.write(folder / "replies.csv", _replies(run, partials, lines))
+    for partial in partials.values():
+        partial.unlink(missing_ok=True)
+    rows = tables.read(folder / "replies.csv")
+    tables.write(folder / "rates.csv", replies.summarise(rows, seed=e.seed))
+    tables.write(folder / "effects.csv", replies.effects(rows))
+    tables.write(folder / "similarity.csv", _similarity(run, sums))
+    tables.write(folder / "label_cosines.csv", _label_cosines(run, sums))
+    tables.write(folder / "reliability.csv", _reliability(run, sums, traces))
+    tables.write(folder / "windows.csv", _windows(sums))
+    tables.write(folder / "agreement.csv", _agreement(run, traces, annotated))
+
+
+def _prompt(run: "Run", role: str, problem: str) -> list[int]:
+    return run.for_role(role, prompts.prompt_ids(run.tokenizer, problem, run.prompt))[0]
+
+
+def _likelihoods(run: "Run", role: str, partial: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Log-likelihood of every reply under the unsteered model, appended batch by batch."""
+    done = {line["row"] for line in store.recover_lines(partial)}
+    if len(done) == len(lines):
+        return
+    asked = {line["problem"]: _prompt(run, role, line["problem"]) for line in lines}
+    batches = coherence.log_likelihoods(
+        run.model(role),
+        [asked[line["problem"]] for line in lines],
+        [line["ids"] for line in lines],
+        batch_size=run.experiment.analysis.batch_size,
+        done=done,
+    )
+    with Progress(f"  likelihood under the unsteered {role} model", len(lines), len(done)) as progress:
+        for batch in batches:
+            new = [(row, value) for row, value in batch if row not in done]
+            store.append_lines(partial, [{"row": row, "log_likelihood": value} for row, value in new])
+            progress.update(len(new), sum(len(lines[row]["ids"]) for row, _ in new))
+
+
+def _replies(run: "Run", partials: dict[str, Path], lines: Sequence[dict[str, Any]]) -> Rows:
+    """One row per reply, in the order of generations.jsonl."""
+    ids = logit_lens.word_ids(run.tokenizer, KEYWORDS)
+    found = {
+        role: [line["log_likelihood"] for line in sorted(store.read_lines(partial), key=lambda line: line["row"])]
+        for role, partial in partials.items()
+        if partial.exists()
+    }
+    numbers = dict.fromkeys(partials, 0)
+    texts: dict[tuple[str, str], str] = {}
+    rows = []
+    for line in lines:
+        role = line["target"]
+        asked = (role, line["problem"])
+        if asked not in texts:
+            texts[asked] = run.tokenizer.decode(_prompt(run, *asked))
+        rows.append(replies.measure(line, texts[asked], ids, found[role][numbers[role]]))
+        numbers[role] += 1
+    return rows
+
+
+def _lens(run: "Run", role: str, folder: Path) -> None:
+    """Fig. 5: vectors of every model through this model's unembedding, as in Eq. 2 and with the final norm."""
+    e = run.experiment
+    ids = logit_lens.keyword_ids(run.tokenizer, e.analysis.keywords)
+    scores, items = [], []
+    for source in e.roles:
+        vector = vectors.load(run.folder("3-vectors") / f"{source}.{e.vectors.label}.safetensors")
+        for final_norm in (False, True):
+            lens = logit_lens.logit_lens(
+                run.model(role),
+                vector.directions,
+                ids,
+                n_items=run.tokenizer.vocab_size,
+                final_norm=final_norm,
+            )
+            key = {"source": source, "unembedding": role, "final_norm": int(final_norm)}
+            for layer, (score, others) in enumerate(zip(lens.score, lens.others, strict=True)):
+                scores.append(key | {"layer": layer, "score": float(score), "others": float(others)})
+            for side, found, logits in (
+                ("top", lens.top, lens.top_logits),
+                ("bottom", lens.bottom, lens.bottom_logits),
+            ):
+                items += [
+                    key
+                    | {"layer": layer, "side": side, "rank": rank, "token": int(token), "logit": float(logit)}
+                    | {"text": run.tokenizer.decode([int(token)])}
+                    for layer in range(len(found))
+                    for rank, (token, logit) in enumerate(zip(found[layer], logits[layer], strict=True))
+                ]
+    tables.write(folder / f"{role}.lens.csv", scores)
+    tables.write(folder / f"{role}.lens_tokens.csv", items)
+
+
+def _probe(run: "Run", role: str, folder: Path, pairs: Pairs, sums: dict[str, extract.WindowSums]) -> None:
+    """Section 4.2 and Fig. 6: projections on the directions, as a probe and token by token for a few traces."""
+    e, spec = run.experiment, run.experiment.analysis
+    layers = sorted({*e.vectors.layers, e.steering.layer})
+    read = [token_trace(run, role, trace, annotation) for trace, annotation in pairs]
+    rng = np.random.default_rng(e.seed)
+    replies_at = [np.arange(trace.reply_start, len(trace.ids)) for trace in read]
+    chosen = [np.sort(rng.choice(at, min(spec.positions, len(at)), replace=False)) for at in replies_at]
+    with Progress(f"  activations of the {role} model", len(read)) as progress:
+        sampled = _read_activations(run, role, read, chosen, layers, progress)
+    mean = np.concatenate(sampled).mean(0, dtype=np.float64)
+    shown = _shown(run, read)
+    with Progress(f"  projections of the {role} model", len(shown)) as progress:
+        whole = _read_activations(
+            run, role, [read[i] for i in shown], [replies_at[i] for i in shown], layers, progress, batch_size=1
+        )
+    projected = _projections(run, role, [(*pairs[i], read[i]) for i in shown], whole, mean, layers)
+    store.write_text(folder / f"{role}.projections.json", json.dumps(projected, ensure_ascii=False) + "\n")
+    traces = np.repeat(np.arange(len(read)), [len(at) for at in chosen])
+    rows: Rows = []
+    for layer in e.vectors.layers:
+        at = np.concatenate(sampled)[:, layers.index(layer)]
+        for horizon in spec.horizons:
+            starts = [[at for label, at in trace.starts if label == e.vectors.label] for trace in read]
+            soon = [probe.starts_soon(s, at, horizon) for s, at in zip(starts, chosen, strict=True)]
+            tokens = probe.Tokens(at, traces, np.concatenate(soon))
+            rows += _probe_rows(run, role, layer, horizon, tokens, [trace.problem_id for trace, _ in pairs], sums)
+    tables.write(folder / f"{role}.probe.csv", rows)
+
+
+def _read_activations(
+    run: "Run",
+    role: str,
+    traces: Sequence[extract.TokenTrace],
+    at: Sequence[np.ndarray],
+    layers: Sequence[int],
+    progress: Progress,
+    batch_size: int = 0,
+) -> list[np.ndarray]:
+    """[positions, layers, D] of every trace."""
+    found: dict[int, np.ndarray] = {}
+    size = batch_size or run.experiment.analysis.batch_size
+    for batch in activations.read(run.model(role), traces, at, layers, batch_size=size):
+        found |= dict(batch)
+        progress.update(len(batch), sum(len(traces[i].ids) for i, _ in batch))
+    return [found[i] for i in range(len(traces))]
+
+
+def _probe_rows(
+    run: "Run",
+    role: str,
+    layer: int,
+    horizon: int,
+    tokens: probe.Tokens,
+    problems: Sequence[str],
+    sums: dict[str, extract.WindowSums],
+) -> Rows:
+    """Scores of the directions, a random one, and a logistic regression at the steered layer, on the same tokens."""
+    e, spec = run.experiment, run.experiment.analysis
+    fold = probe.folds(problems, spec.folds, e.seed)
+    of_token = np.array(problems)[tokens.traces]
+    scored = {
+        "random direction": tokens.activations
+        @ np.random.default_rng(e.seed).standard_normal(tokens.activations.shape[1])
+    }
+    for source, total in sums.items():
+        positive, contrast = (_trace_means(total, layer, group) for group in (e.vectors.label, e.vectors.contrast))
+        scored[f"{source}-derived direction"] = probe.direction_scores(tokens, positive, contrast, fold)
+    if layer == e.steering.layer:
+        scored["logistic regression"] = probe.logistic_scores(tokens, fold)
+    rows = []
+    for method, values in scored.items():
+        kept = np.isfinite(values)
+        found = probe.score(values[kept], tokens.positive[kept], of_token[kept].tolist())
+        rows.append(
+            {"role": role, "layer": layer, "horizon": horizon, "method": method}
+            | {"auc": found.auc, "low": found.low, "high": found.high, "average_precision": found.average_precision}
+            | {"n_tokens": int(kept.sum()), "n_positive": int(tokens.positive[kept].sum())}
+            | {"n_problems": len(set(of_token))}
+        )
+    return rows
+
+
+def _trace_means(sums: extract.WindowSums, layer: int, group: str) -> np.ndarray:
+    """[n, D]: each trace's mean over the experiment's windows of a group of labels."""
+    return sums.trace_means[:, sums.plan.layers.index(layer), list(sums.plan.groups).index(group)]
+
+
+def _shown(run: "Run", read: Sequence[extract.TokenTrace]) -> list[int]:
+    """Which traces the report shows: spread over those with a section of the experiment's label, if there are any."""
+    label = run.experiment.vectors.label
+    marked = [i for i, trace in enumerate(read) if any(name == label for name, _ in trace.starts)]
+    return spread(marked or list(range(len(read))), run.experiment.analysis.shown)
+
+
+def _projections(
+    run: "Run",
+    role: str,
+    shown: Sequence[tuple[records.Trace, records.Annotation, extract.TokenTrace]],
+    whole: Sequence[np.ndarray],
+    mean: np.ndarray,
+    layers: Sequence[int],
+) -> dict[str, Any]:
+    """Tokens of a few traces with the projections of their centred activations on every unit direction."""
+    folder = run.folder("3-vectors")
+    names = [
+        (source, label) for label in run.experiment.shown_vectors(_labels(folder)) for source in run.experiment.roles
     ]
-    store.write_text(folder / "rates.csv", steering_report.to_csv(rows))
+    names = [name for name in names if (folder / f"{name[0]}.{name[1]}.safetensors").exists()]
+    units = {name: vectors.load(folder / f"{name[0]}.{name[1]}.safetensors") for name in names}
+    traces = []
+    for (trace, _, tokens), states in zip(shown, whole, strict=True):
+        centred = states - mean
+        values = [[centred[:, n] @ units[name].unit(layer) for name in names] for n, layer in enumerate(layers)]
+        traces.append(
+            {
+                "id": trace.id,
+                "category": trace.category,
+                "problem": trace.problem,
+                "tokens": _pieces(run, tokens),
+                "starts": [[label, at - tokens.reply_start] for label, at in tokens.starts],
+                "values": [[[round(float(x), 3) for x in row] for row in rows] for rows in values],
+            }
+        )
+    return {
+        "role": role,
+        "layers": list(layers),
+        "vectors": [{"source": source, "label": label} for source, label in names],
+        "window": list(run.experiment.vectors.window),
+        "traces": traces,
+    }
+
+
+def _labels(folder: Path) -> list[str]:
+    return json.loads((folder / "summary.json").read_text())["labels"]
+
+
+def _pieces(run: "Run", trace: extract.TokenTrace) -> list[str]:
+    """Text of each reply token; a character of several tokens stands with the first of them."""
+    text, spans = run.tokenizer.decode_with_spans(trace.ids[trace.reply_start :])
+    pieces, end = [], 0
+    for start, stop in spans:
+        pieces.append(text[max(start, end) : stop])
+        end = max(end, stop)
+    return pieces
+
+
+def _similarity(run: "Run", sums: dict[str, extract.WindowSums]) -> Rows:
+    """Text 3.2: norms of every label's vectors, and the cosine of the two models' ones, at every layer."""
+    rows = []
+    for label in _labels(run.folder("3-vectors")):
+        files = {role: run.folder("3-vectors") / f"{role}.{label}.safetensors" for role in sums}
+        if not all(file.exists() for file in files.values()):
+            continue
+        found = {role: vectors.load(file) for role, file in files.items()}
+        cosines = vectors.cosine(found["base"], found["reasoning"]) if len(found) == len(ROLES) else None
+        for layer in range(len(next(iter(found.values())).directions)):
+            row = {"label": label, "layer": layer, "cosine": float("nan") if cosines is None else float(cosines[layer])}
+            rows.append(row | {f"norm_{role}": float(vector.norms[layer]) for role, vector in found.items()})
+    return rows
+
+
+def _label_cosines(run: "Run", sums: dict[str, extract.WindowSums]) -> Rows:
+    """Cosines of every two labels' vectors of one model at every layer."""
+    rows = []
+    for role in sums:
+        files = {
+            label: run.folder("3-vectors") / f"{role}.{label}.safetensors" for label in _labels(run.folder("3-vectors"))
+        }
+        found = {label: vectors.load(file) for label, file in files.items() if file.exists()}
+        labels = [label for label in (*records.LABELS, *sorted(found)) if label in found]
+        labels = list(dict.fromkeys(labels))
+        for layer in range(sums[role].sums.shape[1]):
+            matrix = similarity.cosine_matrix(np.stack([found[label].at(layer) for label in labels]))
+            rows += [
+                {"role": role, "layer": layer, "label": a, "other": b, "cosine": float(matrix[i, j])}
+                for i, a in enumerate(labels)
+                for j, b in enumerate(labels)
+            ]
+    return rows
+
+
+def _reliability(run: "Run", sums: dict[str, extract.WindowSums], traces: Sequence[records.Trace]) -> Rows:
+    """Split-half cosine of every label's vector at the layers whose trace means were kept."""
+    problem = {trace.id: trace.problem_id for trace in traces}
+    rows = []
+    for role, total in sums.items():
+        problems = [problem[i] for i in total.trace_ids]
+        for layer in total.plan.layers:
+            for label in (name for name in total.plan.groups if name not in ("all", "rest")):
+                positive, contrast = (_trace_means(total, layer, group) for group in (label, "all"))
+                found = similarity.split_half(positive, contrast, problems, seed=run.experiment.seed)
+                rows.append({"role": role, "layer": layer, "label": label} | found._asdict())
+    return rows
+
+
+def _windows(sums: dict[str, extract.WindowSums]) -> Rows:
+    """Windows read and dropped, of every group of labels and window."""
+    return [
+        {"role": role, "label": label, "window": f"{first}..{last}"}
+        | {"read": int(total.read[g, w]), "dropped": int(total.dropped[g, w])}
+        for role, total in sums.items()
+        for g, label in enumerate(total.plan.groups)
+        for w, (first, last) in enumerate(total.plan.windows)
+    ]
+
+
+def _agreement(run: "Run", traces: Sequence[records.Trace], annotated: Sequence[records.Annotation]) -> Rows:
+    """Table C.1 on the traces: the keyword judge against the labels of the run, where these are another judge's."""
+    if run.experiment.annotations.judge == "keyword" or run.experiment.vectors.label != "backtracking":
+        return []
+    found = agreement.agreement(traces, annotated, [keyword.annotate(trace) for trace in traces], unit="sentence")
+    say(f"  keyword judge against the labels: F1 {100 * found[0].f1.value:.1f} %")
+    return [
+        {"group": row.group, "unit": row.unit, "n_units": row.n_units, "n_reference": row.n_reference}
+        | {
+            f"{name}{suffix}": getattr(getattr(row, name), field)
+            for name in ("precision", "recall", "f1", "kappa")
+            for suffix, field in (("", "value"), ("_low", "low"), ("_high", "high"))
+        }
+        for row in found
+    ]

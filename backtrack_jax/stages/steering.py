@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from backtrack_jax import conditions, generate, inputs, store, vectors
+from backtrack_jax import conditions, extract, generate, inputs, store, vectors
 from backtrack_jax.data import records
 from backtrack_jax.models import prompts
 from backtrack_jax.stages.sampling import sample_rows
@@ -41,9 +41,9 @@ def _steer_model(
     built = conditions.Interventions(readings, config.n_layers, config.d_model, spec.span, e.seed)
     todo = [
         (condition, trace, sample)
-        for condition in conditions.make(e, readings)
+        for condition, limit in conditions.make(e, readings).items()
         if condition.target == target
-        for trace in asked
+        for trace in inputs.spread(asked, limit)
         for sample in range(spec.samples)
     ]
     rows = []
@@ -96,4 +96,20 @@ def load_readings(run: "Run") -> conditions.Readings:
                         f"{file} has directions of shape {vector.directions.shape} (layers, width); "
                         f"the {target} model takes {shape}"
                     )
-    return conditions.Readings(found, {role: np.array(summary[role]["mean_norm"]) for role in e.roles})
+    norms = {role: np.array(summary[role]["mean_norm"]) for role in e.roles}
+    return conditions.Readings(found, norms, _offset_vectors(run, folder))
+
+
+def _offset_vectors(run: "Run", folder: Path) -> dict[tuple[str, str], vectors.SteeringVector]:
+    """Vectors of the offsets that are swept, out of the window sums of the model that they are added to."""
+    e = run.experiment
+    windows = [window for window in map(e.vectors.window_at, e.steering.offsets) if window != e.vectors.window]
+    if not windows:
+        return {}
+    sums = extract.load_sums(folder / f"{e.author}.sums.safetensors")
+    return {
+        (e.author, conditions.window_name(window)): vectors.difference_of_means(
+            sums, e.vectors.label, window, contrast=e.vectors.contrast, estimator=e.vectors.estimator
+        )
+        for window in windows
+    }

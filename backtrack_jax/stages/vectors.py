@@ -15,6 +15,8 @@ from backtrack_jax.progress import Progress, say
 if TYPE_CHECKING:
     from backtrack_jax.pipeline import Run
 
+_SHUFFLED = "shuffled"
+
 
 def read_vectors(run: "Run", folder: Path) -> None:
     """Stage 3: window sums of every model, and from them the difference-of-means vectors of every layer."""
@@ -29,11 +31,12 @@ def read_vectors(run: "Run", folder: Path) -> None:
             f"no section is labelled {missing[0]!r}, which vectors.label or steering.kinds asks for; "
             f"labels that occur: {', '.join(found) or 'none'}"
         )
+    windows = [e.vectors.window, *map(e.vectors.window_at, e.vectors.offsets)]
     plan = extract.WindowPlan(
-        labels=tuple(found),
-        groups={label: (label,) for label in found}
+        labels=(*found, _SHUFFLED),
+        groups={label: (label,) for label in (*found, _SHUFFLED)}
         | {"all": tuple(found), "rest": tuple(label for label in found if label != e.vectors.label)},
-        windows=(e.vectors.window, *((offset, offset) for offset in e.vectors.offsets)),
+        windows=tuple(dict.fromkeys(windows)),
         layers=e.vectors.layers,
         into_prompt=e.vectors.into_prompt,
     )
@@ -62,8 +65,9 @@ def _sums_of_role(
     seen = len(sums.trace_ids) if sums else 0
     if sums and seen == len(pairs):
         return sums
-    traces = [token_trace(run, role, trace, annotation) for trace, annotation in pairs]
-    _require_windows(traces, plan, wanted)
+    drawn = _drawn_sections([annotation for _, annotation in pairs], e.vectors.label)
+    traces = [token_trace(run, role, *pair, drawn=numbers) for pair, numbers in zip(pairs, drawn, strict=True)]
+    _require_windows(traces, plan, wanted, {e.vectors.window, *map(e.vectors.window_at, e.steering.offsets)})
     model = run.model(role)
     length = {trace.id: len(trace.ids) for trace in traces}
     sums = sums or extract.WindowSums.zeros(plan, model.config.n_layers, model.config.d_model)
@@ -74,23 +78,44 @@ def _sums_of_role(
     return sums
 
 
-def _require_windows(traces: Sequence[extract.TokenTrace], plan: extract.WindowPlan, wanted: Collection[str]) -> None:
+def _require_windows(
+    traces: Sequence[extract.TokenTrace],
+    plan: extract.WindowPlan,
+    wanted: Collection[str],
+    windows: Collection[extract.Window],
+) -> None:
     """Refuses, before the model is loaded, a group of labels of which no window could be read."""
     counted = [extract.count_windows(trace, plan, len(trace.ids)) for trace in traces]
-    readable = {label for reads, _ in counted for row, label in enumerate(plan.labels) if reads[row, 0].any()}
-    for group in sorted(wanted):
-        if not readable.intersection(plan.groups[group]):
-            raise ValueError(
-                f"no window {plan.windows[0]} of {group!r} lies inside a reply, so it has no mean; "
-                "choose another vectors.window, or vectors.into_prompt=True"
-            )
+    for at, window in enumerate(plan.windows):
+        readable = {label for reads, _ in counted for row, label in enumerate(plan.labels) if reads[row, at].any()}
+        for group in sorted(wanted) if window in windows else ():
+            if not readable.intersection(plan.groups[group]):
+                raise ValueError(
+                    f"no window {window} of {group!r} lies inside a reply, so it has no mean; "
+                    "choose another vectors.window or steering.offsets, or vectors.into_prompt=True"
+                )
 
 
-def token_trace(run: "Run", role: str, trace: records.Trace, annotation: records.Annotation) -> extract.TokenTrace:
-    """A trace as the model of a role reads it, with each section's first token."""
+def _drawn_sections(annotated: Sequence[records.Annotation], label: str) -> list[set[int]]:
+    """For each trace, which of its sections the `shuffled` vector takes as D+: as many in all as have the label."""
+    sections = [(trace, number) for trace, a in enumerate(annotated) for number in range(len(a.sections))]
+    count = sum(section.label == label for a in annotated for section in a.sections)
+    drawn: list[set[int]] = [set() for _ in annotated]
+    for at in np.random.default_rng(0).choice(len(sections), count, replace=False):
+        trace, number = sections[at]
+        drawn[trace].add(number)
+    return drawn
+
+
+def token_trace(
+    run: "Run", role: str, trace: records.Trace, annotation: records.Annotation, drawn: Collection[int] = ()
+) -> extract.TokenTrace:
+    """A trace as the model of a role reads it, with each section's first token, those drawn under a second label."""
     encoded = prompts.encode_trace(run.tokenizer, trace.problem, trace.text, run.prompt, token_ids=trace.token_ids)
     ids, index = run.for_role(role, encoded.ids)
-    placed = [(section.label, encoded.position_of_char(section.start)) for section in annotation.sections]
+    places = [encoded.position_of_char(section.start) for section in annotation.sections]
+    placed = [(section.label, at) for section, at in zip(annotation.sections, places, strict=True)]
+    placed += [(_SHUFFLED, places[number]) for number in sorted(drawn)]
     starts = [(label, int(index[at])) for label, at in placed if at is not None and index[at] >= 0]
     reply_start = int(np.sum(index[: encoded.reply_start] >= 0))
     return extract.TokenTrace(trace.id, ids, reply_start, starts)

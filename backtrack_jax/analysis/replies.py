@@ -1,0 +1,151 @@
+"""Measures of steered replies: one row per reply, one per condition, and the effect on every problem."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from backtrack_jax.analysis import backtracking
+from backtrack_jax.conditions import UNSTEERED
+from backtrack_jax.data.records import Trace
+from backtrack_jax.judges import keyword
+
+CELL = ("target", "kind", "source", "layer", "window", "magnitude", "length", "unit", "span")
+"""Columns that tell one condition from another."""
+
+Row = Mapping[str, Any]
+
+
+def measure(line: Row, prompt: str, keyword_ids: Collection[int], log_likelihood: float) -> dict[str, Any]:
+    """What one reply looks like.
+
+    Args:
+      line: of generations.jsonl.
+      prompt: the prompt as text, for the released counter.
+      keyword_ids: ids of tokens that are a keyword of Eq. 1.
+      log_likelihood: mean log-likelihood per token under the unsteered model, in nats.
+
+    Returns:
+      The cell's columns, `problem_id`, `category`, `sample`; `hits` and `words` (Eq. 1), the same over prompt and reply
+      by substring (`substring_hits`, `substring_words`), `token_rate` (share of tokens that are a keyword),
+      `sentences` and `keyword_sentences` (those the keyword judge calls backtracking), `tokens`, `finish_reason`, and
+      the coherence: `log_likelihood`, `repeated_2grams`, `repeated_3grams`, `compression`.
+    """
+    text = line["text"]
+    words = backtracking.count_keywords(text)
+    substring = backtracking.count_keywords(text, variant="substring", prompt=prompt)
+    judged = keyword.annotate(Trace("reply/0", "reply", "", "", text)).sections
+    return {
+        **{name: line[name] for name in (*CELL, "problem_id", "category", "sample")},
+        "hits": words.hits,
+        "words": words.words,
+        "substring_hits": substring.hits,
+        "substring_words": substring.words,
+        "token_rate": backtracking.token_id_rate(line["ids"], keyword_ids),
+        "sentences": len(judged),
+        "keyword_sentences": sum(section.label == "backtracking" for section in judged),
+        "tokens": len(line["ids"]),
+        "finish_reason": line["finish_reason"],
+        "log_likelihood": log_likelihood,
+        "repeated_2grams": backtracking.repeated_ngrams(text, 2),
+        "repeated_3grams": backtracking.repeated_ngrams(text, 3),
+        "compression": backtracking.compression_ratio(text),
+    }
+
+
+def by_cell(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
+    """Rows of each condition, in the order in which conditions first occur."""
+    cells: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        cells.setdefault(tuple(row[name] for name in CELL), []).append(row)
+    return cells
+
+
+def effects(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Rate of every problem under every condition, and its difference from the unsteered model on the same problem.
+
+    Returns:
+      One row per condition and problem: the cell's columns, `problem_id`, `rate`, `unsteered`, `effect`; replies to a
+      problem are pooled. Empty where the unsteered model was not sampled.
+    """
+    plain = {
+        cell[0]: {problem: rate for problem, (rate, _) in _by_problem(members).items()}
+        for cell, members in by_cell(rows).items()
+        if cell[1] == UNSTEERED
+    }
+    return [
+        dict(zip(CELL, cell, strict=True))
+        | {"problem_id": problem, "rate": rate, "unsteered": plain[cell[0]][problem]}
+        | {"effect": rate - plain[cell[0]][problem]}
+        for cell, members in by_cell(rows).items()
+        if cell[1] != UNSTEERED and cell[0] in plain
+        for problem, (rate, _) in _by_problem(members).items()
+        if problem in plain[cell[0]]
+    ]
+
+
+def _by_problem(members: Iterable[Row]) -> dict[str, tuple[float, int]]:
+    """Problem -> its pooled rate and words."""
+    sums: dict[str, list[int]] = {}
+    for row in members:
+        total = sums.setdefault(row["problem_id"], [0, 0])
+        total[0] += row["hits"]
+        total[1] += row["words"]
+    return {problem: (hits / words if words else 0.0, words) for problem, (hits, words) in sums.items()}
+
+
+def summarise(rows: Sequence[Row], *, seed: int = 0) -> list[dict[str, Any]]:
+    """One row per condition.
+
+    Returns:
+      The cell's columns; `rate` (Eq. 1, pooled over replies) with `low` and `high`, its 95 % bootstrap interval over
+      problems; `mean_rate` and `std_rate` of the single replies (the paper's bars); the variants `substring_rate`,
+      `token_rate`, `sentence_rate`; counts; the coherence, as means over replies; `effect` (mean over problems of the
+      difference from the unsteered model) with `effect_low` and `effect_high`, and `share_lowered`, the problems on
+      which the condition lowered the rate.
+    """
+    changed = by_cell(effects(rows))
+    return [
+        dict(zip(CELL, cell, strict=True)) | _summary(members, seed) | _effect(changed.get(cell, []), seed)
+        for cell, members in by_cell(rows).items()
+    ]
+
+
+def _summary(members: Sequence[Row], seed: int) -> dict[str, Any]:
+    hits, words = (np.array([row[name] for row in members]) for name in ("hits", "words"))
+    names, group = np.unique([row["problem_id"] for row in members], return_inverse=True)
+    low, high = backtracking.bootstrap_interval(np.bincount(group, hits), np.bincount(group, words), seed=seed)
+    rates = np.divide(hits, words, out=np.zeros(len(members)), where=words > 0)
+
+    def pooled(numerator: str, denominator: str) -> float:
+        below = sum(row[denominator] for row in members)
+        return sum(row[numerator] for row in members) / below if below else 0.0
+
+    def mean(name: str) -> float:
+        values = np.array([row[name] for row in members], float)
+        return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+
+    return {
+        "rate": pooled("hits", "words"),
+        "low": low,
+        "high": high,
+        "mean_rate": float(rates.mean()),
+        "std_rate": float(rates.std()),
+        "substring_rate": pooled("substring_hits", "substring_words"),
+        "token_rate": mean("token_rate"),
+        "sentence_rate": pooled("keyword_sentences", "sentences"),
+        "n_replies": len(members),
+        "n_problems": len(names),
+        "n_hits": int(hits.sum()),
+        "n_words": int(words.sum()),
+        **{name: mean(name) for name in ("log_likelihood", "repeated_2grams", "repeated_3grams", "compression")},
+    }
+
+
+def _effect(members: Sequence[Row], seed: int) -> dict[str, float]:
+    if not members:
+        return dict.fromkeys(("effect", "effect_low", "effect_high", "share_lowered"), float("nan"))
+    values = np.array([row["effect"] for row in members])
+    low, high = backtracking.bootstrap_interval(values, np.ones(len(values)), seed=seed)
+    lowered = float(np.mean(values < 0))
+    return {"effect": float(values.mean()), "effect_low": low, "effect_high": high, "share_lowered": lowered}

@@ -1,0 +1,125 @@
+"""Figures for the page: a `Plot` as a plotly figure, whose colours of text and ground the page sets."""
+
+import html
+import json
+import math
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from backtrack_jax.report.plots import Panel, Plot
+from backtrack_jax.report.static import colour_range
+
+_DASHES = {"-": "solid", "--": "dash", ":": "dot", "": "solid"}
+_SYMBOLS = {"o": "circle", "s": "square", "^": "triangle-up", "D": "diamond"}
+
+
+def figure(plot: Plot) -> dict[str, Any]:
+    """Data and layout of a plotly figure, as JSON values."""
+    rows, columns = len(plot.panels), max(len(row) for row in plot.panels)
+    titles = [panel.title for row in plot.panels for panel in [*row, *[_BLANK] * (columns - len(row))]]
+    made = make_subplots(
+        rows, columns, subplot_titles=[html.escape(t) for t in titles],
+        horizontal_spacing=0.16 / columns if columns > 1 else 0, vertical_spacing=0.22 / rows if rows > 1 else 0,
+    )  # fmt: skip
+    named: set[str] = set()
+    for r, row in enumerate(plot.panels, 1):
+        for c, panel in enumerate(row, 1):
+            _heat(made, plot, panel, r, c) if panel.heat else _curves(made, panel, r, c, named)
+            made.update_xaxes(title_text=html.escape(panel.x_label), row=r, col=c)
+            made.update_yaxes(title_text=html.escape(panel.y_label), row=r, col=c)
+    made.update_layout(
+        template=None,
+        height=120 + sum(max(_height(panel) for panel in row) for row in plot.panels),
+        margin={"l": 60, "r": 20, "t": 40, "b": 60},
+        legend={"orientation": "h", "y": -0.16 / rows, "yanchor": "top", "x": 0},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        hovermode="closest",
+    )
+    made.update_annotations(font_size=13)
+    return json.loads(str(made.to_json()))
+
+
+_BLANK = Panel("", "", "")
+
+
+def _height(panel: Panel) -> int:
+    return max(280, 110 + 20 * len(panel.heat.y)) if panel.heat else 280
+
+
+def _curves(made: go.Figure, panel: Panel, row: int, column: int, named: set[str]) -> None:
+    for s in panel.series:
+        bars = None
+        if len(s.low):
+            above = [_gap(high, y) for y, high in zip(s.y, s.high, strict=True)]
+            below = [_gap(y, low) for y, low in zip(s.y, s.low, strict=True)]
+            bars = {"type": "data", "array": above, "arrayminus": below, "thickness": 1, "width": 3}
+        x = [panel.categories[round(i)] for i in s.x] if panel.categories else list(s.x)
+        made.add_trace(
+            go.Scatter(
+                x=x,
+                y=[None if math.isnan(y) else y for y in s.y],
+                error_y=bars,
+                name=html.escape(s.label),
+                legendgroup=s.label,
+                showlegend=s.label not in named,
+                mode="lines+markers" if s.style else "markers",
+                line={"color": _shown(s.colour), "dash": _DASHES[s.style], "width": 2},
+                marker={"symbol": _SYMBOLS[s.marker], "size": 7, "color": _shown(s.colour)},
+                opacity=1 if s.style else 0.6,
+            ),
+            row=row,
+            col=column,
+        )
+        named.add(s.label)
+    if panel.level is not None:
+        line: dict[str, Any] = {"dash": "dash", "width": 1, "color": "gray"}
+        made.add_shape(
+            type="line", x0=0, x1=1, xref="x domain", y0=panel.level, y1=panel.level, line=line, row=row, col=column
+        )
+    if panel.from_zero:
+        made.update_yaxes(rangemode="tozero", row=row, col=column)
+
+
+def _heat(made: go.Figure, plot: Plot, panel: Panel, row: int, column: int) -> None:
+    heat = panel.heat
+    assert heat is not None
+    low, high = colour_range(plot, heat)
+    subplot: Any = made.get_subplot(row, column)
+    across, down = subplot.xaxis.domain, subplot.yaxis.domain
+    made.add_trace(
+        go.Heatmap(
+            x=list(heat.x),
+            y=list(heat.y),
+            z=[[None if math.isnan(v) else v for v in values] for values in heat.values],
+            zmin=low,
+            zmax=high,
+            colorscale="RdBu" if heat.diverging else "Viridis",
+            reversescale=heat.diverging,
+            colorbar={
+                "title": {"text": html.escape(heat.label), "side": "right"},
+                "x": across[1] + 0.005,
+                "xanchor": "left",
+                "y": sum(down) / 2,
+                "len": down[1] - down[0],
+                "thickness": 10,
+            },
+            hovertemplate="%{y}, %{x}: %{z:.3g}<extra></extra>",
+            hoverongaps=False,
+        ),
+        row=row,
+        col=column,
+    )
+    made.update_xaxes(type="category", row=row, col=column)
+    made.update_yaxes(type="category", autorange="reversed", row=row, col=column)
+
+
+def _shown(colour: str) -> str:
+    """Black would be lost on the dark page."""
+    return "#808080" if colour == "#000000" else colour
+
+
+def _gap(upper: float, lower: float) -> float:
+    return 0.0 if math.isnan(upper - lower) else max(0.0, upper - lower)

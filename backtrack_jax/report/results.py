@@ -1,0 +1,88 @@
+"""Everything that figures, summary and page are made from, read once from the stages' folders."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from backtrack_jax import store, tables
+from backtrack_jax.conditions import UNSTEERED, window_name
+from backtrack_jax.config import Experiment
+
+Rows = list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """Results of a run.
+
+    Attributes:
+      experiment: what was asked for.
+      vectors: summary.json of stage 3: labels, windows read, mean residual norms, cosines.
+      tables: name of a table of stage 5 without its suffix -> rows; those of single models are joined.
+      projections: role -> tokens of a few traces with their projections.
+      generations: lines of generations.jsonl.
+      annotations: summary of the annotations, as text.
+      environment: versions, device and revision of the run.
+    """
+
+    experiment: Experiment
+    vectors: dict[str, Any]
+    tables: dict[str, Rows]
+    projections: dict[str, dict[str, Any]]
+    generations: Rows
+    annotations: str
+    environment: dict[str, Any]
+
+    @property
+    def window(self) -> str:
+        """The experiment's window as it stands in tables."""
+        return window_name(self.experiment.vectors.window)
+
+    @property
+    def roles(self) -> list[str]:
+        """Models that take part, the base model first."""
+        return [role for role in ("base", "reasoning") if role in self.experiment.roles]
+
+    @property
+    def author(self) -> str:
+        """Role of the model that writes the traces, on which most sweeps are made."""
+        return self.experiment.author
+
+    def mean_norm(self, role: str, layer: int) -> float:
+        """Mean norm of the residual stream of a model at a layer, over reply tokens."""
+        return self.vectors[role]["mean_norm"][layer]
+
+    def cells(self, target: str, kind: str, source: str, **others: Any) -> Rows:
+        """Rows of rates.csv of one curve by rising magnitude, from the unsteered cell on."""
+        wanted = {"layer": self.experiment.steering.layer, "window": self.window if source else ""} | others
+        found = [row for row in self.tables["rates"] if row["target"] == target and row["kind"] == UNSTEERED]
+        found += [
+            row
+            for row in self.tables["rates"]
+            if (row["target"], row["kind"], row["source"]) == (target, kind, source)
+            and all(row[name] == value for name, value in wanted.items())
+        ]
+        return sorted(found, key=lambda row: row["magnitude"])
+
+    def unsteered(self, target: str) -> dict[str, Any] | None:
+        """The unsteered cell of a model, if it was sampled."""
+        return next((r for r in self.tables["rates"] if r["target"] == target and r["kind"] == UNSTEERED), None)
+
+
+def read(experiment: Experiment, workdir: Path) -> Results:
+    """Reads the results of stages 2 to 5."""
+    analysis = workdir / "5-analysis"
+    joined: dict[str, Rows] = {}
+    for path in sorted(analysis.glob("*.csv")):
+        joined.setdefault(path.stem.split(".")[-1], []).extend(tables.read(path))
+    described = json.loads((workdir / "4-steering" / "run.json").read_text())
+    return Results(
+        experiment,
+        json.loads((workdir / "3-vectors" / "summary.json").read_text()),
+        joined,
+        {role: json.loads((analysis / f"{role}.projections.json").read_text()) for role in experiment.roles},
+        store.read_lines(workdir / "4-steering" / "generations.jsonl"),
+        (workdir / "2-annotations" / "summary.txt").read_text(),
+        {name: described[name] for name in ("versions", "device", "git_revision")},
+    )

@@ -1,0 +1,141 @@
+"""The run in a few sentences, each built from its numbers, and as a Markdown file."""
+
+import math
+
+from backtrack_jax.conditions import UNSTEERED
+from backtrack_jax.report.reference import comparison, highest, percent, settings
+from backtrack_jax.report.results import Results, Rows
+
+
+def sentences(r: Results) -> list[str]:
+    """What came out, one finding a sentence; what was not measured is not mentioned."""
+    return [text for text in (*_steering(r), _baselines(r), _coherence(r), _cosine(r), _probe(r), _dropped(r)) if text]
+
+
+def _steering(r: Results) -> list[str]:
+    label, author, plain = r.experiment.vectors.label, r.author, r.unsteered(r.author)
+    found = {source: highest(r.cells(author, label, source)) for source in r.roles}
+    reached = [
+        f"{percent(best)} % at magnitude {best['magnitude']:g} with the {source}-derived {label} vector"
+        for source, best in found.items()
+        if best
+    ]
+    texts = []
+    if reached:
+        start = f"unsteered {percent(plain)} % of its words; it reached " if plain else "it reached "
+        texts.append(
+            f"The {author} model says wait or hmm in {start}{', and '.join(reached)} (95 % intervals over problems)."
+        )
+    if author != "base" and "base" in r.roles:
+        base = highest([cell for source in r.roles for cell in r.cells("base", label, source)])
+        if base:
+            texts.append(f"The base model reached at most {percent(base)} % with either vector.")
+    return texts
+
+
+def _baselines(r: Results) -> str:
+    label, author = r.experiment.vectors.label, r.author
+    others = [kind for kind in r.experiment.steering.all_kinds if kind != label]
+    best = highest([cell for kind in others for source in (author, "") for cell in r.cells(author, kind, source)])
+    if not best:
+        return ""
+    return (
+        f"Of {len(others)} other directions of equal norm on the {author} model, {best['kind']} reached most: "
+        f"{percent(best)} % at magnitude {best['magnitude']:g}."
+    )
+
+
+def _coherence(r: Results) -> str:
+    plain = r.unsteered(r.author)
+    best = highest([c for source in r.roles for c in r.cells(r.author, r.experiment.vectors.label, source)])
+    if not plain or not best:
+        return ""
+    return (
+        "At the highest rate the replies' mean log-likelihood under the unsteered model is "
+        f"{best['log_likelihood']:.2f} nats a token (unsteered {plain['log_likelihood']:.2f}), and "
+        f"{100 * best['repeated_3grams']:.0f} % of their 3-grams are repeated (unsteered "
+        f"{100 * plain['repeated_3grams']:.0f} %)."
+    )
+
+
+def _cosine(r: Results) -> str:
+    key = (r.experiment.vectors.label, r.experiment.steering.layer)
+    found = [row["cosine"] for row in r.tables["similarity"] if (row["label"], row["layer"]) == key]
+    if not found or math.isnan(found[0]):
+        return ""
+    return f"Base- and reasoning-derived {key[0]} vectors have cosine {found[0]:.3f} at layer {key[1]} (paper: 0.74)."
+
+
+def _probe(r: Results) -> str:
+    layer = r.experiment.steering.layer
+    rows = {row["method"]: row for row in r.tables["probe"] if (row["role"], row["layer"]) == (r.author, layer)}
+    row = rows.get("base-derived direction") or rows.get(f"{r.author}-derived direction")
+    if not row or math.isnan(row["auc"]):
+        return ""
+    other = rows.get("logistic regression")
+    beside = f"; a logistic regression on the same tokens has {other['auc']:.2f}" if other else ""
+    return (
+        f"As a probe for what begins within {row['horizon']} tokens, the {row['method']} has a ROC-AUC of "
+        f"{row['auc']:.2f} ({row['low']:.2f} to {row['high']:.2f}) at layer {layer}{beside}."
+    )
+
+
+def _dropped(r: Results) -> str:
+    windows = r.vectors[r.author]["windows"]
+    own, total = windows[r.experiment.vectors.label], windows["all"]
+    return (
+        f"The {r.author}-derived vector rests on {own['read']} of {own['read'] + own['dropped']} windows "
+        f"({total['dropped']} of all were dropped because they leave the reply)."
+    )
+
+
+def markdown(r: Results) -> str:
+    """summary.md: the sentences, the paper beside this run, sections and windows, and every cell."""
+    layer = r.experiment.steering.layer
+    lines = [f"# {r.experiment.name}", "", *(f"- {text}" for text in sentences(r))]
+    lines += ["", "## Paper and this run", "", *_table(comparison(r))]
+    lines += ["", "Settings (a `no` says that a number need not agree):", "", *_table(settings(r))]
+    lines += ["", "## Sections", "", "```", r.annotations.strip(), "```", "", "## Vectors", ""]
+    for role in r.roles:
+        windows = r.vectors[role]["windows"]
+        counts = ", ".join(f"{label} {n['read']} ({n['dropped']} dropped)" for label, n in windows.items())
+        norm = f"mean residual norm at layer {layer}: {r.mean_norm(role, layer):.4g}"
+        lines.append(f"- {role} model: windows read: {counts}; {norm}")
+    lines += ["", "## Steering", "", _explain(r), "", *_table(_cells(r.tables["rates"]))]
+    return "\n".join(lines) + "\n"
+
+
+def _explain(r: Results) -> str:
+    s = r.experiment.steering
+    return (
+        f"Span `{s.span}`; magnitude in unit `{s.unit}`. Rate: share of words in {{wait, hmm}} (Eq. 1), with a 95 % "
+        "bootstrap interval over problems. Log-likelihood: mean per token under the unsteered model, nats. "
+        "Repetition: mean share of repeated 3-grams."
+    )
+
+
+def _cells(rates: Rows) -> list[dict[str, str]]:
+    return [
+        {
+            "model": row["target"],
+            "added": row["kind"],
+            "source": row["source"] or "-",
+            "layer": "-" if row["kind"] == UNSTEERED else str(row["layer"]),
+            "window": row["window"] or "-",
+            "magnitude": f"{row['magnitude']:g}",
+            "norm added": f"{row['length']:.3g}",
+            "rate %": f"{100 * row['rate']:.2f}",
+            "interval %": "-" if math.isnan(row["low"]) else f"{100 * row['low']:.2f} to {100 * row['high']:.2f}",
+            "log-likelihood": f"{row['log_likelihood']:.2f}",
+            "repetition": f"{row['repeated_3grams']:.2f}",
+            "words": str(row["n_words"]),
+            "replies": str(row["n_replies"]),
+        }
+        for row in rates
+    ]
+
+
+def _table(rows: list[dict[str, str]]) -> list[str]:
+    """Rows as a Markdown table."""
+    clean = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row.values()] for row in rows]
+    return [f"| {' | '.join(cells)} |" for cells in [list(rows[0]), ["---"] * len(rows[0]), *clean]]
