@@ -12,9 +12,9 @@ class Progress:
     Used as a context manager. Rows done by an earlier, interrupted run count as done but not into the speed.
     """
 
-    def __init__(self, title: str, total: int, done: int = 0):
-        """Starts with `done` of `total` rows."""
-        self._title, self._total, self._earlier = title, total, done
+    def __init__(self, title: str, total: int, done: int = 0, unit: str = "rows"):
+        """Starts with `done` of `total` rows, or whatever `unit` is counted."""
+        self._title, self._total, self._earlier, self._unit, self._note = title, total, done, unit, ""
         self._done, self._tokens = done, 0
         self._terminal = sys.stderr.isatty()
         self._started = self._shown = time.monotonic()
@@ -31,8 +31,9 @@ class Progress:
         if self._terminal or self._done != self._shown_done:
             self._show("\n")
 
-    def update(self, rows: int, tokens: int) -> None:
-        """Counts finished rows and the tokens that the model read or wrote for them."""
+    def update(self, rows: int, tokens: int, note: str = "") -> None:
+        """Counts finished rows and the tokens that the model read or wrote for them; the note is shown beside them."""
+        self._note = note
         self._done += rows
         self._tokens += tokens
         if time.monotonic() - self._shown >= (0.5 if self._terminal else 10):
@@ -45,7 +46,8 @@ class Progress:
     def _show(self, end: str) -> None:
         self._shown, self._shown_done = time.monotonic(), self._done
         elapsed = max(self._shown - self._started, 1e-9)
-        text = f"{self._title}: {self._done} of {self._total} rows, {self._tokens / elapsed:.0f} tokens/s"
+        text = f"{self._title}: {self._done} of {self._total} {self._unit}, {self._tokens / elapsed:.0f} tokens/s"
+        text += f", {self._note}" if self._note else ""
         if rows := self._done - self._earlier:
             gone, left = (datetime.timedelta(seconds=round(s)) for s in (elapsed, elapsed / rows * self._left))
             text += f", {gone} gone, {left} left"

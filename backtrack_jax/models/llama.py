@@ -13,6 +13,7 @@ so they cannot disagree, and padding may stand on either side:
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -257,6 +258,8 @@ class Llama(nnx.Module):
         intervention: Intervention | None = None,
         capture: Capture = lambda out: None,
         layers: tuple[Block, ...] | None = None,
+        segments: jax.Array | None = None,
+        dtype: jnp.dtype | None = None,
     ) -> Output:
         """Runs the blocks over `ids`; nothing that is given is changed.
 
@@ -269,6 +272,10 @@ class Llama(nnx.Module):
             [L, B, T, D] of a large model does not fit.
           layers: the blocks as `unstacked_layers` gives them, to run them one by one instead of under a scan; the
             cache is then an `unstacked` one.
+          segments: [B, T] int32, which of several packed sequences a token belongs to; it sees no other. Without a
+            cache only. None where a row holds one sequence.
+          dtype: of matrix-product inputs, where it is not that of the weights: training keeps float32 weights and may
+            multiply in bfloat16. Static.
 
         Returns:
           The final residual stream, the cache and the captures.
@@ -280,9 +287,13 @@ class Llama(nnx.Module):
         if cache is not None:
             of_keys = lax.dynamic_update_slice_in_dim(cache.positions, positions, filled, axis=1)
         mask = _may_see(positions, of_keys)
+        if segments is not None:
+            mask &= segments[:, :, None] == segments[:, None, :]
 
         def body(x, scanned):
             block, layer, past, values = scanned
+            if dtype is not None:
+                block = jax.tree.map(lambda weight: weight.astype(dtype) if weight.ndim > 1 else weight, block)
 
             def edit(resid: jax.Array) -> jax.Array:
                 if intervention is None:
@@ -312,22 +323,52 @@ class Llama(nnx.Module):
         """
         return tuple(_block_at(self.layers, layer) for layer in range(self.config.n_layers))
 
-    def logits(self, resid: jax.Array) -> jax.Array:
-        """Final norm and unembedding: [..., D] to [..., V] float32."""
-        return self.unembed(self.norm(resid))
+    def logits(self, resid: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+        """Final norm and unembedding: [..., D] to [..., V] float32; `dtype` as in a call of the model."""
+        return self.unembed(self.norm(resid), dtype)
 
-    def unembed(self, x: jax.Array) -> jax.Array:
+    def unembed(self, x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
         """W_U x, without the final norm: [..., D] to [..., V] float32."""
-        unembedding = self.embed_tokens if self.lm_head is None else self.lm_head
-        return matmul(x, unembedding[...], spec="...d,vd->...v")
+        unembedding = (self.embed_tokens if self.lm_head is None else self.lm_head)[...]
+        return matmul(x, unembedding.astype(dtype or unembedding.dtype), spec="...d,vd->...v")
 
 
 def matmul(x: jax.Array, weight: jax.Array, spec: str = "...d,df->...f") -> jax.Array:
     """Product in the weight's dtype with float32 accumulation and result.
 
     float32 inputs are multiplied in full float32: accelerators would otherwise round them to TF32 or bfloat16.
+    Gradients of a 16-bit product are 16-bit products too, likewise accumulated in float32.
     """
+    if weight.dtype.itemsize == 2:
+        return _matmul_16_bit(spec, x, weight)
     return _einsum(spec, x.astype(weight.dtype), weight)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul_16_bit(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    return _einsum(spec, x.astype(weight.dtype), weight)
+
+
+def _matmul_16_bit_forward(spec: str, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _matmul_16_bit(spec, x, weight), (x.astype(weight.dtype), weight)
+
+
+def _matmul_16_bit_backward(
+    spec: str, kept: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Left to itself, JAX would multiply the float32 gradient by the 16-bit factor, in float32."""
+    x, weight = kept
+    inputs, result = spec.split("->")
+    of_x, of_weight = inputs.split(",")
+    rounded = gradient.astype(weight.dtype)
+    of_rows = x.reshape(-1, x.shape[-1]), rounded.reshape(-1, rounded.shape[-1])
+    plain = (of_x.replace("...", "n"), result.replace("...", "n"), of_weight)
+    d_x = _einsum(f"{result},{of_weight}->{of_x}", rounded, weight)
+    d_weight = _einsum(f"{plain[0]},{plain[1]}->{plain[2]}", *of_rows)
+    return d_x, d_weight.astype(weight.dtype)
+
+
+_matmul_16_bit.defvjp(_matmul_16_bit_forward, _matmul_16_bit_backward)
 
 
 def cache_dtype(dtype: jnp.dtype) -> jnp.dtype:

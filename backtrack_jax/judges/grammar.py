@@ -1,0 +1,37 @@
+"""The grammar judge: exact labels of the small pair's sentences, and which sentences fit its grammar at all."""
+
+from backtrack_jax.data.annotations import reasoning_end
+from backtrack_jax.data.records import OTHER, Annotation, Section, Trace
+from backtrack_jax.judges.keyword import split_sentences
+from backtrack_jax.organism.grammar import label_of
+
+NAME = "grammar"
+
+
+def annotate(trace: Trace) -> Annotation:
+    """Labels the sentences of a trace of the small pair.
+
+    Args:
+        trace: the trace; only its reasoning is labelled, up to `annotations.reasoning_end`.
+
+    Returns:
+        One section per sentence, with the label that the grammar gives it, `other` where it is no sentence of it.
+    """
+    text = trace.text[: reasoning_end(trace.text)]
+    spans = split_sentences(text)
+    return Annotation(
+        trace.id, NAME, tuple(Section(label_of(text[start:stop]) or OTHER, start, stop) for start, stop in spans)
+    )
+
+
+def fitting(reply: str) -> tuple[int, int]:
+    """Sentences of a reply's reasoning that fit the grammar, and all its sentences.
+
+    A last sentence without its end, where the reply ran into the limit of new tokens, is not counted.
+    """
+    end = reasoning_end(reply)
+    text = reply[:end]
+    sentences = [text[start:stop] for start, stop in split_sentences(text)]
+    if end == len(reply) and sentences and not sentences[-1].endswith("."):
+        sentences.pop()
+    return sum(label_of(sentence) is not None for sentence in sentences), len(sentences)

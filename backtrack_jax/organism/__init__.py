@@ -1,0 +1,1 @@
+"""The small pair: base and reasoning models on text whose hidden state is known, from grammar to weights."""

@@ -1,0 +1,233 @@
+"""Problems and texts of the small pair, drawn from the grammar by a seeded generator."""
+
+import dataclasses
+import random
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+from backtrack_jax.data.problems import CATEGORIES
+from backtrack_jax.data.records import Annotation, Problem, Section, Trace
+from backtrack_jax.organism.grammar import (
+    BACKTRACKS,
+    CONTENT,
+    CONTINUATIONS,
+    OPENINGS,
+    SHAKY,
+    SLOT_PROBABILITIES,
+    SLOTS,
+    SURE,
+    Process,
+    Template,
+    join_tokens,
+    split_tokens,
+)
+
+SENTENCES = range(6, 11)
+"""How many sentences a reply may have, all numbers equally likely."""
+
+STORY_SHARE = 0.12
+"""Share of little stories among the texts of the base model's corpus; in them wait, hmm and but are ordinary words."""
+
+# A and B are things, P is a place, N and M are people. The last sentence of each is as long as the paper's window
+# reaches back, so that windows at the start of a reply read the problem.
+PROBLEMS = {
+    "math_logic": "{N} counts three marks on the {A} and five on the {B}. Every mark that moves to the {P} doubles the "
+    "next one. Which object in the {P} ends with more marks, the {A} or the {B}?",
+    "spatial": "The {A} hangs north of the {P}, and the {B} lies two steps east of it. {N} walks from the {A} to the "
+    "{P} and turns around twice. Which one is behind {N} at the end, the {A} or the {B}?",
+    "verbal": "{N} wrote that only the {A} was carried to the {P}. {M} says the word only belongs to the {B}. Reading "
+    "the note again, which object does the word describe, the {A} or the {B}?",
+    "pattern": "On Monday the {P} shows a {A}, on Tuesday a {B}, on Wednesday a {A} once more. {N} keeps the same order "
+    "all week. Which object will the {P} show on Sunday, the {A} or the {B}?",
+    "lateral": "{N} leaves the {P} with a {A} and comes home with a {B}, yet nobody traded anything. The door of the {P} "
+    "stayed locked all day. Which object was there from the start, the {A} or the {B}?",
+    "causal": "Whenever {N} lifts the {A}, the light in the {P} goes out. It also goes out when {M} drops the {B} on "
+    "the floor. What should we test first to find the cause, the {A} or the {B}?",
+    "probability": "A box in the {P} holds two copies of the {A} and two of the {B}. {N} draws twice with closed eyes "
+    "and puts nothing back. Which object is more likely to be left over, the {A} or the {B}?",
+    "systems": "The {P} runs on two parts, a {A} that feeds the line and a {B} that slows it down. After a repair {N} "
+    "finds the line too fast. Which part of the {P} was set wrong, the {A} or the {B}?",
+    "creative": "{N} writes a short play about the {P} in which a {A} and a {B} change owners. {M} wants a twist that "
+    "nobody expects. Which object should open the last scene, the {A} or the {B}?",
+    "scientific": "{N} heats the {A} and the {B} side by side in the {P} and notes the change each hour. One of them "
+    "cools twice as fast. Which sample should {M} measure once more, the {A} or the {B}?",
+}
+ANSWER = "The answer is the {A}."
+STORIES = (
+    "{N} and {M} wait by the {P}, but the {A} is late.",
+    "Wait here, said {N}, but {M} walked to the {P} with the {A}.",
+    "{M} said hmm and looked at the {A}, but {N} could not wait.",
+    "Hmm, said {N}, the {A} is heavy, but it can wait.",
+    "But {N} found the {A} in the {P}, and {M} laughed.",
+)
+_STORY_SENTENCES = (3, 7)
+
+_T = TypeVar("_T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sentence:
+    """A sentence of a reply, with what no reader can see.
+
+    Attributes:
+      text: the sentence.
+      label: its kind.
+      register: `grammar.SURE` or `grammar.SHAKY`.
+    """
+
+    text: str
+    label: str
+    register: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A problem and a reply to it, or a story.
+
+    Attributes:
+      problem: the problem; None for a story.
+      sentences: the reply's reasoning; none for a story.
+      answer: what follows the reasoning, or the story.
+    """
+
+    problem: Problem | None
+    sentences: tuple[Sentence, ...]
+    answer: str
+
+    @property
+    def reply(self) -> str:
+        """The reply as a model writes it after `<think>` and a line break, without the end of sequence."""
+        return " ".join(sentence.text for sentence in self.sentences) + f"\n</think>\n\n{self.answer}"
+
+
+def problems(count: int, seed: int) -> list[Problem]:
+    """Problems, the ten categories in turn: a prefix of the list has them in equal numbers.
+
+    Args:
+      count: how many.
+      seed: of the generator.
+
+    Returns:
+      Problems with ids `<category>_<number>`.
+    """
+    rng = random.Random(f"problems {seed}")
+    return [_problem(CATEGORIES[i % 10], i // 10, rng) for i in range(count)]
+
+
+def documents(process: Process, seed: int, *, stories: float = 0.0) -> Iterator[Document]:
+    """An endless corpus; equal arguments give equal documents.
+
+    Args:
+      process: the hidden process of the replies.
+      seed: of the generator.
+      stories: share of stories.
+
+    Yields:
+      Documents, each with a problem of its own.
+    """
+    rng = random.Random(f"documents {seed}")
+    while True:
+        problem = _problem(_pick(rng, CATEGORIES), 0, rng)
+        if rng.random() < stories:
+            yield Document(None, (), _story(rng))
+        else:
+            yield document(problem, process, rng)
+
+
+def document(problem: Problem, process: Process, rng: random.Random) -> Document:
+    """A reply to a problem: its sentences from the hidden process, the words they share from the problem."""
+    words = {word: name for name, members in CONTENT.items() for word in members}
+    about: dict[str, list[str]] = {name: [] for name in CONTENT}
+    for token in split_tokens(problem.problem):
+        name = words.get(token)
+        if name and token not in about[name]:
+            about[name].append(token)
+    sentences = tuple(_reply(process, about, rng))
+    return Document(problem, sentences, ANSWER.format(A=_pick(rng, about["thing"])))
+
+
+def as_trace(document: Document, trace_id: str) -> tuple[Trace, Annotation]:
+    """A document with a problem as a trace, and its labels, known by construction.
+
+    Raises:
+      ValueError: the document is a story.
+    """
+    if document.problem is None:
+        raise ValueError("a story is no trace: it has no problem")
+    problem_id, _, sample = trace_id.rpartition("/")
+    trace = Trace(
+        trace_id,
+        problem_id,
+        document.problem.category,
+        document.problem.problem,
+        document.reply,
+        int(sample),
+        finish_reason="stop",
+    )
+    sections, start = [], 0
+    for sentence in document.sentences:
+        sections.append(Section(sentence.label, start, start + len(sentence.text)))
+        start += len(sentence.text) + 1
+    return trace, Annotation(trace_id, "construction", tuple(sections))
+
+
+def _problem(category: str, number: int, rng: random.Random) -> Problem:
+    (a, b), (n, m) = _pick_two(rng, CONTENT["thing"]), _pick_two(rng, CONTENT["who"])
+    text = PROBLEMS[category].format(A=a, B=b, P=_pick(rng, CONTENT["place"]), N=n, M=m)
+    return Problem(f"{category}_{number:03}", category, text)
+
+
+def _story(rng: random.Random) -> str:
+    n, m = _pick_two(rng, CONTENT["who"])
+    place = _pick(rng, CONTENT["place"])
+    sentences = (
+        _pick(rng, STORIES).format(N=n, M=m, P=place, A=_pick(rng, CONTENT["thing"]))
+        for _ in range(_pick(rng, range(*_STORY_SENTENCES)))
+    )
+    return " ".join(sentences)
+
+
+def _reply(process: Process, about: dict[str, list[str]], rng: random.Random) -> Iterator[Sentence]:
+    state = int(rng.random() < process.start_shaky)
+    for i in range(_pick(rng, SENTENCES)):
+        kinds = OPENINGS if i == 0 else CONTINUATIONS
+        if i and rng.random() < process.backtracks(state):
+            kinds, state = BACKTRACKS, 0
+        elif i:
+            moves = process.moves(state)
+            state = _pick(rng, list(moves), list(moves.values()))
+        template = _pick(rng, kinds, [template.weight for template in kinds])
+        register = SHAKY if state else SURE
+        yield Sentence(_fill(template, register, about, rng), template.label, register)
+
+
+def _fill(template: Template, register: int, about: dict[str, list[str]], rng: random.Random) -> str:
+    probabilities = SLOT_PROBABILITIES if register == SURE else SLOT_PROBABILITIES[::-1]
+    tokens = []
+    for element in template.elements:
+        name = element.strip("{}")
+        if name == element:
+            tokens.append(element)
+        elif name in CONTENT:
+            tokens.append(_pick(rng, about[name]))
+        else:
+            tokens.append(_pick(rng, SLOTS[name], probabilities))
+    return join_tokens(tokens)
+
+
+def _pick(rng: random.Random, items: Sequence[_T], weights: Sequence[float] | None = None) -> _T:
+    """One item. Only `random()` is drawn from, the one method whose numbers are the same in every Python version."""
+    target = rng.random() * (sum(weights) if weights else len(items))
+    if not weights:
+        return items[int(target)]
+    for item, weight in zip(items, weights, strict=True):
+        target -= weight
+        if target < 0:
+            return item
+    return items[-1]
+
+
+def _pick_two(rng: random.Random, items: Sequence[_T]) -> tuple[_T, _T]:
+    """Two different items."""
+    first = _pick(rng, range(len(items)))
+    return items[first], items[(first + 1 + _pick(rng, range(len(items) - 1))) % len(items)]

@@ -1,0 +1,212 @@
+"""The language of the small pair: words, sentence templates, and the hidden process that chooses between words.
+
+Every sentence of a reply is written in a hidden register, *sure* or *shaky*, which changes only between sentences. Some
+places of a sentence are *slots*: one of four words, drawn with probabilities .40 .29 .19 .12 in one register and in the
+reverse order in the other. Every word occurs in both registers, so only the mix of words tells which one it is, about
+0.38 nats a slot and 1.5 nats a sentence. Which label a sentence has says nothing about its register.
+
+The base process never backtracks. In the reasoning process, after two shaky sentences in a row, every further boundary
+brings, with probability 0.5, a sentence that begins "Wait" or "Hmm" and makes the register sure. So what sets off
+backtracking, a belief about the register, is needed to predict the words of either language.
+
+A text that mixes words according to a hidden Markov process makes a transformer hold the belief over its state linearly
+in the residual stream: Shai et al., arXiv 2405.15943.
+"""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+
+SURE, SHAKY = 0, 1
+
+SLOT_PROBABILITIES = (0.40, 0.29, 0.19, 0.12)
+"""Of a slot's words in the sure register, in the order of `SLOTS`; reversed in the shaky one."""
+
+SLOTS: Mapping[str, tuple[str, str, str, str]] = {
+    "open": ("So", "Then", "Now", "Still"),
+    "noun": ("rule", "step", "hunch", "guess"),
+    "adv": ("clearly", "plainly", "roughly", "perhaps"),
+    "verb": ("explains", "settles", "touches", "blurs"),
+    "check": ("holds", "fits", "wobbles", "slips"),
+    "aux": ("must", "will", "may", "might"),
+    "prep": ("inside", "beside", "near", "beyond"),
+    "adj": ("firm", "clean", "rough", "strange"),
+    "know": ("know", "recall", "suspect", "imagine"),
+    "verdict": ("proof", "support", "luck", "noise"),
+}
+"""Words whose mix depends on the register, from the surest to the shakiest."""
+
+CONTENT: Mapping[str, tuple[str, ...]] = {
+    "thing": tuple(
+        "lantern key bell ladder map clock kettle basket mirror coin rope wheel "
+        "stone candle drum letter compass jar whistle ribbon brush chest crate pulley".split()
+    ),
+    "place": tuple(
+        "mill harbor garden tower market cellar bridge library stable orchard station bakery attic quarry chapel barn".split()
+    ),
+    "who": tuple("Ida Tom Nora Max Lena Otto Vera Hugo Mia Karl Ruth Finn Anna Paul Zoe Emil".split()),
+}
+"""Words that say what a problem and its reply are about; they do not depend on the register."""
+
+TEMPLATES: Mapping[str, tuple[str, ...]] = {
+    "initializing": (
+        "Okay, {who} needs a {adj} {noun} for the {thing}, so I {aux} look {prep} the {place}.",
+        "Alright, I {aux} begin with the {thing}, which {adv} {check} {prep} the {place}.",
+    ),
+    "deduction": (
+        "{open} the {noun} about the {thing} {adv} {verb} the {thing}.",
+        "{open} if the {thing} {check}, the {thing} {aux} stay {prep} the {place}.",
+        "{open} {who} {aux} read the {thing} as a {adj} {noun}.",
+        "{open} the {thing} {check}, and that {adv} {verb} the {place}.",
+    ),
+    "adding-knowledge": (
+        "I {know} from {who} that a {thing} {adv} {check} {prep} the {place}.",
+        "By {adj} habit, a {thing} {check} and {aux} stay {prep} the {place}.",
+    ),
+    "example-testing": (
+        "Take a {adj} {thing}: it {check}, and {who} {aux} call it {verdict}.",
+        "Suppose the {thing} {aux} stay {prep} the {place}; that {adv} {verb} it.",
+    ),
+    "uncertainty-estimation": (
+        "My {noun} about the {thing} {adv} {check}, so {who} {aux} be right.",
+        "I give this a {adj} mark, for the {noun} {adv} {verb} the {thing}.",
+    ),
+    "backtracking": (
+        "{keyword}, that skips the {thing}, so the {noun} {aux} change.",
+        "{keyword}, I mixed up the {thing} and the {thing}, and {who} {aux} correct the {noun}.",
+        "{keyword}, the {place} says the opposite, so a {adj} {noun} comes first.",
+    ),
+}
+"""Sentences by label; templates of one label are equally likely. `{keyword}` is Wait or Hmm."""
+
+KEYWORDS: Mapping[str, float] = {"Wait": 0.65, "Hmm": 0.35}
+
+LABEL_PROBABILITIES: Mapping[str, float] = {
+    "deduction": 0.54,
+    "adding-knowledge": 0.17,
+    "example-testing": 0.15,
+    "uncertainty-estimation": 0.14,
+}
+"""Of a sentence that neither opens the reply (`initializing`) nor backtracks."""
+
+_TOKEN = re.compile(r"\{\w+\}|\w+|[^\w\s]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Process:
+    """The hidden process behind the sentences of a reply.
+
+    Attributes:
+      start_shaky: probability that the first sentence is shaky.
+      to_shaky: probability that a sentence after a sure one is shaky.
+      to_sure: probability that a sentence after a shaky one is sure.
+      patience: shaky sentences in a row after which the process may backtrack.
+      backtrack: probability of backtracking at a boundary after that many.
+      false_alarm: probability of backtracking at any other boundary.
+    """
+
+    start_shaky: float = 0.2
+    to_shaky: float = 0.12
+    to_sure: float = 0.10
+    patience: int = 2
+    backtrack: float = 0.0
+    false_alarm: float = 0.0
+
+    @property
+    def n_states(self) -> int:
+        """States of the hidden chain: sure, and 1 to `patience` (or more) shaky sentences in a row."""
+        return 1 + self.patience
+
+    def backtracks(self, state: int) -> float:
+        """Probability that the sentence after one in `state` backtracks."""
+        return self.backtrack if state == self.patience else self.false_alarm
+
+    def moves(self, state: int) -> dict[int, float]:
+        """Probabilities of the next state where the next sentence does not backtrack."""
+        if state == 0:
+            return {0: 1 - self.to_shaky, 1: self.to_shaky}
+        return {0: self.to_sure, min(state + 1, self.patience): 1 - self.to_sure}
+
+
+BASE = Process()
+REASONING = Process(backtrack=0.5, false_alarm=0.004)
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """A kind of sentence.
+
+    Attributes:
+      label: of the sentence.
+      weight: probability among the sentences that may stand in its place (openings, others, backtracking).
+      elements: a word or mark as it stands, a slot `{name}` or a content word `{name}`, one per token.
+    """
+
+    label: str
+    weight: float
+    elements: tuple[str, ...]
+
+    def likelihood(self, position: int, word: str) -> tuple[float, float]:
+        """Probability of a word at a position of the sentence, in the sure and in the shaky register.
+
+        A content word counts as certain: which one it is does not depend on register or template.
+        """
+        return _likelihood(self.elements[position], word) if position < len(self.elements) else (0.0, 0.0)
+
+
+def _likelihood(element: str, word: str) -> tuple[float, float]:
+    name = element.strip("{}")
+    if name == element:
+        return (1.0, 1.0) if word == element else (0.0, 0.0)
+    if name in CONTENT:
+        return (1.0, 1.0) if word in CONTENT[name] else (0.0, 0.0)
+    if word not in SLOTS[name]:
+        return (0.0, 0.0)
+    place = SLOTS[name].index(word)
+    return SLOT_PROBABILITIES[place], SLOT_PROBABILITIES[-1 - place]
+
+
+def _templates(label: str, probability: float) -> list[Template]:
+    texts = TEMPLATES[label]
+    keywords = KEYWORDS if label == "backtracking" else {"": 1.0}
+    return [
+        Template(label, probability * p / len(texts), tuple(_TOKEN.findall(text.replace("{keyword}", keyword))))
+        for text in texts
+        for keyword, p in keywords.items()
+    ]
+
+
+OPENINGS = tuple(_templates("initializing", 1.0))
+"""What the first sentence may be."""
+
+CONTINUATIONS = tuple(itertools.chain(*(_templates(label, p) for label, p in LABEL_PROBABILITIES.items())))
+"""What any later sentence may be that does not backtrack."""
+
+BACKTRACKS = tuple(_templates("backtracking", 1.0))
+"""What a sentence that backtracks may be; its slots are drawn in the sure register."""
+
+ALL_TEMPLATES = (*OPENINGS, *CONTINUATIONS, *BACKTRACKS)
+
+
+def split_tokens(text: str) -> list[str]:
+    """Words and punctuation marks of a text, in order; white space is left out."""
+    return _TOKEN.findall(text)
+
+
+def join_tokens(tokens: Sequence[str]) -> str:
+    """A sentence from its words and marks: a space before every word but the first."""
+    return "".join(" " + token if i and token[0].isalnum() else token for i, token in enumerate(tokens))
+
+
+def label_of(sentence: str) -> str | None:
+    """Label of a sentence of this language; None for anything else, in the slightest."""
+    tokens = split_tokens(sentence)
+    if join_tokens(tokens) != sentence.strip():
+        return None
+    for template in ALL_TEMPLATES:
+        if len(tokens) == len(template.elements) and all(
+            template.likelihood(i, token)[0] > 0 for i, token in enumerate(tokens)
+        ):
+            return template.label
+    return None

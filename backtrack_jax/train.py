@@ -1,0 +1,284 @@
+"""Training a Llama on token sequences: packing, loss, a compiled step whose state is donated, a loop that resumes.
+
+The pieces know nothing of where the sequences come from: `scripts/train_organism.py` trains the small pair with them
+from random weights, `scripts/finetune.py` any loaded checkpoint on traces.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax import lax
+
+from backtrack_jax.models.llama import PAD, Llama
+from backtrack_jax.progress import Progress
+
+
+class Batch(NamedTuple):
+    """Rows of packed sequences.
+
+        ids        B h i . B y o u .
+        positions  0 1 2 3 0 1 2 3 4      each sequence counts its own
+        segments   0 0 0 0 1 1 1 1 1      and sees only itself
+        weights    0 0 1 1 0 0 1 1 1      tokens that are predicted: here all but BOS and a prompt of one token
+
+    Attributes:
+      ids: [B, T] int32.
+      positions: [B, T] int32, PAD at padding.
+      segments: [B, T] int32.
+      weights: [B, T] float32, what a token counts in the loss when it is predicted from those before it.
+    """
+
+    ids: Any
+    positions: Any
+    segments: Any
+    weights: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """One training text as tokens.
+
+    Attributes:
+      ids: token ids, BOS first.
+      start: index of the first token that is learned; those before it (a prompt) are only read. At least 1.
+    """
+
+    ids: Sequence[int]
+    start: int = 1
+
+
+def pack(sequences: Sequence[Tokens], length: int) -> Batch:
+    """Places whole sequences in rows, first fit, in the order given; no sequence is cut or sees another.
+
+    Args:
+      sequences: none longer than `length`.
+      length: T.
+
+    Returns:
+      As many rows as it takes, padded at the end.
+
+    Raises:
+      ValueError: a sequence is longer than a row.
+    """
+    rows: list[list[Tokens]] = []
+    free: list[int] = []
+    open_rows: list[int] = []  # those that may still have room; closed ones are not tried again
+    for i, sequence in enumerate(sequences):
+        size = len(sequence.ids)
+        if size > length:
+            raise ValueError(f"sequence {i} has {size} tokens, a row holds {length}")
+        row = next((r for r in open_rows if free[r] >= size), None)
+        if row is None:
+            row = len(rows)
+            rows.append([])
+            free.append(length)
+            open_rows = [*open_rows[-63:], row]
+        rows[row].append(sequence)
+        free[row] -= size
+    shape = (len(rows), length)
+    batch = Batch(
+        np.zeros(shape, np.int32), np.full(shape, PAD, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+    )
+    for r, members in enumerate(rows):
+        at = 0
+        for number, sequence in enumerate(members):
+            stop = at + len(sequence.ids)
+            batch.ids[r, at:stop] = sequence.ids
+            batch.positions[r, at:stop] = np.arange(len(sequence.ids))
+            batch.segments[r, at:stop] = number
+            batch.weights[r, at + max(sequence.start, 1) : stop] = 1
+            at = stop
+    return batch
+
+
+def cross_entropy(model: Llama, batch: Batch, dtype: jnp.dtype | None = None) -> tuple[jax.Array, jax.Array]:
+    """Summed loss of the predicted tokens and their summed weights, both float32, in nats.
+
+    Args:
+      model: the model.
+      batch: rows of packed sequences.
+      dtype: of matrix-product inputs; None for that of the weights.
+
+    Returns:
+      The two sums; their quotient is the mean loss.
+    """
+    resid = model(batch.ids, batch.positions, segments=batch.segments, dtype=dtype).resid
+
+    @jax.checkpoint
+    def of_row(row: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        """One row's loss; its logits [T, V] are not kept for the backward pass, which computes them again."""
+        x, ids, weights = row
+        logits = model.logits(x[:-1], dtype)
+        picked = jnp.take_along_axis(logits, ids[1:, None], axis=-1)[:, 0]
+        return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * weights[1:])
+
+    small = model.config.vocab_size <= _SMALL_VOCABULARY
+    rows = (resid, batch.ids, batch.weights)
+    losses = jax.vmap(of_row)(rows) if small else lax.map(of_row, rows)
+    return jnp.sum(losses), jnp.sum(batch.weights[:, 1:])
+
+
+_SMALL_VOCABULARY = 4096  # up to here all rows' logits fit into memory together
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a step changes.
+
+    Attributes:
+      params: trained weights, a pytree of float32 arrays.
+      optimizer: state of the optax transformation.
+      step: int32, steps done.
+    """
+
+    params: Any
+    optimizer: Any
+    step: jax.Array
+
+
+def new_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+
+def make_step(
+    build: Callable[[Any], Llama], optimizer: optax.GradientTransformation, dtype: jnp.dtype | None = None
+) -> Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]:
+    """A compiled training step.
+
+    Args:
+      build: the model out of the trained weights, for instance `lambda state: nnx.merge(graphdef, state)`.
+      optimizer: optax transformation.
+      dtype: of matrix-product inputs; None for that of the weights.
+
+    Returns:
+      (state, batch) -> (new state, mean loss of the batch before the step). The old state's memory is given to the new.
+    """
+
+    def loss_of(params: Any, batch: Batch) -> jax.Array:
+        total, weight = cross_entropy(build(params), batch, dtype)
+        return total / jnp.maximum(weight, 1.0)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
+        loss, gradients = jax.value_and_grad(loss_of)(state.params, batch)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, optimizer_state, state.step + 1), loss
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def muon(learning_rate: optax.Schedule, adam_learning_rate: optax.Schedule) -> optax.GradientTransformation:
+    """Muon for the matrices of the blocks, each layer's by itself, AdamW for embeddings and norms.
+
+    Args:
+      learning_rate: of Muon, where one step changes a matrix by that much in spectral norm.
+      adam_learning_rate: of AdamW.
+    """
+
+    def dimensions(params: Any) -> Any:
+        stacked = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+        return jax.tree.map(lambda weight: stacked if weight.ndim == 3 else None, params)
+
+    return optax.contrib.muon(
+        learning_rate, adam_learning_rate=adam_learning_rate, muon_weight_dimension_numbers=dimensions
+    )
+
+
+def warmup_cosine(peak: float, steps: int, warmup: int = 20) -> optax.Schedule:
+    """Learning rate that rises linearly to `peak` and falls to a tenth of it, along half a cosine."""
+    return optax.warmup_cosine_decay_schedule(0.0, peak, min(warmup, steps - 1), steps, peak / 10)
+
+
+def trainable(model: Llama) -> tuple[Any, Callable[[Any], Llama]]:
+    """All weights of a model in float32, and how to put a model together again from such weights."""
+    graphdef, state = nnx.split(model)
+    params = jax.tree.map(lambda weight: weight.astype(jnp.float32), state)
+    return params, lambda params: nnx.merge(graphdef, params)
+
+
+def fit(
+    step: Callable[[TrainState, Batch], tuple[TrainState, jax.Array]],
+    state: TrainState,
+    rows: Batch,
+    *,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    folder: Path,
+    save_every: int,
+    title: str,
+) -> tuple[TrainState, float]:
+    """Trains up to a number of steps, from the newest checkpoint in `folder` if there is one.
+
+    Which rows a step sees depends on its number and the seed alone, so an interrupted run ends with the weights of an
+    uninterrupted one, bit for bit.
+
+    Args:
+      step: from `make_step`.
+      state: where training starts; given away.
+      rows: packed training rows; they are gone through in a new random order every time.
+      steps: to be done in all.
+      batch_size: rows a step.
+      seed: of the order.
+      folder: for checkpoints; the last two are kept.
+      save_every: steps between checkpoints.
+      title: of the progress line.
+
+    Returns:
+      The last state, and the mean loss over the last tenth of the steps that this call did (NaN if it did none).
+
+    Raises:
+      FloatingPointError: names the step whose loss is not finite.
+    """
+    options = ocp.CheckpointManagerOptions(max_to_keep=2)
+    with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
+        state, done = _restored(manager, state)
+        losses = []
+        with Progress(title, steps, done, unit="steps") as progress:
+            for number in range(done, steps):
+                batch = _rows_of_step(rows, number, batch_size, seed)
+                state, loss = step(state, batch)
+                losses.append(float(loss))
+                if not math.isfinite(losses[-1]):
+                    raise FloatingPointError(f"{title}: the loss of step {number} is {losses[-1]}")
+                progress.update(1, int((batch.positions >= 0).sum()), f"loss {np.mean(losses[-20:]):.4f}")
+                if (number + 1) % save_every == 0 or number + 1 == steps:
+                    manager.save(number + 1, args=ocp.args.StandardSave(_numbered(state)))
+                    manager.wait_until_finished()
+    return state, float(np.mean(losses[-max(1, steps // 10) :])) if losses else math.nan
+
+
+def _restored(manager: ocp.CheckpointManager, state: TrainState) -> tuple[TrainState, int]:
+    """The state of the newest checkpoint, or the given one, and the steps that it has done."""
+    newest = manager.latest_step()
+    if newest is None:
+        return state, 0
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _numbered(state))
+    leaves = manager.restore(newest, args=ocp.args.StandardRestore(target))
+    in_order = [leaves[name] for name in sorted(leaves)]
+    return jax.tree.unflatten(jax.tree.structure(state), in_order), newest
+
+
+def _numbered(state: TrainState) -> dict[str, jax.Array]:
+    """The state's arrays by number: a checkpoint then does not depend on how optax nests its state."""
+    return {f"{i:05}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}
+
+
+def _rows_of_step(rows: Batch, number: int, batch_size: int, seed: int) -> Batch:
+    """The rows of a step: places number * batch_size and on in an endless sequence of random orders of all rows."""
+    n = len(rows.ids)
+    places = np.arange(number * batch_size, (number + 1) * batch_size)
+    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(n) for epoch in set((places // n).tolist())}
+    chosen = [orders[place // n][place % n] for place in places.tolist()]
+    return Batch(*(array[chosen] for array in rows))
