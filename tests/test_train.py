@@ -1,0 +1,189 @@
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from backtrack_jax import train
+from backtrack_jax.models.config import LlamaConfig
+from backtrack_jax.models.llama import PAD, Llama, matmul
+
+CONFIG = LlamaConfig(
+    vocab_size=37,
+    d_model=16,
+    d_mlp=24,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=8,
+    norm_eps=1e-5,
+    rope_theta=10000.0,
+    rope_scaling=None,
+    tied=False,
+)
+
+
+def model(config: LlamaConfig = CONFIG) -> Llama:
+    made = Llama(config, rngs=nnx.Rngs(0))
+    return jax.tree.map(lambda weight: 5 * weight if weight.ndim > 1 else weight, made)  # far from uniform
+
+
+def sequences(count: int, seed: int = 0) -> list[train.Tokens]:
+    rng = np.random.default_rng(seed)
+    return [train.Tokens(rng.integers(0, 37, rng.integers(2, 12)).tolist(), 1 + i % 2) for i in range(count)]
+
+
+def test_pack_keeps_every_token_once() -> None:
+    packed = train.pack(sequences(40), 16)
+    found = [
+        tuple(packed.ids[row, packed.segments[row] == segment][packed.positions[row][packed.segments[row] == segment] >= 0])
+        for row in range(len(packed.ids))
+        for segment in range(packed.segments[row].max() + 1)
+    ]
+    assert sorted(found) == sorted(tuple(sequence.ids) for sequence in sequences(40))
+    assert packed.weights.sum() == sum(len(sequence.ids) - sequence.start for sequence in sequences(40))
+    assert not packed.weights[packed.positions == PAD].any() and not packed.weights[packed.positions == 0].any()
+    assert (packed.positions >= 0).mean() > 0.8
+
+
+def test_pack_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="sequence 1 has 9 tokens, a row holds 8"):
+        train.pack([train.Tokens([1] * 8), train.Tokens([1] * 9)], 8)
+
+
+@pytest.mark.parametrize("vocabulary", ["small", "large"])
+def test_packed_loss_is_that_of_the_sequences_one_by_one(vocabulary: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if vocabulary == "large":
+        monkeypatch.setattr(train, "_SMALL_VOCABULARY", 0)
+    llama = model()
+    total, weight = train.cross_entropy(llama, train.pack(sequences(12), 24))
+    expected = 0.0
+    for sequence in sequences(12):
+        ids = np.array([sequence.ids])
+        logits = llama.logits(llama(ids, np.arange(ids.shape[1])[None]).resid)[0]
+        chances = jax.nn.log_softmax(logits)
+        expected -= sum(chances[t - 1, sequence.ids[t]] for t in range(sequence.start, ids.shape[1]))
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    assert weight == sum(len(sequence.ids) - sequence.start for sequence in sequences(12))
+
+
+def test_gradient_of_16_bit_products_is_close_to_that_of_float32() -> None:
+    params, build = train.trainable(model())
+    batch = train.pack(sequences(12), 24)
+
+    def gradients(dtype: jnp.dtype | None) -> np.ndarray:
+        loss = jax.grad(lambda params: train.cross_entropy(build(params), batch, dtype)[0])
+        return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(loss(params))])
+
+    exact, rounded = gradients(None), gradients(jnp.bfloat16)
+    assert np.linalg.norm(exact) > 1
+    assert not np.array_equal(exact, rounded)
+    assert np.linalg.norm(rounded - exact) < 0.05 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("spec", ["...d,df->...f", "...d,vd->...v"])
+def test_gradients_of_a_16_bit_product(spec: str) -> None:
+    rng = np.random.default_rng(0)
+    x, out = rng.standard_normal((2, 3, 8)), rng.standard_normal((2, 3, 5))
+    weight = rng.standard_normal((8, 5) if "df" in spec else (5, 8))
+
+    def of(dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+        scalar = lambda x, w: jnp.sum(matmul(x, w.astype(dtype), spec) * out)  # noqa: E731
+        return jax.grad(scalar, (0, 1))(jnp.float32(x), jnp.float32(weight))
+
+    for rounded, exact in zip(of(jnp.bfloat16), of(jnp.float32), strict=True):
+        np.testing.assert_allclose(rounded, exact, atol=0.03 * np.abs(exact).max())
+
+
+def test_steps_lower_the_loss_and_donate_the_state() -> None:
+    params, build = train.trainable(model())
+    optimizer = train.muon(train.warmup_cosine(0.02, 30, 2), train.warmup_cosine(3e-3, 30, 2))
+    step = train.make_step(build, optimizer)
+    state, batch = train.new_state(params, optimizer), train.pack(sequences(12), 24)
+    losses = []
+    for _ in range(30):
+        before = state
+        state, loss = step(state, batch)
+        losses.append(float(loss))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
+    assert losses[-1] < 0.8 * losses[0]
+    assert state.step == 30
+
+
+def test_muon_takes_a_step_of_equal_size_along_all_directions_of_every_layer() -> None:
+    params, _ = train.trainable(model())
+    optimizer = train.muon(optax.constant_schedule(1.0), optax.constant_schedule(0.0))
+    rng = np.random.default_rng(0)
+    gradients = jax.tree.map(lambda weight: jnp.float32(rng.standard_normal(weight.shape)), params)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    for update in jax.tree.leaves(updates):
+        if update.ndim == 3:
+            values = np.linalg.svd(update, compute_uv=False)
+            assert values.shape[0] == CONFIG.n_layers
+            assert values.max() / values.min() < 2.5
+        else:
+            assert not np.any(update)
+
+
+class _Killed(Exception):
+    pass
+
+
+def test_resumed_training_ends_with_the_same_weights(tmp_path: Path) -> None:
+    optimizer = optax.adamw(1e-2)
+    params, build = train.trainable(model())
+    step = train.make_step(build, optimizer)
+    rows = train.pack(sequences(30), 24)
+
+    def fit(folder: Path, kill_at: int = -1) -> train.TrainState:
+        calls = iter(range(100))
+
+        def maybe_killed(state: train.TrainState, batch: train.Batch) -> tuple[train.TrainState, jax.Array]:
+            if next(calls) == kill_at:
+                raise _Killed
+            return step(state, batch)
+
+        start = train.new_state(jax.tree.map(jnp.copy, params), optimizer)
+        return train.fit(
+            maybe_killed, start, rows, steps=12, batch_size=4, seed=3, folder=folder, save_every=4, title="test"
+        )[0]
+
+    whole = fit(tmp_path / "whole")
+    with pytest.raises(_Killed):
+        fit(tmp_path / "killed", kill_at=6)
+    resumed = fit(tmp_path / "killed")
+    again = fit(tmp_path / "killed")  # everything is done: what was saved comes back
+    for state in (resumed, again):
+        for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(state), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_rows_come_in_a_new_order_every_time_and_none_is_missed() -> None:
+    rows = train.pack(sequences(30), 24)
+    n = len(rows.ids)
+    numbered = rows._replace(weights=np.repeat(np.arange(n, dtype=np.float32)[:, None], 24, axis=1))
+    seen = np.concatenate([train._rows_of_step(numbered, step, 2, seed=0).weights[:, 0] for step in range(n)])
+    first, second = seen[:n], seen[n:]
+    assert sorted(first) == sorted(second) == list(range(n))
+    assert list(first) != list(second)
+
+
+def test_a_loss_that_is_not_finite_stops_training(tmp_path: Path) -> None:
+    optimizer = optax.adamw(1e-2)
+    params, build = train.trainable(model())
+    state = train.new_state(jax.tree.map(lambda weight: weight * np.nan, params), optimizer)
+    with pytest.raises(FloatingPointError, match="the loss of step 0 is nan"):
+        train.fit(
+            train.make_step(build, optimizer),
+            state,
+            train.pack(sequences(4), 24),
+            steps=2,
+            batch_size=2,
+            seed=0,
+            folder=tmp_path,
+            save_every=2,
+            title="test",
+        )
