@@ -84,7 +84,8 @@ class AnnotationSpec:
     """Stage 2: who labels the sections of a trace.
 
     Attributes:
-      judge: `released` (the labels that came with the traces), `keyword` (offline) or `import` (a file).
+      judge: `released` (the labels that came with the traces), `keyword` (offline), `grammar` (exact, for traces of the
+        small pair) or `import` (a file).
       variant: of the keyword judge, see `judges.keyword`.
       path: for `import`, a JSONL of annotations with character spans.
     """
@@ -318,7 +319,7 @@ def _source_faults(e: Experiment) -> list[str]:
     faults += _not_one_of("prompt.think", e.prompt.think, ("primed", "generated", "none"))
     if e.prompt.format == "plain" and e.prompt.system:
         faults.append(_fault("prompt.system", e.prompt.system, "'': prompt.format='plain' has no system text"))
-    faults += _not_one_of("annotations.judge", e.annotations.judge, ("released", "keyword", "import"))
+    faults += _not_one_of("annotations.judge", e.annotations.judge, ("released", "keyword", "grammar", "import"))
     if e.annotations.judge == "keyword":
         faults += _not_one_of("annotations.variant", e.annotations.variant, keyword.VARIANTS)
     if e.annotations.judge == "import" and not e.annotations.path:
@@ -343,7 +344,9 @@ def _sampling_faults(name: str, spec: TraceSpec | SteeringSpec) -> list[str]:
 
 def _labels(e: Experiment) -> Sequence[str] | None:
     """Labels that the judge gives; None where it may give any."""
-    return {"released": LABELS, "keyword": ("backtracking", OTHER)}.get(e.annotations.judge)
+    return {"released": LABELS, "keyword": ("backtracking", OTHER), "grammar": (*LABELS, OTHER)}.get(
+        e.annotations.judge
+    )
 
 
 def _vector_faults(e: Experiment) -> list[str]:

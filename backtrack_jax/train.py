@@ -201,9 +201,9 @@ def warmup_cosine(peak: float, steps: int, warmup: int = 20) -> optax.Schedule:
 
 
 def trainable(model: Llama) -> tuple[Any, Callable[[Any], Llama]]:
-    """All weights of a model in float32, and how to put a model together again from such weights."""
+    """A float32 copy of all weights of a model, and how to put a model together again from such weights."""
     graphdef, state = nnx.split(model)
-    params = jax.tree.map(lambda weight: weight.astype(jnp.float32), state)
+    params = jax.tree.map(lambda weight: jnp.array(weight, jnp.float32), state)
     return params, lambda params: nnx.merge(graphdef, params)
 
 

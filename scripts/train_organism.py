@@ -11,22 +11,19 @@ problems that they have not seen; the command fails if they do not behave as a p
 import argparse
 import dataclasses
 import itertools
-import json
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 from flax import nnx
 
 from backtrack_jax import generate, train
 from backtrack_jax.analysis.backtracking import count_keywords
 from backtrack_jax.intervention import no_intervention
-from backtrack_jax.judges.keyword import split_sentences
+from backtrack_jax.judges import grammar as judge
 from backtrack_jax.models import checkpoint, prompts
 from backtrack_jax.models.config import LlamaConfig
 from backtrack_jax.models.llama import Llama
@@ -94,41 +91,84 @@ def tokens_of(tokenizer: Tokenizer, document: corpus.Document) -> list[int]:
     return [*prompt, *tokenizer.encode(document.reply), *tokenizer.stop_ids]
 
 
-def train_model(model: Llama, rows: train.Batch, rates: tuple[float, float], steps: int, recipe: Recipe, **kwargs) -> Llama:
+def train_model(
+    model: Llama, rows: train.Batch, rates: tuple[float, float], steps: int, recipe: Recipe, **rest: Any
+) -> Llama:
     """One training run with Muon and AdamW; see `train.fit` for the rest."""
     optimizer = train.muon(*(train.warmup_cosine(rate, steps) for rate in rates))
     params, build = train.trainable(model)
-    step = train.make_step(build, optimizer, jnp.bfloat16)
+    step = train.make_step(build, optimizer, jnp.dtype(jnp.bfloat16))
     state = train.new_state(params, optimizer)
-    state, _ = train.fit(step, state, rows, steps=steps, batch_size=recipe.batch_size, save_every=50, **kwargs)
+    state, _ = train.fit(step, state, rows, steps=steps, batch_size=recipe.batch_size, save_every=50, **rest)
     return build(state.params)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=1)
-    for field in dataclasses.fields(Recipe):
-        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
-    arguments = parser.parse_args()
-    recipe = Recipe(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Recipe)})
-    out, seed, start = arguments.out, arguments.seed, time.monotonic()
+def train_pair(recipe: Recipe, out: Path, seed: int) -> None:
+    """Trains and writes tokenizer, base and reasoning model, going on where a killed run was."""
     out.mkdir(parents=True, exist_ok=True)
     vocabulary.write(out)
     tokenizer = Tokenizer.load(out)
     model = Llama(architecture(tokenizer.vocab_size), rngs=nnx.Rngs(seed))
+    r = recipe
     for role, process, stories, steps, rates in (
-        ("base", grammar.BASE, corpus.STORY_SHARE, recipe.base_steps, (recipe.base_rate, recipe.base_adam_rate)),
-        ("reasoning", grammar.REASONING, 0.0, recipe.reasoning_steps, (recipe.reasoning_rate, recipe.reasoning_adam_rate)),
+        ("base", grammar.BASE, corpus.STORY_SHARE, r.base_steps, (r.base_rate, r.base_adam_rate)),
+        ("reasoning", grammar.REASONING, 0.0, r.reasoning_steps, (r.reasoning_rate, r.reasoning_adam_rate)),
     ):
-        rows = packed_corpus(tokenizer, process, stories, steps * recipe.batch_size, seed)
+        rows = packed_corpus(tokenizer, process, stories, steps * r.batch_size, seed)
         folder = out / "checkpoints" / role
-        model = train_model(model, rows, rates, steps, recipe, seed=seed, folder=folder, title=f"{role} model")
+        model = train_model(model, rows, rates, steps, r, seed=seed, folder=folder, title=f"{role} model")
         if not (out / role).exists():
-            half = jax.tree.map(lambda weight: weight.astype(jnp.bfloat16), model)
-            checkpoint.save_hf(half, out / role)
+            checkpoint.save_hf(jax.tree.map(lambda weight: weight.astype(jnp.bfloat16), model), out / role)
             vocabulary.write(out / role)
+
+
+def try_out(folder: Path, seed: int, count: int = 96) -> tuple[float, float]:
+    """Share of {wait, hmm} among the words of a model's replies to new problems, and of sentences that fit."""
+    tokenizer, model = Tokenizer.load(folder), checkpoint.load(str(folder), dtype="float32")
+    nothing = no_intervention(model.config.n_layers, model.config.d_model)
+    rows = [
+        generate.Row(
+            prompts.prompt_ids(tokenizer, problem.problem, PROMPT), generate.row_key(seed, problem.id, 0), nothing
+        )
+        for problem in corpus.problems(count, seed=1000 + seed)
+    ]
+    batches = generate.generate_rows(
+        model,
+        rows,
+        sampling=generate.Sampling(0.7),
+        stop_ids=tokenizer.stop_ids,
+        max_new_tokens=160,
+        batch_size=count,
+    )
+    replies = [tokenizer.decode(reply.ids[:-1]) for batch in batches for _, reply in batch]
+    counts = [count_keywords(reply) for reply in replies]
+    fits = [judge.fitting(reply) for reply in replies]
+    print(f"--- {folder.name} model, a reply:\n{replies[0]}", file=sys.stderr)
+    return (
+        sum(count.hits for count in counts) / sum(count.words for count in counts),
+        sum(good for good, _ in fits) / sum(total for _, total in fits),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the pair")
+    parser.add_argument("--seed", type=int, default=1)
+    for field in dataclasses.fields(Recipe):
+        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
+    arguments = vars(parser.parse_args())
+    out, seed, start = arguments.pop("out"), arguments.pop("seed"), time.monotonic()
+    train_pair(Recipe(**arguments), out, seed)
     print(f"trained in {time.monotonic() - start:.0f} s", file=sys.stderr)
+    failed = []
+    for role, lowest, highest in (("base", 0.0, 0.0005), ("reasoning", 0.002, 0.01)):
+        rate, fitting = try_out(out / role, seed)
+        print(f"{role} model: {100 * rate:.2f} % of words are wait or hmm, {100 * fitting:.1f} % of sentences fit")
+        if not lowest <= rate <= highest:
+            failed.append(f"the {role} model's rate is outside {100 * lowest:g} to {100 * highest:g} %")
+        if fitting < 0.95:
+            failed.append(f"less than 95 % of the {role} model's sentences fit the grammar")
+    sys.exit("; ".join(failed) or 0)
 
 
 if __name__ == "__main__":

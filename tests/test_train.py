@@ -1,3 +1,6 @@
+import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -8,6 +11,7 @@ import pytest
 from flax import nnx
 
 from backtrack_jax import train
+from backtrack_jax.models.batching import right_pad
 from backtrack_jax.models.config import LlamaConfig
 from backtrack_jax.models.llama import PAD, Llama, matmul
 
@@ -26,8 +30,9 @@ CONFIG = LlamaConfig(
 )
 
 
-def model(config: LlamaConfig = CONFIG) -> Llama:
-    made = Llama(config, rngs=nnx.Rngs(0))
+@functools.cache
+def model() -> Llama:
+    made = jax.jit(lambda: Llama(CONFIG, rngs=nnx.Rngs(0)))()
     return jax.tree.map(lambda weight: 5 * weight if weight.ndim > 1 else weight, made)  # far from uniform
 
 
@@ -39,7 +44,11 @@ def sequences(count: int, seed: int = 0) -> list[train.Tokens]:
 def test_pack_keeps_every_token_once() -> None:
     packed = train.pack(sequences(40), 16)
     found = [
-        tuple(packed.ids[row, packed.segments[row] == segment][packed.positions[row][packed.segments[row] == segment] >= 0])
+        tuple(
+            packed.ids[row, packed.segments[row] == segment][
+                packed.positions[row][packed.segments[row] == segment] >= 0
+            ]
+        )
         for row in range(len(packed.ids))
         for segment in range(packed.segments[row].max() + 1)
     ]
@@ -59,13 +68,13 @@ def test_packed_loss_is_that_of_the_sequences_one_by_one(vocabulary: str, monkey
     if vocabulary == "large":
         monkeypatch.setattr(train, "_SMALL_VOCABULARY", 0)
     llama = model()
-    total, weight = train.cross_entropy(llama, train.pack(sequences(12), 24))
+    total, weight = jax.jit(train.cross_entropy)(llama, train.pack(sequences(12), 24))
     expected = 0.0
+    forward = jax.jit(lambda ids, positions: jax.nn.log_softmax(llama.logits(llama(ids, positions).resid)))
     for sequence in sequences(12):
-        ids = np.array([sequence.ids])
-        logits = llama.logits(llama(ids, np.arange(ids.shape[1])[None]).resid)[0]
-        chances = jax.nn.log_softmax(logits)
-        expected -= sum(chances[t - 1, sequence.ids[t]] for t in range(sequence.start, ids.shape[1]))
+        ids, positions = right_pad([sequence.ids], 12)
+        chances = np.asarray(forward(jnp.asarray(ids), jnp.asarray(positions)))[0]
+        expected -= sum(chances[t - 1, sequence.ids[t]] for t in range(sequence.start, len(sequence.ids)))
     np.testing.assert_allclose(total, expected, rtol=1e-5)
     assert weight == sum(len(sequence.ids) - sequence.start for sequence in sequences(12))
 
@@ -75,7 +84,7 @@ def test_gradient_of_16_bit_products_is_close_to_that_of_float32() -> None:
     batch = train.pack(sequences(12), 24)
 
     def gradients(dtype: jnp.dtype | None) -> np.ndarray:
-        loss = jax.grad(lambda params: train.cross_entropy(build(params), batch, dtype)[0])
+        loss = jax.jit(jax.grad(lambda params: train.cross_entropy(build(params), batch, dtype)[0]))
         return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(loss(params))])
 
     exact, rounded = gradients(None), gradients(jnp.bfloat16)
@@ -103,12 +112,11 @@ def test_steps_lower_the_loss_and_donate_the_state() -> None:
     optimizer = train.muon(train.warmup_cosine(0.02, 30, 2), train.warmup_cosine(3e-3, 30, 2))
     step = train.make_step(build, optimizer)
     state, batch = train.new_state(params, optimizer), train.pack(sequences(12), 24)
-    losses = []
+    start, losses = state, []
     for _ in range(30):
-        before = state
         state, loss = step(state, batch)
         losses.append(float(loss))
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(start.params))
     assert losses[-1] < 0.8 * losses[0]
     assert state.step == 30
 
@@ -132,10 +140,18 @@ class _Killed(Exception):
     pass
 
 
-def test_resumed_training_ends_with_the_same_weights(tmp_path: Path) -> None:
+@functools.cache
+def adamw_step() -> tuple[
+    train.TrainState, Callable[[train.TrainState, train.Batch], tuple[train.TrainState, jax.Array]]
+]:
+    """A state to start from, which is to be copied, and the compiled step."""
     optimizer = optax.adamw(1e-2)
     params, build = train.trainable(model())
-    step = train.make_step(build, optimizer)
+    return train.new_state(params, optimizer), train.make_step(build, optimizer)
+
+
+def test_resumed_training_ends_with_the_same_weights(tmp_path: Path) -> None:
+    before, step = adamw_step()
     rows = train.pack(sequences(30), 24)
 
     def fit(folder: Path, kill_at: int = -1) -> train.TrainState:
@@ -146,7 +162,7 @@ def test_resumed_training_ends_with_the_same_weights(tmp_path: Path) -> None:
                 raise _Killed
             return step(state, batch)
 
-        start = train.new_state(jax.tree.map(jnp.copy, params), optimizer)
+        start = jax.tree.map(jnp.copy, before)
         return train.fit(
             maybe_killed, start, rows, steps=12, batch_size=4, seed=3, folder=folder, save_every=4, title="test"
         )[0]
@@ -172,16 +188,15 @@ def test_rows_come_in_a_new_order_every_time_and_none_is_missed() -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_training(tmp_path: Path) -> None:
-    optimizer = optax.adamw(1e-2)
-    params, build = train.trainable(model())
-    state = train.new_state(jax.tree.map(lambda weight: weight * np.nan, params), optimizer)
+    state, step = adamw_step()
+    state = dataclasses.replace(state, params=jax.tree.map(lambda weight: weight * jnp.nan, state.params))
     with pytest.raises(FloatingPointError, match="the loss of step 0 is nan"):
         train.fit(
-            train.make_step(build, optimizer),
-            state,
-            train.pack(sequences(4), 24),
+            step,
+            jax.tree.map(jnp.copy, state),
+            train.pack(sequences(30), 24),
             steps=2,
-            batch_size=2,
+            batch_size=4,
             seed=0,
             folder=tmp_path,
             save_every=2,

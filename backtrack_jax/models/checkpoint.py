@@ -59,8 +59,8 @@ def resolve(path_or_id: str, revision: str | None = None) -> Path:
     """Finds a model on disk, fetching it from the Hugging Face hub if it is a hub id that is not there yet.
 
     Args:
-      path_or_id: a folder or `.gguf` file; `package:NAME/FILE`, a file inside an installed Python package; or else a
-        hub id, `owner/name`.
+      path_or_id: a folder or `.gguf` file; `package:NAME/FILE`, a file or folder inside an installed Python package;
+        or else a hub id, `owner/name`.
       revision: commit, tag or branch of a hub id.
 
     Returns:
@@ -214,7 +214,7 @@ def _inside_package(address: str) -> Path:
         install = _INSTALL.get(package, f"pip install {package}")
         raise FileNotFoundError(f"{address}: the Python package {package} is not installed; {install}")
     path = Path(spec.submodule_search_locations[0]) / file
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{address}: the installed package has no file {path}")
     return path
 

@@ -13,7 +13,6 @@ so they cannot disagree, and padding may stand on either side:
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -344,13 +343,12 @@ def matmul(x: jax.Array, weight: jax.Array, spec: str = "...d,df->...f") -> jax.
     return _einsum(spec, x.astype(weight.dtype), weight)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul_16_bit(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+def _product_16_bit(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
     return _einsum(spec, x.astype(weight.dtype), weight)
 
 
 def _matmul_16_bit_forward(spec: str, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _matmul_16_bit(spec, x, weight), (x.astype(weight.dtype), weight)
+    return _product_16_bit(spec, x, weight), (x.astype(weight.dtype), weight)
 
 
 def _matmul_16_bit_backward(
@@ -369,6 +367,7 @@ def _matmul_16_bit_backward(
     return d_x, d_weight.astype(weight.dtype)
 
 
+_matmul_16_bit = jax.custom_vjp(_product_16_bit, nondiff_argnums=(0,))
 _matmul_16_bit.defvjp(_matmul_16_bit_forward, _matmul_16_bit_backward)
 
 

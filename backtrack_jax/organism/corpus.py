@@ -31,26 +31,46 @@ STORY_SHARE = 0.12
 # A and B are things, P is a place, N and M are people. The last sentence of each is as long as the paper's window
 # reaches back, so that windows at the start of a reply read the problem.
 PROBLEMS = {
-    "math_logic": "{N} counts three marks on the {A} and five on the {B}. Every mark that moves to the {P} doubles the "
-    "next one. Which object in the {P} ends with more marks, the {A} or the {B}?",
-    "spatial": "The {A} hangs north of the {P}, and the {B} lies two steps east of it. {N} walks from the {A} to the "
-    "{P} and turns around twice. Which one is behind {N} at the end, the {A} or the {B}?",
-    "verbal": "{N} wrote that only the {A} was carried to the {P}. {M} says the word only belongs to the {B}. Reading "
-    "the note again, which object does the word describe, the {A} or the {B}?",
-    "pattern": "On Monday the {P} shows a {A}, on Tuesday a {B}, on Wednesday a {A} once more. {N} keeps the same order "
-    "all week. Which object will the {P} show on Sunday, the {A} or the {B}?",
-    "lateral": "{N} leaves the {P} with a {A} and comes home with a {B}, yet nobody traded anything. The door of the {P} "
-    "stayed locked all day. Which object was there from the start, the {A} or the {B}?",
-    "causal": "Whenever {N} lifts the {A}, the light in the {P} goes out. It also goes out when {M} drops the {B} on "
-    "the floor. What should we test first to find the cause, the {A} or the {B}?",
-    "probability": "A box in the {P} holds two copies of the {A} and two of the {B}. {N} draws twice with closed eyes "
-    "and puts nothing back. Which object is more likely to be left over, the {A} or the {B}?",
-    "systems": "The {P} runs on two parts, a {A} that feeds the line and a {B} that slows it down. After a repair {N} "
-    "finds the line too fast. Which part of the {P} was set wrong, the {A} or the {B}?",
-    "creative": "{N} writes a short play about the {P} in which a {A} and a {B} change owners. {M} wants a twist that "
-    "nobody expects. Which object should open the last scene, the {A} or the {B}?",
-    "scientific": "{N} heats the {A} and the {B} side by side in the {P} and notes the change each hour. One of them "
-    "cools twice as fast. Which sample should {M} measure once more, the {A} or the {B}?",
+    "math_logic": (
+        "{N} counts three marks on the {A} and five on the {B}. Every mark that moves to the {P} doubles the next "
+        "one. Which object in the {P} ends with more marks, the {A} or the {B}?"
+    ),
+    "spatial": (
+        "The {A} hangs north of the {P}, and the {B} lies two steps east of it. {N} walks from the {A} to the {P} "
+        "and turns around twice. Which one is behind {N} at the end, the {A} or the {B}?"
+    ),
+    "verbal": (
+        "{N} wrote that only the {A} was carried to the {P}. {M} says the word only belongs to the {B}. Reading "
+        "the note again, which object does the word describe, the {A} or the {B}?"
+    ),
+    "pattern": (
+        "On Monday the {P} shows a {A}, on Tuesday a {B}, on Wednesday a {A} once more. {N} keeps the same order "
+        "all week. Which object will the {P} show on Sunday, the {A} or the {B}?"
+    ),
+    "lateral": (
+        "{N} leaves the {P} with a {A} and comes home with a {B}, yet nobody traded anything. The door of the {P} "
+        "stayed locked all day. Which object was there from the start, the {A} or the {B}?"
+    ),
+    "causal": (
+        "Whenever {N} lifts the {A}, the light in the {P} goes out. It also goes out when {M} drops the {B} on "
+        "the floor. What should we test first to find the cause, the {A} or the {B}?"
+    ),
+    "probability": (
+        "A box in the {P} holds two copies of the {A} and two of the {B}. {N} draws twice with closed eyes and "
+        "puts nothing back. Which object is more likely to be left over, the {A} or the {B}?"
+    ),
+    "systems": (
+        "The {P} runs on two parts, a {A} that feeds the line and a {B} that slows it down. After a repair {N} "
+        "finds the line too fast. Which part of the {P} was set wrong, the {A} or the {B}?"
+    ),
+    "creative": (
+        "{N} writes a short play about the {P} in which a {A} and a {B} change owners. {M} wants a twist that "
+        "nobody expects. Which object should open the last scene, the {A} or the {B}?"
+    ),
+    "scientific": (
+        "{N} heats the {A} and the {B} side by side in the {P} and notes the change each hour. One of them cools "
+        "twice as fast. Which sample should {M} measure once more, the {A} or the {B}?"
+    ),
 }
 ANSWER = "The answer is the {A}."
 STORIES = (
@@ -98,6 +118,11 @@ class Document:
     def reply(self) -> str:
         """The reply as a model writes it after `<think>` and a line break, without the end of sequence."""
         return " ".join(sentence.text for sentence in self.sentences) + f"\n</think>\n\n{self.answer}"
+
+
+def shipped_problems() -> list[Problem]:
+    """The problems of `problems.jsonl` beside this module, in which the ten categories take turns."""
+    return problems(400, seed=0)
 
 
 def problems(count: int, seed: int) -> list[Problem]:

@@ -37,16 +37,22 @@ SLOTS: Mapping[str, tuple[str, str, str, str]] = {
 }
 """Words whose mix depends on the register, from the surest to the shakiest."""
 
+# fmt: off
 CONTENT: Mapping[str, tuple[str, ...]] = {
-    "thing": tuple(
-        "lantern key bell ladder map clock kettle basket mirror coin rope wheel "
-        "stone candle drum letter compass jar whistle ribbon brush chest crate pulley".split()
+    "thing": (
+        "lantern", "key", "bell", "ladder", "map", "clock", "kettle", "basket", "mirror", "coin", "rope", "wheel",
+        "stone", "candle", "drum", "letter", "compass", "jar", "whistle", "ribbon", "brush", "chest", "crate", "pulley",
     ),
-    "place": tuple(
-        "mill harbor garden tower market cellar bridge library stable orchard station bakery attic quarry chapel barn".split()
+    "place": (
+        "mill", "harbor", "garden", "tower", "market", "cellar", "bridge", "library", "stable", "orchard", "station",
+        "bakery", "attic", "quarry", "chapel", "barn",
     ),
-    "who": tuple("Ida Tom Nora Max Lena Otto Vera Hugo Mia Karl Ruth Finn Anna Paul Zoe Emil".split()),
+    "who": (
+        "Ida", "Tom", "Nora", "Max", "Lena", "Otto", "Vera", "Hugo", "Mia", "Karl", "Ruth", "Finn", "Anna", "Paul",
+        "Zoe", "Emil",
+    ),
 }
+# fmt: on
 """Words that say what a problem and its reply are about; they do not depend on the register."""
 
 TEMPLATES: Mapping[str, tuple[str, ...]] = {

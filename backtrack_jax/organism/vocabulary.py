@@ -84,7 +84,7 @@ def write(folder: Path) -> None:
 
 
 def _words() -> list[str]:
-    """Every word of the language as it stands in text: behind a space, or without one where a text may begin with it."""
+    """Every word of the language behind a space, and without one those that a text may begin with."""
     texts = [text for texts in grammar.TEMPLATES.values() for text in texts]
     first = {text.split()[0].strip(",") for text in grammar.TEMPLATES["initializing"]}
     openings = [text.split()[0].strip(",") for text in (*corpus.PROBLEMS.values(), *corpus.STORIES, corpus.ANSWER)]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from backtrack_jax import inputs, store
 from backtrack_jax.data import annotations as labels
 from backtrack_jax.data import records
-from backtrack_jax.judges import keyword
+from backtrack_jax.judges import grammar, keyword
 from backtrack_jax.progress import say
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ def annotate(run: "Run", folder: Path) -> None:
         annotated = records.read_annotations(inputs.data_path(spec.path))
     elif spec.judge == "keyword":
         annotated = [keyword.annotate(trace, spec.variant) for trace in traces]
+    elif spec.judge == "grammar":
+        annotated = [grammar.annotate(trace) for trace in traces]
     else:
         if not (source / "labelled.jsonl").exists():
             raise ValueError(

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from backtrack_jax.data.problems import CATEGORIES
-from backtrack_jax.data.records import pair_annotations
+from backtrack_jax.data.records import pair_annotations, read_problems
 from backtrack_jax.judges import grammar as judge
-from backtrack_jax.models import prompts
+from backtrack_jax.models import checkpoint, prompts
 from backtrack_jax.models.tokenizer import Tokenizer
 from backtrack_jax.organism import corpus, grammar, vocabulary
 
@@ -47,6 +47,11 @@ def test_equal_seeds_give_equal_corpora() -> None:
     assert documents(grammar.REASONING, 20, 3) == documents(grammar.REASONING, 20, 3)
     assert documents(grammar.REASONING, 20, 3) != documents(grammar.REASONING, 20, 4)
     assert corpus.problems(30, 1) == corpus.problems(30, 1)
+
+
+def test_shipped_problems_are_those_of_the_generator() -> None:
+    folder = checkpoint.resolve("package:backtrack_jax/organism")
+    assert read_problems(folder / "problems.jsonl") == corpus.shipped_problems()
 
 
 def test_problems_cover_the_categories_of_the_paper() -> None:
