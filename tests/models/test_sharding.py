@@ -1,6 +1,9 @@
 """Weights and rows spread over several devices, which here are parts of one CPU."""
 
 import functools
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -25,7 +28,7 @@ B, T = 4, 9
 def devices() -> list:
     found = jax.devices("cpu")
     if len(found) < 4:
-        pytest.skip(f"needs 4 CPU devices and JAX was told of {len(found)} (jax_num_cpu_devices)")
+        pytest.skip("needs 4 CPU devices: test_all_of_this_on_four_devices runs it in a process that has them")
     return found[:4]
 
 
@@ -142,3 +145,11 @@ def test_released_8b_over_eight_devices_without_its_weights(folder):
         lambda leaf, place: np.prod(place.shard_shape(leaf.shape)), nnx.to_pure_dict(nnx.state(abstract)), places
     )
     assert sum(jax.tree.leaves(sizes)) < config.n_parameters / 8 * 1.001
+
+
+@pytest.mark.skipif(len(jax.devices("cpu")) >= 4, reason="this process has four devices")
+def test_all_of_this_on_four_devices():
+    """How many devices a CPU is parted into is settled when JAX starts."""
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(tests, env=os.environ | {"JAX_NUM_CPU_DEVICES": "4"}, capture_output=True, text=True)
+    assert done.returncode == 0 and ", 1 skipped" in done.stdout, done.stdout
