@@ -16,7 +16,14 @@ _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 def describe(run: Run) -> str:
     """The plan as text. Tokens of traces are estimates; rows and memory follow from the config."""
     lines = [f"plan of {run.experiment.name}, results in {run.workdir}"]
-    work = {"1-traces": _traces, "3-vectors": _vectors, "4-steering": _steering}
+    work = {
+        "1-traces": _traces,
+        "2-annotations": _annotations,
+        "3-vectors": _vectors,
+        "4-steering": _steering,
+        "5-analysis": _analysis,
+        "6-report": _report,
+    }
     for name in STAGES:
         state = "done" if run.done(name) else "to do" if name in run.stages else "not asked for"
         lines.append(f"{name:<14} {state}")
@@ -30,6 +37,43 @@ def _traces(run: Run) -> list[str]:
     if spec.path:
         return [f"import {data_path(spec.path)}"]
     return _sampling(e, e.author, len(problems(e)) * spec.samples, spec.max_new_tokens, spec.batch_size)
+
+
+def _annotations(run: Run) -> list[str]:
+    lengths = _trace_lengths(run.experiment)
+    judge = run.experiment.annotations.judge
+    return [f"{len(lengths)} traces, about {sum(lengths):,} tokens, by {judge}; no model is held"]
+
+
+def _analysis(run: Run) -> list[str]:
+    """Likelihoods of all replies, activations of sampled and of shown tokens."""
+    e, spec = run.experiment, run.experiment.analysis
+    lengths, rows = _trace_lengths(e), _rows(e)
+    lines = []
+    for role in e.roles:
+        tokens = rows[role] * (_PROMPT_TOKENS + e.steering.max_new_tokens)
+        lines.append(
+            f"{role} model: likelihood of {rows[role]} replies, at most {tokens:,} tokens; activations of {len(lengths)} "
+            f"traces, about {sum(lengths):,} tokens, {len(lengths) * spec.positions:,} of them kept"
+        )
+        config = architecture(e.model(role).path)
+        if config is None:
+            lines.append(f"  memory: unknown until {e.model(role).path} is here")
+            continue
+        layers = len({*e.vectors.layers, e.steering.layer})
+        kept = 4 * len(lengths) * spec.positions * layers * config.d_model
+        gathered = 4 * config.n_layers * spec.batch_size * bucket(spec.positions) * config.d_model
+        logits = 4 * max(min(1 << 27, spec.batch_size * 256 * config.vocab_size), 256 * config.vocab_size)
+        lines.append(
+            f"  memory: weights {_weights(e, role, config)}, activations {_gigabytes(gathered)} and on the host "
+            f"{_gigabytes(kept)}, logits about {_gigabytes(logits)}"
+        )
+    return lines
+
+
+def _report(run: Run) -> list[str]:
+    rows = sum(_rows(run.experiment).values())
+    return [f"figures, summary and page from the tables of {rows} replies; no model is held"]
 
 
 def _vectors(run: Run) -> list[str]:
@@ -56,15 +100,25 @@ def _vectors(run: Run) -> list[str]:
 
 def _steering(run: Run) -> list[str]:
     e, spec = run.experiment, run.experiment.steering
-    cells = conditions.planned(e)
-    traced = {trace.problem_id for trace in _imported(e)} if e.traces.path else {problem.id for problem in problems(e)}
-    asked = min(len(traced), spec.limit or len(traced))
-    lines = [f"{len(cells)} conditions, {asked} problems at most, {spec.samples} sample(s) each"]
-    for role in e.roles:
-        problems_of = [min(asked, limit or asked) for cell, limit in cells.items() if cell.target == role]
-        rows = sum(problems_of) * spec.samples
+    lines = [f"{len(conditions.planned(e))} conditions, {_asked(e)} problems at most, {spec.samples} sample(s) each"]
+    for role, rows in _rows(e).items():
         lines += _sampling(e, role, rows, spec.max_new_tokens, spec.batch_size)
     return lines
+
+
+def _asked(e: Experiment) -> int:
+    """Problems that replies are steered on."""
+    traced = {trace.problem_id for trace in _imported(e)} if e.traces.path else {problem.id for problem in problems(e)}
+    return min(len(traced), e.steering.limit or len(traced))
+
+
+def _rows(e: Experiment) -> dict[str, int]:
+    """Role -> steered replies."""
+    asked, cells = _asked(e), conditions.planned(e)
+    return {
+        role: e.steering.samples * sum(min(asked, limit or asked) for c, limit in cells.items() if c.target == role)
+        for role in e.roles
+    }
 
 
 def _sampling(e: Experiment, role: str, rows: int, new_tokens: int, batch_size: int) -> list[str]:

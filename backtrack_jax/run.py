@@ -15,7 +15,7 @@ from ml_collections import config_flags
 from backtrack_jax import pipeline, plan
 from backtrack_jax.config import Experiment, check, check_override
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, for instance configs/smollm2.py.")
+CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, for instance configs/smollm2.py.")
 _STAGES = flags.DEFINE_list("stages", [], f"Run only these stages: {', '.join(pipeline.STAGES)} (names or numbers).")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder for results, in the place of the config's.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")
@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         if len(argv) > 1:
             raise ValueError(f"unexpected arguments {argv[1:]}; overrides look like --config.steering.layer=9")
-        experiment: Experiment = _CONFIG.value
+        experiment: Experiment = CONFIG.value
         if _WORKDIR.value:
             experiment.workdir = _WORKDIR.value
         check(experiment)

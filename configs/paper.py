@@ -1,9 +1,10 @@
-"""The paper's main experiment, Ward et al. 2025 (arXiv 2507.12638), Fig. 3: four pairs of model and vector.
+"""The paper, Ward et al. 2025 (arXiv 2507.12638): every figure and table on Llama-3.1-8B and its R1 distill.
 
     python -m backtrack_jax.run --config=configs/paper.py --config.traces.path=CHAINS
     python -m backtrack_jax.run --config=configs/paper.py --dry_run
 
-Reads base- and reasoning-derived vectors at layer 10, window -13..-8, and adds them to either model while it answers.
+Reads base- and reasoning-derived vectors at every layer, window -13..-8, and adds them to either model while it
+answers (Fig. 3), beside baselines of equal norm (Fig. 4), from other offsets (Fig. 2), and at other layers (Fig. B.1).
 Llama-3.1-8B is gated on the hub: accept its licence and log in, or give folders (`--config.base.path=FOLDER`).
 
 Hardware: one GPU with 40 GB (weights are 16.06 GB in bfloat16; one model is held at a time).
@@ -34,11 +35,24 @@ def get_config() -> Experiment:
         prompt=PromptSpec(format="r1", think="primed"),
         traces=TraceSpec(path="", temperature=0.7, max_new_tokens=500, batch_size=128),
         annotations=AnnotationSpec(judge="keyword"),
-        vectors=VectorSpec(window=(-13, -8), contrast="all", estimator="trace_mean", layers=(10,), batch_size=16),
+        vectors=VectorSpec(
+            window=(-13, -8),
+            contrast="all",
+            estimator="trace_mean",
+            offsets=(-20, -16, -12, -8, -4, 0),  # of the authors' sweep, which read six positions at each
+            offset_window=(-1, 4),
+            layers=(10,),
+            batch_size=16,
+        ),
         steering=SteeringSpec(
             kinds=("backtracking",),
             layer=10,
             magnitudes=tuple(float(m) for m in range(0, 21, 2)),
+            # The keyword judge knows no other labels; with the released labels add "deduction" and "initializing".
+            baselines=("overall-mean", "noise", "self-amplification", "random", "shuffled"),
+            offsets=(-20, -16, -12, -8, -4, 0),
+            layers=tuple(range(0, 32, 2)),
+            grid_magnitudes=(0.0, 4.0, 8.0, 12.0, 16.0),
             unit="absolute",
             limit=10,
             max_new_tokens=128,

@@ -61,7 +61,7 @@ def test_plan_of_the_tiny_experiment(fresh: Path, command: Callable[..., tuple[s
     assert "46 conditions, 3 problems at most, 2 sample(s) each" in out
     for role, rows in (("base", 114), ("reasoning", 150)):
         assert f"{role} model: {rows} rows in batches of 32, up to {8 * rows:,} new tokens" in out
-    assert out.count("memory: weights 0.00 GB") == 4
+    assert out.count("memory: weights 0.00 GB") == 6
 
 
 @pytest.mark.usefixtures("no_model")
@@ -93,11 +93,24 @@ def test_plan_of_the_paper_needs_no_weights(tmp_path: Path, command: Callable[..
     workdir = tmp_path / "results"
     out, message = command(f"--config={ROOT}/configs/paper.py", "--dry_run", f"--workdir={workdir}")
     assert not message and not workdir.exists()
-    # 300 problems x 500 tokens; 2 models x (1 + 2 sources x 10 magnitudes) conditions, 10 problems each.
+    # 300 problems x 500 tokens. Both models: unsteered, 2 sources x 10 magnitudes. The reasoning model: 5 baselines x 10,
+    # 5 offsets x 4 (offset -12 is the experiment's window), 16 layers x 2 sources x 4 less the 8 at layer 10.
     assert "reasoning model: 300 rows in batches of 128, up to 150,000 new tokens" in out
-    assert "42 conditions, 10 problems at most, 1 sample(s) each" in out
-    assert out.count("210 rows in batches of 128, up to 26,880 new tokens") == 2
-    assert out.count("weights 16.06 GB") == 5
+    base, reasoning = 1 + 20, 1 + 20 + 5 * 10 + 5 * 4 + 15 * 2 * 4
+    assert f"{base + reasoning} conditions, 10 problems at most, 1 sample(s) each" in out
+    for role, cells in (("base", base), ("reasoning", reasoning)):
+        assert f"{role} model: {10 * cells} rows in batches of 128, up to {1280 * cells:,} new tokens" in out
+        assert f"{role} model: likelihood of {10 * cells} replies" in out
+    assert out.count("weights 16.06 GB") == 7
+    for stage in (
+        "1-traces",
+        "2-annotations",
+        "3-vectors",
+        "4-steering",
+        "5-analysis",
+        "6-report",
+    ):  # each has its plan
+        assert re.search(rf"^{stage} +to do\n  \S", out, re.MULTILINE)
     # 2 x 32 layers x 8 heads x 128 x 2 bytes = 128 KiB a token; 128 rows of 128 + 128 tokens.
     assert f"cache {128 * 256 * 128 * 1024 / 1e9:.2f} GB" in out
 

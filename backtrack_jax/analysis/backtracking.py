@@ -9,7 +9,6 @@ such as `<think>` or `<|eot_id|>` hold no words.
 
 import re
 import zlib
-from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
@@ -137,67 +136,3 @@ def bootstrap_interval(
     rates = np.divide(draws @ numerators, totals, out=np.zeros(n_resamples), where=totals > 0)
     low, high = np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
-
-
-def summarise_cell(
-    replies: Sequence[str],
-    problem_ids: Sequence[str],
-    *,
-    variant: str = "words",
-    prompts: Sequence[str] | None = None,
-    level: float = 0.95,
-    seed: int = 0,
-) -> dict[str, float | int]:
-    """Row of a table: what the replies of one condition (vector, magnitude, span) look like.
-
-    Args:
-        replies: replies of the condition.
-        problem_ids: the problem of each reply.
-        variant: of the rate, see `count_keywords`.
-        prompts: prompt of each reply; `substring` needs them.
-        level: coverage of the interval.
-        seed: of the bootstrap.
-
-    Returns:
-        `rate` (pooled: all hits / all words), `low` and `high` (its bootstrap interval over problems), `mean_rate` and
-        `std_rate` (mean and standard deviation, ddof 0, of the rates of the single replies), `n_replies`, `n_problems`,
-        `n_hits`, `n_words`, and the means over replies of `repeated_2grams`, `repeated_3grams`, `compression`.
-
-    Raises:
-        ValueError: no replies, lists of unlike length, or `substring` without prompts.
-    """
-    if not replies:
-        raise ValueError("a cell needs at least one reply")
-    if len(problem_ids) != len(replies):
-        raise ValueError(f"{len(replies)} replies, {len(problem_ids)} problem ids: every reply needs one")
-    if prompts is not None and len(prompts) != len(replies):
-        raise ValueError(f"{len(replies)} replies, {len(prompts)} prompts: every reply needs one")
-    if variant == "substring" and prompts is None:
-        raise ValueError("the variant 'substring' counts over prompt and reply: give prompts")
-    counts = [
-        count_keywords(reply, variant=variant, prompt=prompt)
-        for reply, prompt in zip(replies, prompts or [""] * len(replies), strict=True)
-    ]
-    hits: Counter[str] = Counter()
-    words: Counter[str] = Counter()
-    for problem, count in zip(problem_ids, counts, strict=True):
-        hits[problem] += count.hits
-        words[problem] += count.words
-    problems = sorted(words)
-    low, high = bootstrap_interval([hits[p] for p in problems], [words[p] for p in problems], level=level, seed=seed)
-    rates = np.array([count.hits / count.words if count.words else 0.0 for count in counts])
-    n_hits, n_words = sum(hits.values()), sum(words.values())
-    return {
-        "rate": n_hits / n_words if n_words else 0.0,
-        "low": low,
-        "high": high,
-        "mean_rate": float(rates.mean()),
-        "std_rate": float(rates.std()),
-        "n_replies": len(replies),
-        "n_problems": len(problems),
-        "n_hits": n_hits,
-        "n_words": n_words,
-        "repeated_2grams": float(np.mean([repeated_ngrams(reply, 2) for reply in replies])),
-        "repeated_3grams": float(np.mean([repeated_ngrams(reply, 3) for reply in replies])),
-        "compression": float(np.mean([compression_ratio(reply) for reply in replies])),
-    }

@@ -18,28 +18,49 @@ _SYMBOLS = {"o": "circle", "s": "square", "^": "triangle-up", "D": "diamond"}
 def figure(plot: Plot) -> dict[str, Any]:
     """Data and layout of a plotly figure, as JSON values."""
     rows, columns = len(plot.panels), max(len(row) for row in plot.panels)
+    heats = any(panel.heat for row in plot.panels for panel in row)
     titles = [panel.title for row in plot.panels for panel in [*row, *[_BLANK] * (columns - len(row))]]
+    height = 150 + sum(max(_height(panel) for panel in row) for row in plot.panels)
     made = make_subplots(
-        rows, columns, subplot_titles=[html.escape(t) for t in titles],
-        horizontal_spacing=0.16 / columns if columns > 1 else 0, vertical_spacing=0.22 / rows if rows > 1 else 0,
-    )  # fmt: skip
+        rows,
+        columns,
+        subplot_titles=[html.escape(title) for title in titles],
+        horizontal_spacing=(0.3 if heats else 0.2) / columns if columns > 1 else 0,
+        vertical_spacing=60 / height if rows > 1 else 0,
+    )
     named: set[str] = set()
-    for r, row in enumerate(plot.panels, 1):
-        for c, panel in enumerate(row, 1):
-            _heat(made, plot, panel, r, c) if panel.heat else _curves(made, panel, r, c, named)
-            made.update_xaxes(title_text=html.escape(panel.x_label), row=r, col=c)
-            made.update_yaxes(title_text=html.escape(panel.y_label), row=r, col=c)
+    for r, row in enumerate(plot.panels):
+        below = plot.panels[r + 1] if r + 1 < rows else ()
+        for c, panel in enumerate(row):
+            _heat(made, plot, panel, r + 1, c + 1) if panel.heat else _curves(made, panel, r + 1, c + 1, named)
+            _label_axes(made, panel, row[0], c >= len(below) or below[c].x_label != panel.x_label, r + 1, c + 1)
     made.update_layout(
         template=None,
-        height=120 + sum(max(_height(panel) for panel in row) for row in plot.panels),
-        margin={"l": 60, "r": 20, "t": 40, "b": 60},
-        legend={"orientation": "h", "y": -0.16 / rows, "yanchor": "top", "x": 0},
+        height=height,
+        margin={"l": 60, "r": 20, "t": 30, "b": 110 if named else 60},
+        legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         hovermode="closest",
     )
     made.update_annotations(font_size=13)
     return json.loads(str(made.to_json()))
+
+
+def _label_axes(made: go.Figure, panel: Panel, first: Panel, lowest: bool, row: int, column: int) -> None:
+    """Titles where they are not those of a neighbour; curves of one measure share their scale along a row."""
+    if lowest:
+        made.update_xaxes(title_text=html.escape(panel.x_label), row=row, col=column)
+    if panel.whole:
+        made.update_xaxes(tickformat="d", row=row, col=column)
+    same = panel is not first and panel.y_label == first.y_label
+    if not same:
+        made.update_yaxes(title_text=html.escape(panel.y_label), row=row, col=column)
+    if panel.heat and first.heat and panel is not first and panel.heat.y == first.heat.y:
+        made.update_yaxes(title_text="", showticklabels=False, row=row, col=column)
+    elif same:
+        leader: Any = made.get_subplot(row, 1)
+        made.update_yaxes(matches=leader.yaxis.plotly_name.replace("axis", ""), row=row, col=column)
 
 
 _BLANK = Panel("", "", "")

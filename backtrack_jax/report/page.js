@@ -32,11 +32,20 @@ function themed(layout) {
   return out;
 }
 
-function drawFigures() {
-  for (const place of document.querySelectorAll(".plot")) {
-    const figure = data.figures[place.dataset.figure];
-    Plotly.react(place, figure.data, themed(figure.layout), { responsive: true, displaylogo: false });
+// Drawn when they come near the window: all at once would keep a phone busy for seconds.
+const seen = new Set();
+const watcher = new IntersectionObserver((entries) => {
+  for (const entry of entries) {
+    if (!entry.isIntersecting) continue;
+    watcher.unobserve(entry.target);
+    seen.add(entry.target);
+    drawFigure(entry.target);
   }
+}, { rootMargin: "400px" });
+
+function drawFigure(place) {
+  const figure = data.figures[place.dataset.figure];
+  Plotly.react(place, figure.data, themed(figure.layout), { responsive: true, displaylogo: false });
 }
 
 // Theme
@@ -44,7 +53,7 @@ function drawFigures() {
 function setTheme(dark) {
   document.documentElement.dataset.theme = dark ? "dark" : "light";
   byId("theme").setAttribute("aria-pressed", String(dark));
-  drawFigures();
+  seen.forEach(drawFigure);
   drawTrace();
 }
 
@@ -140,3 +149,4 @@ for (const form of document.querySelectorAll("form")) form.addEventListener("sub
 byId("theme").addEventListener("click", () => setTheme(document.documentElement.dataset.theme !== "dark"));
 drawReplies();
 setTheme(window.matchMedia("(prefers-color-scheme: dark)").matches);
+document.querySelectorAll(".plot").forEach((place) => watcher.observe(place));

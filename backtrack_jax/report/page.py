@@ -80,7 +80,7 @@ def _table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> mar
 def _described(plot: Plot, figure: dict[str, Any]) -> dict[str, Any]:
     """What the template needs of a figure; one of several columns scrolls sideways on a phone."""
     columns = max(len(row) for row in plot.panels)
-    width = 300 if columns == 1 else 330 * columns
+    width = 420 if columns == 1 else 330 * columns
     return {"name": plot.name, "title": plot.title, "caption": plot.caption, "width": width} | {
         "height": figure["layout"]["height"]
     }

@@ -14,17 +14,17 @@ def sentences(r: Results) -> list[str]:
 
 def _steering(r: Results) -> list[str]:
     label, author, plain = r.experiment.vectors.label, r.author, r.unsteered(r.author)
-    found = {source: highest(r.cells(author, label, source)) for source in r.roles}
+    found, texts = {source: highest(r.cells(author, label, source)) for source in r.roles}, []
     reached = [
         f"{percent(best)} % at magnitude {best['magnitude']:g} with the {source}-derived {label} vector"
         for source, best in found.items()
         if best
     ]
-    texts = []
+    if reached and plain:
+        texts.append(f"Unsteered, the {author} model says wait or hmm in {percent(plain)} % of its words.")
     if reached:
-        start = f"unsteered {percent(plain)} % of its words; it reached " if plain else "it reached "
         texts.append(
-            f"The {author} model says wait or hmm in {start}{', and '.join(reached)} (95 % intervals over problems)."
+            f"Steered, it says so in up to {', and '.join(reached)} (in brackets 95 % intervals over problems)."
         )
     if author != "base" and "base" in r.roles:
         base = highest([cell for source in r.roles for cell in r.cells("base", label, source)])

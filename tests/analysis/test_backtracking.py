@@ -16,7 +16,6 @@ from backtrack_jax.analysis.backtracking import (
     count_keywords,
     repeated_ngrams,
     split_words,
-    summarise_cell,
     token_id_rate,
 )
 
@@ -139,32 +138,6 @@ def test_what_has_no_interval_says_so():
         bootstrap_interval([1, 2], [1, 2, 3])
     with pytest.raises(ValueError, match=r"level 95 must lie between 0 and 1"):
         bootstrap_interval([1, 2], [1, 2], level=95)
-
-
-def test_a_cell_pools_over_replies_and_resamples_problems():
-    replies = ["Wait, no.", "wait wait wait hmm", "all is well here", ""]
-    problems = ["a", "a", "b", "c"]
-    cell = summarise_cell(replies, problems)
-    assert (cell["n_replies"], cell["n_problems"], cell["n_hits"], cell["n_words"]) == (4, 3, 5, 10)
-    assert cell["rate"] == 0.5
-    assert cell["mean_rate"] == pytest.approx((0.5 + 1 + 0 + 0) / 4)
-    assert cell["std_rate"] == pytest.approx(np.std([0.5, 1, 0, 0]))
-    assert (cell["low"], cell["high"]) == bootstrap_interval([5, 0, 0], [6, 4, 0])
-    assert cell["repeated_2grams"] == pytest.approx((0 + 1 / 3 + 0 + 0) / 4)
-    assert cell["repeated_3grams"] == 0.0
-    assert cell["compression"] == pytest.approx(np.mean([compression_ratio(reply) for reply in replies]))
-    assert summarise_cell(replies[::-1], problems[::-1]) == pytest.approx(cell)
-
-
-def test_a_cell_by_the_released_counter_needs_prompts():
-    cell = summarise_cell(["I wait", "no"], ["a", "b"], variant="substring", prompts=["Hmm ", "one "])
-    assert (cell["n_hits"], cell["n_words"]) == (2, 5)
-    with pytest.raises(ValueError, match="give prompts"):
-        summarise_cell(["I wait"], ["a"], variant="substring")
-    with pytest.raises(ValueError, match="at least one reply"):
-        summarise_cell([], [])
-    with pytest.raises(ValueError, match="2 replies, 1 problem ids"):
-        summarise_cell(["a", "b"], ["p"])
 
 
 def test_words_are_case_folded_in_order():

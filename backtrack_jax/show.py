@@ -1,0 +1,131 @@
+"""Which tokens are read? The read windows of one annotated chain, before any long work.
+
+    python -m backtrack_jax.show verbal_0/0 --config=configs/smollm2.py --config.vectors.window=-13,-8
+
+Prints the chain as the model reads it, with the tokens that a window reads in green (in a file: ⟦so⟧) and the first
+token of each section of `vectors.label` in red (»so«), then every window token by token. No model is loaded. Traces
+that the config samples have to be there: run `--stages=1,2` first.
+"""
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import app, flags
+
+from backtrack_jax import pipeline
+from backtrack_jax.config import check
+from backtrack_jax.data import records
+from backtrack_jax.extract import TokenTrace
+from backtrack_jax.run import CONFIG, parse_flags
+from backtrack_jax.stages.vectors import token_trace
+
+_GREEN, _RED, _DIM, _PLAIN = "\x1b[30;42m", "\x1b[1;97;41m", "\x1b[2m", "\x1b[0m"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints the windows of the trace that is named on the command line."""
+    try:
+        experiment = CONFIG.value
+        check(experiment)
+        if len(argv) != 2:
+            raise ValueError("name one trace: python -m backtrack_jax.show TRACE --config=FILE")
+        run = pipeline.Run(experiment, pipeline.stage_names(["1", "2"]))
+        print(describe(run, argv[1], colour=sys.stdout.isatty()))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def describe(run: pipeline.Run, trace_id: str, *, colour: bool) -> str:
+    """The chain with its windows marked, and each window token by token.
+
+    Args:
+      run: of the experiment; only its tokenizer is read.
+      trace_id: id of a trace, or the part before the slash.
+      colour: ANSI colours; else brackets.
+
+    Raises:
+      ValueError: no such trace, or it would have to be sampled.
+    """
+    pairs = _annotated(run)
+    found = [pair for pair in pairs if trace_id in (pair[0].id, pair[0].problem_id)]
+    if not found:
+        known = ", ".join(trace.id for trace, _ in pairs[:5])
+        raise ValueError(f"no annotated trace {trace_id!r} among {len(pairs)}; there are {known}, ...")
+    e = run.experiment
+    trace, annotation = found[0]
+    lines = [f"trace {trace.id} ({trace.category}), labelled by {annotation.judge}", f"problem: {trace.problem}", ""]
+    for role in e.roles:
+        tokens = token_trace(run, role, trace, annotation)
+        lines += [f"as the {role} model reads it, {len(tokens.ids)} tokens:", _marked(run, tokens, colour), ""]
+        lines += [*_windows(run, tokens), ""]
+    s = e.steering
+    lines.append(f"steering changes {s.span} positions at the output of block {s.layer} (0-based)")
+    return "\n".join(lines)
+
+
+def _annotated(run: pipeline.Run) -> list[tuple[records.Trace, records.Annotation]]:
+    """Traces and annotations of the run; imported ones are read anew if they are not there."""
+    if not run.done("2-annotations"):
+        if not run.experiment.traces.path:
+            raise ValueError("the traces of this config are sampled; run it with --stages=1,2 first")
+        with tempfile.TemporaryDirectory() as folder:
+            run.workdir = Path(folder)
+            run.run()
+            return _read(run.workdir)
+    run.run()  # results that lie aside come back
+    return _read(run.workdir)
+
+
+def _read(workdir: Path) -> list[tuple[records.Trace, records.Annotation]]:
+    traces = records.read_traces(workdir / "1-traces" / "traces.jsonl")
+    return records.pair_annotations(traces, records.read_annotations(workdir / "2-annotations" / "annotations.jsonl"))
+
+
+def _spans(run: pipeline.Run, tokens: TokenTrace) -> list[tuple[int, range, bool]]:
+    """For each section of the label: its start, the positions of its window, and whether these are read."""
+    v = run.experiment.vectors
+    earliest = 1 if v.into_prompt else tokens.reply_start
+    spans = []
+    for label, at in tokens.starts:
+        if label == v.label:
+            window = range(at + v.window[0], at + v.window[1] + 1)
+            spans.append((at, window, window.start >= earliest and window.stop <= len(tokens.ids)))
+    return spans
+
+
+def _marked(run: pipeline.Run, tokens: TokenTrace, colour: bool) -> str:
+    spans = _spans(run, tokens)
+    starts = {at for at, _, _ in spans}
+    read = {position for _, window, kept in spans if kept for position in window}
+    pieces = []
+    for position, token in enumerate(tokens.ids):
+        text = run.tokenizer.decode([token])
+        if position in starts:
+            text = f"{_RED}{text}{_PLAIN}" if colour else f"»{text}«"
+        elif position in read:
+            text = f"{_GREEN}{text}{_PLAIN}" if colour else f"⟦{text}⟧"
+        elif position < tokens.reply_start and colour:
+            text = f"{_DIM}{text}{_PLAIN}"
+        pieces.append(text)
+    return "".join(pieces)
+
+
+def _windows(run: pipeline.Run, tokens: TokenTrace) -> list[str]:
+    lines = []
+    for at, window, kept in _spans(run, tokens):
+        start = run.tokenizer.decode(tokens.ids[at : at + 1])
+        if not kept:
+            lines.append(
+                f"  start {at} {start!r}: dropped, its window {window.start}..{window.stop - 1} leaves the reply"
+            )
+            continue
+        texts = " ".join(f"{p}:{run.tokenizer.decode(tokens.ids[p : p + 1])!r}" for p in window)
+        lines.append(f"  start {at} {start!r} reads {texts}")
+    return lines or [f"  no section is labelled {run.experiment.vectors.label!r}"]
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,74 @@
+"""Measures of replies: counters side by side, effects on single problems, what a condition adds up to."""
+
+import math
+from typing import Any
+
+import pytest
+
+from backtrack_jax.analysis import replies
+from backtrack_jax.analysis.backtracking import bootstrap_interval
+
+LIKELY = {"Wait, no. I am waiting.": -1.0, "So it is.": -3.0, "Hmm. Hmm. Hmm. Hmm.": -2.0, "": math.nan}
+
+
+def row(text: str, problem: str, kind: str, magnitude: float, ids: tuple[int, ...] = (1, 2)) -> dict[str, Any]:
+    line = {"target": "base", "kind": kind, "source": "", "layer": 1, "window": "", "magnitude": magnitude}
+    line |= {
+        "length": magnitude,
+        "unit": "absolute",
+        "span": "all",
+        "problem_id": problem,
+        "category": "c",
+        "sample": 0,
+    }
+    line |= {"text": text, "ids": ids, "finish_reason": "stop"}
+    return replies.measure(line, "Wait for it.", {2}, LIKELY[text])
+
+
+def test_counters_side_by_side() -> None:
+    found = row("Wait, no. I am waiting.", "a", "noise", 1.0, (2, 2, 5, 7))
+    assert (found["hits"], found["words"]) == (1, 5)  # whole words of the reply
+    assert (found["substring_hits"], found["substring_words"]) == (3, 7)  # over prompt and reply, glued together
+    assert (found["token_rate"], found["tokens"]) == (0.5, 4)
+    assert (found["keyword_sentences"], found["sentences"]) == (1, 2)
+    assert found["repeated_2grams"] == 0 and found["log_likelihood"] == -1.0
+
+
+ROWS = [
+    row("So it is.", "a", "unsteered", 0.0),
+    row("So it is.", "b", "unsteered", 0.0),
+    row("Wait, no. I am waiting.", "a", "noise", 1.0),
+    row("So it is.", "a", "noise", 1.0),
+    row("Hmm. Hmm. Hmm. Hmm.", "b", "noise", 1.0),
+    row("", "c", "noise", 1.0),
+]
+
+
+def test_effects_are_paired_by_problem() -> None:
+    found = replies.effects(ROWS)
+    assert [(f["problem_id"], f["rate"], f["unsteered"], f["effect"]) for f in found] == [
+        ("a", 1 / 8, 0.0, 1 / 8),  # its two replies pooled
+        ("b", 1.0, 0.0, 1.0),
+    ]  # c was never sampled unsteered
+    assert replies.effects(ROWS[2:]) == []
+
+
+def test_a_condition_by_hand() -> None:
+    plain, noise = replies.summarise(ROWS)
+    assert (plain["rate"], plain["n_problems"], plain["log_likelihood"]) == (0.0, 2, -3.0)
+    assert math.isnan(plain["effect"])
+    assert noise["rate"] == pytest.approx(5 / 12) and noise["n_words"] == 12 and noise["n_hits"] == 5
+    assert (noise["low"], noise["high"]) == bootstrap_interval([1, 4, 0], [8, 4, 0])
+    assert noise["mean_rate"] == pytest.approx((1 / 5 + 0 + 1 + 0) / 4)
+    assert noise["std_rate"] == pytest.approx(0.415331, abs=1e-5)
+    assert noise["log_likelihood"] == pytest.approx(-2.0)  # of the replies that have one
+    assert noise["sentence_rate"] == pytest.approx(5 / 7) and noise["repeated_3grams"] == pytest.approx(1 / 8)
+    assert noise["effect"] == pytest.approx(9 / 16) and noise["share_lowered"] == 0
+    assert (noise["effect_low"], noise["effect_high"]) == bootstrap_interval([1 / 8, 1.0], [1, 1])
+
+
+def test_the_order_of_replies_does_not_matter() -> None:
+    def keyed(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        return {found["kind"]: {k: repr(v) for k, v in found.items()} for found in rows}
+
+    assert keyed(replies.summarise(ROWS)) == keyed(replies.summarise([*ROWS[:2], ROWS[3], ROWS[2], *ROWS[4:]]))

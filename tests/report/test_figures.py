@@ -1,0 +1,181 @@
+"""Figures by their tables: what is drawn, on paper and on the page, is what the CSV beside it says."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from matplotlib import image
+from matplotlib.container import ErrorbarContainer
+
+from backtrack_jax import tables
+from backtrack_jax.report import figures, interactive, plots, reference, results, static, summary, tokens
+
+
+@pytest.fixture(scope="module")
+def r(tiny_run: Path) -> results.Results:
+    return results.read(tiny.get_config(), tiny_run / "results" / "tiny")
+
+
+@pytest.fixture(scope="module")
+def drawn(r: results.Results) -> dict[str, plots.Plot]:
+    return {plot.name: plot for plot in figures.all_figures(r)}
+
+
+def test_the_csv_of_every_figure_is_its_table(drawn: dict[str, plots.Plot], tiny_run: Path) -> None:
+    for name, plot in drawn.items():
+        rows = tables.read(tiny_run / "results" / "tiny" / "6-report" / f"{name}.csv")
+        assert json.dumps(rows) == json.dumps(list(plot.rows)) and len(rows) > 1
+
+
+def test_pairs_are_those_of_the_table(r: results.Results, drawn: dict[str, plots.Plot]) -> None:
+    """Fig. 3: points, intervals, and both measures of coherence, from the unsteered cell on."""
+    measures = (("rate", 100), ("log_likelihood", 1), ("repeated_3grams", 100))
+    for row, (measure, factor) in zip(drawn["fig3_pairs"].panels, measures, strict=True):
+        for target, panel in zip(("base", "reasoning"), row, strict=True):
+            assert f"{r.vectors[target]['mean_norm'][1]:.3g}" in panel.x_label
+            for source, series in zip(("base", "reasoning"), panel.series, strict=True):
+                own = (("unsteered", "", ""), ("backtracking", source, "-5..-2"))
+                cells = {
+                    row["magnitude"]: row
+                    for row in r.tables["rates"]
+                    if row["target"] == target and row["layer"] == 1
+                    if (row["kind"], row["source"], row["window"]) in own
+                }
+                assert list(series.x) == sorted(cells) == [-4, 0, 8]
+                np.testing.assert_allclose(series.y, [factor * cells[m][measure] for m in series.x])
+                if measure == "rate":
+                    np.testing.assert_allclose(series.low, [100 * cells[m]["low"] for m in series.x])
+                    np.testing.assert_allclose(series.high, [100 * cells[m]["high"] for m in series.x])
+                assert source in series.label
+
+
+def test_grids_are_those_of_the_table(r: results.Results, drawn: dict[str, plots.Plot]) -> None:
+    rate = {
+        (c["source"], c["layer"], c["window"], c["magnitude"]): 100 * c["rate"]
+        for c in r.tables["rates"]
+        if c["target"] == "reasoning" and c["kind"] in ("backtracking", "unsteered")
+    }
+    plain = rate["", 1, "", 0.0]
+    heat = drawn["fig2_offsets"].panels[0][0].heat
+    assert heat is not None and (heat.x, heat.y) == (["0", "8"], ["-1", "0"])
+    np.testing.assert_allclose(heat.values, [[plain, rate["reasoning", 1, f"{o}..{o}", 8.0]] for o in (-1, 0)])
+    for row, source in zip(drawn["figB1_layers"].panels, ("base", "reasoning"), strict=True):
+        assert row[0].heat is not None and row[0].heat.y == ["0", "1", "2"]
+        expected = [[plain, rate[source, layer, "-5..-2", 8.0]] for layer in range(3)]
+        np.testing.assert_allclose(row[0].heat.values, expected)
+
+
+def test_baselines_are_all_there_at_equal_norm(drawn: dict[str, plots.Plot]) -> None:
+    plot = drawn["fig4_baselines"]
+    series = plot.panels[0][0].series
+    assert [s.label for s in series] == [*tiny.get_config().steering.all_kinds]
+    assert {row["length"] for row in plot.rows if row["magnitude"] == 8} == {8.0}
+    assert {row["source"] for row in plot.rows} == {"", "reasoning"}
+    assert len({(s.colour, s.marker) for s in series}) == len(series)
+
+
+@pytest.mark.parametrize("name", ["fig3_pairs", "probe", "figB1_layers", "label_cosines", "reliability"])
+def test_paper_and_page_draw_the_same_numbers(drawn: dict[str, plots.Plot], name: str) -> None:
+    plot = drawn[name]
+    traces = iter(interactive.figure(plot)["data"])
+    panels = [panel for row in plot.panels for panel in row]
+    for axis, panel in zip(static.draw(plot).axes, panels, strict=False):
+        curves = [c.lines[0] for c in axis.containers if isinstance(c, ErrorbarContainer)]
+        curves = curves or [line for line in axis.lines if not str(line.get_label()).startswith("_")]
+        for series, line in zip(panel.series, curves, strict=True):
+            assert line is not None
+            np.testing.assert_allclose(np.asarray(line.get_ydata(), float), series.y)
+            trace = next(traces)
+            assert trace["name"] == series.label and trace["type"] == "scatter"
+            np.testing.assert_allclose(numbers(trace["y"]), series.y)
+        if panel.heat:
+            np.testing.assert_allclose(np.asarray(axis.images[0].get_array()), panel.heat.values)
+            np.testing.assert_allclose([numbers(row) for row in next(traces)["z"]], panel.heat.values)
+
+
+def numbers(values: Any) -> np.ndarray:
+    return np.array([math.nan if v is None else v for v in values], float)
+
+
+def test_nothing_is_cut_off(drawn: dict[str, plots.Plot]) -> None:
+    for plot in drawn.values():
+        figure = static.draw(plot)
+        figure.draw_without_rendering()
+        boxes = [axis.get_tightbbox() for axis in figure.axes if axis.get_visible()]
+        boxes += [legend.get_window_extent() for legend in figure.legends]
+        for box in boxes:
+            assert box is not None and box.x0 >= -2 and box.y0 >= -2, plot.name
+            assert box.x1 <= figure.bbox.x1 + 2 and box.y1 <= figure.bbox.y1 + 2, plot.name
+
+
+def test_equal_results_give_equal_files(drawn: dict[str, plots.Plot], tmp_path: Path, tiny_run: Path) -> None:
+    """No date and no random name is in them."""
+    static.write(drawn["fig2_offsets"], tmp_path)
+    for suffix in ("png", "pdf", "csv"):
+        before = tiny_run / "results" / "tiny" / "6-report" / f"fig2_offsets.{suffix}"
+        assert (tmp_path / f"fig2_offsets.{suffix}").read_bytes() == before.read_bytes()
+    assert image.imread(tmp_path / "fig2_offsets.png").shape[1] > 800
+
+
+def test_the_comparison_takes_its_numbers_from_the_tables(r: results.Results) -> None:
+    rows = {row["what"]: row["run"] for row in reference.comparison(r)}
+    assert len(rows) == len(reference.numbers()["numbers"]) and "not measured" not in rows.values()
+    cosine = rows["cosine of base- and reasoning-derived backtracking vectors"]
+    assert cosine == f"{r.vectors['cosine'][1]:.3f} at layer 1"
+    noise = [c for c in r.tables["rates"] if (c["target"], c["kind"], c["magnitude"]) == ("reasoning", "noise", 8.0)]
+    assert rows["noise: highest rate, % of words"].startswith(f"{100 * noise[0]['rate']:.2f} (")
+    same = {row["setting"]: row["same"] for row in reference.settings(r)}
+    assert same["window"] == "no" and same["contrast"] == "yes" and same["base model"] == "no"
+
+
+def test_the_reference_holds_the_papers_numbers(ward2025: Path) -> None:
+    released = json.loads((ward2025 / "reference_numbers.json").read_text())
+    ours = reference.numbers()["numbers"]
+    found = released["vectors"]["norms"]["backtracking"]
+    assert ours["cosine"]["released"] == round(found["cosine"], 3)
+    assert ours["norm_base"]["released"] == round(found["base"], 3)
+    assert ours["norm_reasoning"]["released"] == pytest.approx(found["reasoning"], abs=6e-4)
+    grid = released["offset_magnitude_grid"]["combined_percent"]
+    assert ours["best_offset"]["released"].startswith(str(max(max(row) for row in grid)))
+
+
+def test_the_summary_holds_every_cell(r: results.Results) -> None:
+    text = summary.markdown(r)
+    assert text.count("\n| base | ") + text.count("\n| reasoning | ") == len(r.tables["rates"])
+    assert "nan" not in text
+    best = reference.highest(r.cells("reasoning", "backtracking", "base"))
+    assert best is not None and reference.percent(best) in " ".join(summary.sentences(r))
+
+
+def test_one_model_alone(r: results.Results) -> None:
+    """What needs two models is left out, the rest stands."""
+    e = tiny.get_config()
+    e.roles = ("base",)
+    kept = {name: [row for row in rows if "reasoning" not in row.values()] for name, rows in r.tables.items()}
+    for row in kept["similarity"]:
+        row["cosine"] = math.nan
+    generations = [line for line in r.generations if line["target"] == "base"]
+    alone = results.Results(
+        e, r.vectors, kept, {"base": r.projections["base"]}, generations, r.annotations, r.environment
+    )
+    names = [plot.name for plot in figures.all_figures(alone)]
+    assert "cosine_by_layer" not in names and {"fig3_pairs", "fig5_logit_lens", "reliability"} <= set(names)
+    for plot in figures.all_figures(alone):
+        static.draw(plot)
+        interactive.figure(plot)
+    said = " ".join(summary.sentences(alone))
+    assert "reasoning" not in said and "nan" not in said
+
+
+def test_tokens_of_a_trace_are_marked() -> None:
+    trace = {"tokens": ["a", " b", "\n\n", "Wait", " c"], "starts": [["deduction", 0], ["backtracking", 3]]}
+    found = tokens.tokens(trace, "backtracking", (-2, -1), [0.0, 1.0, 2.0, 3.0, 4.0])
+    assert [t.read for t in found] == [False, True, True, False, False]
+    assert [t.start for t in found] == ["deduction", "", "", "backtracking", ""]
+    figure = tokens.draw(found, "backtracking", "t", "c", 2.0)
+    assert "".join(text.get_text() for text in figure.axes[0].texts) == "abWaitc"
+    assert sum(patch.get_edgecolor()[3] > 0 for patch in figure.axes[0].patches) == 1

@@ -1,0 +1,61 @@
+"""The viewer of read windows, on chains whose windows are known."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from backtrack_jax import pipeline, show
+
+
+def test_the_windows_of_a_chain(fresh: Path) -> None:
+    """Nothing is written, no model is loaded; the window ends two tokens before the section."""
+    run = pipeline.Run(tiny.get_config(), ("1-traces", "2-annotations"))
+    before = sorted(Path.cwd().rglob("*"))
+    text = show.describe(run, tiny.TASKS[0], colour=False)
+    assert sorted(Path.cwd().rglob("*")) == before
+    assert "trace verbal_0/0 (verbal), labelled by" in text and tiny.chains()[0]["problem"] in text
+    for role in ("base", "reasoning"):
+        assert f"as the {role} model reads it" in text
+    read = re.findall(r"start (\d+) 'W' reads (.*)", text)
+    assert len(read) == 2
+    for start, window in read:
+        positions = [int(p) for p in re.findall(r"(\d+):'", window)]
+        assert positions == list(range(int(start) - 5, int(start) - 1))
+    marked = re.findall(r"⟦(.*?)⟧", text, re.DOTALL)
+    assert marked[:4] == marked[4:] and text.count("»W«") == 2
+    whole = "".join(re.sub("[⟦⟧»«]", "", text))
+    assert tiny.chains()[0]["reasoning_chain"].removeprefix("<think>") in whole
+    coloured = show.describe(pipeline.Run(tiny.get_config(), run.stages), tiny.TASKS[0], colour=True)
+    assert coloured.count("\x1b[30;42m") == 8 and coloured.count("\x1b[1;97;41m") == 2
+
+
+def test_a_window_that_leaves_the_reply_is_named(finished: Path) -> None:
+    run = pipeline.Run(tiny.get_config(), ("1-traces", "2-annotations"))
+    text = show.describe(run, tiny.TASKS[5] + "/0", colour=False)
+    assert re.search(r"start \d+ 'W': dropped, its window \d+\.\.\d+ leaves the reply", text)
+
+
+def test_what_cannot_be_shown_is_an_error(fresh: Path) -> None:
+    e = tiny.get_config()
+    with pytest.raises(ValueError, match=r"no annotated trace 'x' among 12; there are verbal_0/0"):
+        show.describe(pipeline.Run(e, ("1-traces", "2-annotations")), "x", colour=False)
+    e.traces.path, e.annotations.judge, e.steering.kinds, e.steering.baselines = "", "keyword", ("noise",), ()
+    with pytest.raises(ValueError, match="--stages=1,2 first"):
+        show.describe(pipeline.Run(e, ("1-traces", "2-annotations")), "x", colour=False)
+
+
+def test_the_command(fresh: Path) -> None:
+    command = [sys.executable, "-m", "backtrack_jax.show", f"--config={tiny.__file__}"]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([*command, "verbal_1/0"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "»" in done.stdout, done.stderr
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert (
+        done.returncode == 1
+        and done.stderr == "error: name one trace: python -m backtrack_jax.show TRACE --config=FILE\n"
+    )
