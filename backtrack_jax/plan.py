@@ -53,8 +53,8 @@ def _analysis(run: Run) -> list[str]:
     for role in e.roles:
         tokens = rows[role] * (_PROMPT_TOKENS + e.steering.max_new_tokens)
         lines.append(
-            f"{role} model: likelihood of {rows[role]} replies, at most {tokens:,} tokens; activations of {len(lengths)} "
-            f"traces, about {sum(lengths):,} tokens, {len(lengths) * spec.positions:,} of them kept"
+            f"{role} model: likelihood of {rows[role]} replies, at most {tokens:,} tokens; activations of "
+            f"{len(lengths)} traces, about {sum(lengths):,} tokens, {len(lengths) * spec.positions:,} of them kept"
         )
         config = architecture(e.model(role).path)
         if config is None:

@@ -1,7 +1,7 @@
 """Stage 3: window sums of every model, and the vectors that follow from them."""
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +67,10 @@ def _sums_of_role(
         return sums
     drawn = _drawn_sections([annotation for _, annotation in pairs], e.vectors.label)
     traces = [token_trace(run, role, *pair, drawn=numbers) for pair, numbers in zip(pairs, drawn, strict=True)]
-    _require_windows(traces, plan, wanted, {e.vectors.window, *map(e.vectors.window_at, e.steering.offsets)})
+    swept = {e.vectors.label, e.vectors.contrast}
+    _require_windows(
+        traces, plan, {e.vectors.window_at(o): swept for o in e.steering.offsets} | {plan.windows[0]: wanted}
+    )
     model = run.model(role)
     length = {trace.id: len(trace.ids) for trace in traces}
     sums = sums or extract.WindowSums.zeros(plan, model.config.n_layers, model.config.d_model)
@@ -81,14 +84,13 @@ def _sums_of_role(
 def _require_windows(
     traces: Sequence[extract.TokenTrace],
     plan: extract.WindowPlan,
-    wanted: Collection[str],
-    windows: Collection[extract.Window],
+    wanted: Mapping[extract.Window, Collection[str]],
 ) -> None:
-    """Refuses, before the model is loaded, a group of labels of which no window could be read."""
+    """Refuses, before the model is loaded, a window and group of labels that could be read nowhere."""
     counted = [extract.count_windows(trace, plan, len(trace.ids)) for trace in traces]
     for at, window in enumerate(plan.windows):
         readable = {label for reads, _ in counted for row, label in enumerate(plan.labels) if reads[row, at].any()}
-        for group in sorted(wanted) if window in windows else ():
+        for group in sorted(wanted.get(window, ())):
             if not readable.intersection(plan.groups[group]):
                 raise ValueError(
                     f"no window {window} of {group!r} lies inside a reply, so it has no mean; "
