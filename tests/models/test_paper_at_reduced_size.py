@@ -57,6 +57,7 @@ def reduced() -> config.Experiment:
     return e
 
 
+@pytest.mark.slow
 def test_every_stage(r1_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: Path) -> None:
     monkeypatch.chdir(tmp_path)
     for role, seed in (("base", 1), ("reasoning", 2)):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from matplotlib import image
+from matplotlib import colors, image
 from matplotlib.container import ErrorbarContainer
 
 from backtrack_jax import tables
@@ -178,4 +178,4 @@ def test_tokens_of_a_trace_are_marked() -> None:
     assert [t.start for t in found] == ["deduction", "", "", "backtracking", ""]
     figure = tokens.draw(found, "backtracking", "t", "c", 2.0)
     assert "".join(text.get_text() for text in figure.axes[0].texts) == "abWaitc"
-    assert sum(patch.get_edgecolor()[3] > 0 for patch in figure.axes[0].patches) == 1
+    assert sum(colors.to_rgba(patch.get_edgecolor())[3] > 0 for patch in figure.axes[0].patches) == 1
