@@ -30,7 +30,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/python -m backtrack_jax.run --config=configs/smollm2.py
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
