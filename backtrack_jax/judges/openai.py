@@ -16,9 +16,10 @@ from typing import Any
 
 from backtrack_jax.data.annotations import Reason
 from backtrack_jax.data.records import Annotation, Rejection, Section, Trace
-from backtrack_jax.judges.client import CallFailed, ChatClient, ChatSettings, JudgeStopped, Meter
+from backtrack_jax.judges.client import ChatClient
 from backtrack_jax.judges.ledger import Ledger, content_key, read_entries
 from backtrack_jax.judges.prompts import FAILED, JudgePrompt, failure, sentence_spans
+from backtrack_jax.judges.settings import CallFailed, ChatSettings, JudgeStopped, Meter
 
 # Measured with the tokenizer of Llama-3.1 on the released chains; providers differ by some percent.
 CHARACTERS_PER_TOKEN = 3.8
@@ -31,7 +32,7 @@ NO_MAJORITY = "no_majority"
 
 
 class ReplyFault(StrEnum):
-    """Why an answer that was paid for cannot be used; the faults of calls are `client.CallFault`."""
+    """Why an answer that was paid for cannot be used; the faults of calls are `settings.CallFault`."""
 
     EMPTY = "empty_reply"
     TRUNCATED = "truncated_reply"

@@ -29,10 +29,10 @@ from backtrack_jax.data.records import (
     read_released,
     write_jsonl,
 )
-from backtrack_jax.judges.client import ChatSettings, JudgeStopped, Meter
 from backtrack_jax.judges.ledger import read_entries
 from backtrack_jax.judges.openai import Labelled, estimate, judge_name, label, label_traces, merge_votes
 from backtrack_jax.judges.prompts import JudgePrompt, failure
+from backtrack_jax.judges.settings import ChatSettings, JudgeStopped, Meter
 
 KEY = "sk-test-0123456789"
 LABELS = ("initializing", "deduction", "backtracking", "deduction")
@@ -649,7 +649,7 @@ def test_the_name_of_the_judge_tells_model_and_prompt():
 WORKER = """
 import sys
 from backtrack_jax.data.records import read_traces
-from backtrack_jax.judges.client import ChatSettings
+from backtrack_jax.judges.settings import ChatSettings
 from backtrack_jax.judges.openai import label_traces
 from backtrack_jax.judges.prompts import JudgePrompt
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from backtrack_jax.data.records import Annotation, Trace, pair_annotations
-from backtrack_jax.judges.client import ChatSettings, JudgeStopped
 from backtrack_jax.judges.ledger import read_entries
 from backtrack_jax.judges.openai import label_traces
 from backtrack_jax.judges.prompts import JudgePrompt, failure
+from backtrack_jax.judges.settings import ChatSettings, JudgeStopped
 
 pytestmark = [pytest.mark.slow, pytest.mark.hf]
 
