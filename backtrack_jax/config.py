@@ -11,11 +11,13 @@ from collections.abc import Sequence
 
 from backtrack_jax.data.records import LABELS, OTHER
 from backtrack_jax.judges import keyword
+from backtrack_jax.judges.settings import OpenAISpec
 
 ROLES = ("base", "reasoning")
 ESTIMATORS = ("trace_mean", "token_mean")
 UNITS = ("absolute", "relative", "raw")
 CONTROLS = ("overall-mean", "noise", "self-amplification", "random", "shuffled")
+JUDGES = ("released", "keyword", "grammar", "openai", "import", "released-or-keyword", "released-or-openai")
 
 
 @dataclasses.dataclass
@@ -60,6 +62,9 @@ class TraceSpec:
     Attributes:
       path: a file or folder of annotated chains in the released format, or a `.jsonl` of traces; `package:module/file`
         for one that ships with a package. Empty: the reasoning model samples them.
+      stand_in: annotated chains that a run takes in the place of sampled traces if it reads vectors (stages 3-6): for
+        a model that does not reason, and so has nothing to read in its own traces. Empty: vectors are read off the
+        sampled traces. Stages 1 and 2 alone always sample.
       limit: take only so many traces (problems, when sampling), spread evenly over the file; 0 takes all.
       problems: for sampling, `.json` or `.jsonl` of problems; empty for the 300 that ship with the program.
       samples: replies per problem.
@@ -70,6 +75,7 @@ class TraceSpec:
     """
 
     path: str = ""
+    stand_in: str = ""
     limit: int = 0
     problems: str = ""
     samples: int = 1
@@ -85,14 +91,18 @@ class AnnotationSpec:
 
     Attributes:
       judge: `released` (the labels that came with the traces), `keyword` (offline), `grammar` (exact, for traces of the
-        small pair) or `import` (a file).
+        small pair), `openai` (a language model behind an endpoint) or `import` (a file). `released-or-keyword` and
+        `released-or-openai`: the labels that came with the traces where they are chains in the released format, the
+        judge where they are sampled or come without labels.
       variant: of the keyword judge, see `judges.keyword`.
       path: for `import`, a JSONL of annotations with character spans.
+      openai: the judge `openai`.
     """
 
     judge: str = "released"
     variant: str = "wait_hmm"
     path: str = ""
+    openai: OpenAISpec = dataclasses.field(default_factory=OpenAISpec)
 
 
 @dataclasses.dataclass
@@ -245,6 +255,18 @@ class Experiment:
         """Role of the model that samples traces where none are given: reasoning, or the base model if it is alone."""
         return "reasoning" if "reasoning" in self.roles else "base"
 
+    def for_vectors(self) -> "Experiment":
+        """The experiment as a run that reads vectors sees it: with `traces.stand_in` where traces would be sampled."""
+        path = self.traces.path or self.traces.stand_in
+        return dataclasses.replace(self, traces=dataclasses.replace(self.traces, path=path))
+
+    @property
+    def judge(self) -> str:
+        """Who labels the traces, `released-or-...` resolved: `released`, `keyword`, `openai` or `import`."""
+        first, _, otherwise = self.annotations.judge.partition("-or-")
+        labelled = self.traces.path and not self.traces.path.endswith(".jsonl")
+        return otherwise if otherwise and not labelled else first
+
     @property
     def tokenizer_path(self) -> str:
         """Where the tokenizer is read from."""
@@ -319,14 +341,28 @@ def _source_faults(e: Experiment) -> list[str]:
     faults += _not_one_of("prompt.think", e.prompt.think, ("primed", "generated", "none"))
     if e.prompt.format == "plain" and e.prompt.system:
         faults.append(_fault("prompt.system", e.prompt.system, "'': prompt.format='plain' has no system text"))
-    faults += _not_one_of("annotations.judge", e.annotations.judge, ("released", "keyword", "grammar", "import"))
-    if e.annotations.judge == "keyword":
+    return [*faults, *_judge_faults(e), *_sampling_faults("traces", e.traces)]
+
+
+def _judge_faults(e: Experiment) -> list[str]:
+    faults = _not_one_of("annotations.judge", e.annotations.judge, JUDGES)
+    if e.judge == "keyword":
         faults += _not_one_of("annotations.variant", e.annotations.variant, keyword.VARIANTS)
-    if e.annotations.judge == "import" and not e.annotations.path:
+    if e.judge == "import" and not e.annotations.path:
         faults.append(_fault("annotations.path", "", "a .jsonl of annotations, for annotations.judge='import'"))
-    if e.annotations.judge == "released" and not e.traces.path:
+    if e.judge == "released" and not e.traces.path:
         faults.append("annotations.judge='released' needs traces.path: sampled traces come without labels")
-    return faults + _sampling_faults("traces", e.traces)
+    if e.judge == "openai":
+        spec = e.annotations.openai
+        for field, least in (("votes", 1), ("reask", 0)):
+            if getattr(spec, field) < least:
+                faults.append(_fault(f"annotations.openai.{field}", getattr(spec, field), f"at least {least}"))
+        for make in (spec.prompt, spec.settings):
+            try:
+                make()
+            except ValueError as error:
+                faults.append(f"annotations.openai: {error}")
+    return faults
 
 
 def _sampling_faults(name: str, spec: TraceSpec | SteeringSpec) -> list[str]:
@@ -343,10 +379,9 @@ def _sampling_faults(name: str, spec: TraceSpec | SteeringSpec) -> list[str]:
 
 
 def _labels(e: Experiment) -> Sequence[str] | None:
-    """Labels that the judge gives; None where it may give any."""
-    return {"released": LABELS, "keyword": ("backtracking", OTHER), "grammar": (*LABELS, OTHER)}.get(
-        e.annotations.judge
-    )
+    """Labels that the judge gives traces of which vectors are read; None where it may give any."""
+    given = {"released": LABELS, "openai": LABELS, "keyword": ("backtracking", OTHER), "grammar": (*LABELS, OTHER)}
+    return given.get(e.for_vectors().judge)
 
 
 def _vector_faults(e: Experiment) -> list[str]:

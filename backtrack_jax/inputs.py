@@ -141,19 +141,30 @@ def stage_inputs(e: Experiment) -> dict[str, dict[str, Any]]:
         traces = {"traces": {"file": store.file_hash(data_path(e.traces.path)), "limit": e.traces.limit}}
     else:
         asked = store.fingerprint({"problems": [dataclasses.asdict(problem) for problem in problems(e)]})
-        sampling = _without(e.traces, "path", "problems", "limit") | {"problems": asked}
+        sampling = _without(e.traces, "path", "stand_in", "problems", "limit") | {"problems": asked}
         traces = {"traces": sampling, "prompt": prompt, "model": models[e.author], "seed": e.seed}
-    annotations = _without(e.annotations, "path")
-    if e.annotations.path:
-        annotations["file"] = store.file_hash(data_path(e.annotations.path))
     return {
         "1-traces": traces,
-        "2-annotations": {"annotations": annotations},
+        "2-annotations": {"annotations": {"judge": e.judge} | _judge_inputs(e)},
         "3-vectors": {"vectors": dataclasses.asdict(e.vectors), "models": models, "prompt": prompt},
         "4-steering": {"steering": dataclasses.asdict(e.steering), "seed": e.seed},
         "5-analysis": {"analysis": dataclasses.asdict(e.analysis)},
         "6-report": {"name": e.name},
     }
+
+
+def _judge_inputs(e: Experiment) -> dict[str, Any]:
+    """What the labels depend on: of the online judge what is asked, not where, how fast or for how much."""
+    spec = e.annotations
+    if e.judge == "import":
+        return {"file": store.file_hash(data_path(spec.path))}
+    if e.judge == "keyword":
+        return {"variant": spec.variant}
+    if e.judge == "openai":
+        asked = ("model", "temperature", "seed", "max_tokens", "extra_body", "votes", "reask")
+        values = {name: getattr(spec.openai, name) for name in asked}
+        return {"openai": values | {"prompt": spec.openai.prompt().hash}}
+    return {}
 
 
 def _without(spec: Any, *fields: str) -> dict[str, Any]:

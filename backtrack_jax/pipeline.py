@@ -28,6 +28,7 @@ import numpy as np
 
 from backtrack_jax import environment, inputs, store
 from backtrack_jax.config import Experiment
+from backtrack_jax.judges.settings import read_key
 from backtrack_jax.models import checkpoint, prompts
 from backtrack_jax.models.config import LlamaConfig
 from backtrack_jax.models.llama import Llama
@@ -61,8 +62,9 @@ class Run:
         Raises:
           ValueError, FileNotFoundError: name what is missing or wrong.
         """
-        self.experiment = experiment
         self.stages = tuple(stages)
+        reads_vectors = not set(stages) <= {"1-traces", "2-annotations"}
+        self.experiment = experiment = experiment.for_vectors() if reads_vectors else experiment
         self.workdir = Path(experiment.workdir) / experiment.name
         self.prompt = prompts.PromptFormat(
             experiment.prompt.format, experiment.prompt.think, experiment.prompt.system or None
@@ -78,6 +80,8 @@ class Run:
             raise ValueError(
                 f"{self.stages[-1]} builds on {absent[0]}, which is not done for this config; add it to --stages"
             )
+        if "2-annotations" in self.stages and not self.done("2-annotations") and self.experiment.judge == "openai":
+            read_key(self.experiment.annotations.openai.settings())  # before stage 1, which may take hours
         with_models = {"3-vectors", "4-steering", "5-analysis"} | (
             set() if self.experiment.traces.path else {"1-traces"}
         )
@@ -101,7 +105,7 @@ class Run:
 
     def done(self, name: str) -> bool:
         """Whether a stage is complete under the present inputs."""
-        return store.peek(self.workdir, name, self.inputs[name])
+        return store.peek(self.workdir, name, self.inputs[name]) is not None
 
     def folder(self, name: str) -> Path:
         """Folder of a stage's results."""

@@ -1,15 +1,17 @@
 """The plan of a run, for `--dry_run`: rows, tokens and memory of every stage, and what is done, without computing."""
 
-from backtrack_jax import conditions
+from backtrack_jax import conditions, store
 from backtrack_jax.config import Experiment
 from backtrack_jax.data import records
 from backtrack_jax.inputs import architecture, data_path, problems, spread
 from backtrack_jax.models.batching import bucket
 from backtrack_jax.models.config import LlamaConfig
 from backtrack_jax.pipeline import STAGES, Run
+from backtrack_jax.stages.annotations import ledger_path
 
 _CHARACTERS_PER_TOKEN = 4  # of English text, for the estimate only
 _PROMPT_TOKENS = 100
+_CHARACTERS_PER_SENTENCE = 69  # measured on the released chains
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -40,9 +42,36 @@ def _traces(run: Run) -> list[str]:
 
 
 def _annotations(run: Run) -> list[str]:
-    lengths = _trace_lengths(run.experiment)
-    judge = run.experiment.annotations.judge
-    return [f"{len(lengths)} traces, about {sum(lengths):,} tokens, by {judge}; no model is held"]
+    e, spec = run.experiment, run.experiment.annotations.openai
+    if e.judge != "openai":
+        lengths = _trace_lengths(e)
+        return [f"{len(lengths)} traces, about {sum(lengths):,} tokens, by {e.judge}; no calls, no model is held"]
+    from backtrack_jax.judges.openai import estimate  # its package takes a second to import
+
+    traces = _traces_to_label(run)
+    planned = estimate(traces or _unsampled(e), spec.prompt(), spec.settings(), ledger_path(e), spec.votes)
+    lines = [f"judge: {spec.model} at {spec.base_url}, {spec.votes} vote(s) a trace, format {spec.format}"]
+    if not traces:
+        lines.append(f"as if every reply were {e.traces.max_new_tokens} tokens of reasoning, the most it can be:")
+    return [*lines, str(planned)]
+
+
+def _traces_to_label(run: Run) -> list[records.Trace]:
+    """The traces of stage 1, if they are there or can be imported; none if they are still to be sampled."""
+    if folder := store.peek(run.workdir, "1-traces", run.inputs["1-traces"]):
+        return records.read_traces(folder / "traces.jsonl")
+    return _imported(run.experiment) if run.experiment.traces.path else []
+
+
+def _unsampled(e: Experiment) -> list[records.Trace]:
+    """Stand-ins for traces that are not sampled yet: as long as they can be, in sentences of usual length."""
+    n = round(e.traces.max_new_tokens * _CHARACTERS_PER_TOKEN / _CHARACTERS_PER_SENTENCE)
+    sentence = "X" * (_CHARACTERS_PER_SENTENCE - 2) + ". "
+    return [
+        records.Trace(f"{p.id}/{sample}", p.id, p.category, p.problem, f"{sample} {sentence * n}", sample)
+        for p in problems(e)
+        for sample in range(e.traces.samples)
+    ]
 
 
 def _analysis(run: Run) -> list[str]:

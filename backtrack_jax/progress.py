@@ -31,11 +31,19 @@ class Progress:
         if self._terminal or self._done != self._shown_done:
             self._show("\n")
 
-    def update(self, rows: int, tokens: int, note: str = "") -> None:
-        """Counts finished rows and the tokens that the model read or wrote for them; the note is shown beside them."""
-        self._note = note
+    def update(self, rows: int, tokens: int, note: str = "", *, earlier: bool = False) -> None:
+        """Counts finished rows and the tokens that the model read or wrote for them.
+
+        Args:
+          rows: finished rows.
+          tokens: of these rows.
+          note: shown beside the speed from now on, e.g. money spent.
+          earlier: whether an earlier run had finished them: they count as done but not into the speed.
+        """
         self._done += rows
+        self._earlier += rows if earlier else 0
         self._tokens += tokens
+        self._note = note
         if time.monotonic() - self._shown >= (0.5 if self._terminal else 10):
             self._show("" if self._terminal else "\n")
 

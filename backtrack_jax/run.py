@@ -14,6 +14,7 @@ from ml_collections import config_flags
 
 from backtrack_jax import pipeline, plan
 from backtrack_jax.config import Experiment, check, check_override
+from backtrack_jax.judges.settings import JudgeStopped
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, for instance configs/smollm2.py.")
 _STAGES = flags.DEFINE_list("stages", [], f"Run only these stages: {', '.join(pipeline.STAGES)} (names or numbers).")
@@ -36,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
             print(plan.describe(run))
         else:
             run.run()
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, JudgeStopped) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on where this run was")

@@ -71,10 +71,10 @@ class StageFolder:
         write_text(self.path / "DONE", self.fingerprint + "\n")
 
 
-def peek(workdir: Path, name: str, inputs: Mapping[str, Any]) -> bool:
-    """Whether a stage is complete under these inputs, there or moved aside, without touching the disk."""
+def peek(workdir: Path, name: str, inputs: Mapping[str, Any]) -> Path | None:
+    """Folder of a stage that is complete under these inputs, in place or aside; None if it is not. Writes nothing."""
     wanted = fingerprint(inputs)
-    return any(_is_done(path, wanted) for path in (workdir / name, _aside(workdir, name, wanted)))
+    return next((path for path in (workdir / name, _aside(workdir, name, wanted)) if _is_done(path, wanted)), None)
 
 
 def fingerprint(inputs: Mapping[str, Any]) -> str:

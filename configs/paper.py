@@ -1,7 +1,13 @@
 """The paper, Ward et al. 2025 (arXiv 2507.12638): every figure and table on Llama-3.1-8B and its R1 distill.
 
-    python -m backtrack_jax.run --config=configs/paper.py --config.traces.path=CHAINS
     python -m backtrack_jax.run --config=configs/paper.py --dry_run
+    python -m backtrack_jax.run --config=configs/paper.py
+    python -m backtrack_jax.run --config=configs/paper.py --config.traces.path=CHAINS
+
+Traces are sampled by R1-Distill-Llama-8B and labelled by GPT-4o as in the paper, with the key in the environment
+variable OPENAI_API_KEY; `--dry_run` says what that costs. With CHAINS, a file or folder of annotated chains in the
+released format, both are imported instead. `--config.annotations.judge=keyword` needs neither key nor network;
+`--config.annotations.openai.format=sentences` has answers a fifth as long, with spans that are exact.
 
 Reads base- and reasoning-derived vectors at every layer, window -13..-8, and adds them to either model while it
 answers (Fig. 3), beside baselines of equal norm (Fig. 4), from other offsets (Fig. 2), and at other layers (Fig. B.1).
@@ -21,6 +27,7 @@ from backtrack_jax.config import (
     TraceSpec,
     VectorSpec,
 )
+from backtrack_jax.judges.settings import OpenAISpec
 
 
 def get_config() -> Experiment:
@@ -34,7 +41,19 @@ def get_config() -> Experiment:
         ),
         prompt=PromptSpec(format="r1", think="primed"),
         traces=TraceSpec(path="", temperature=0.7, max_new_tokens=500, batch_size=128),
-        annotations=AnnotationSpec(judge="keyword"),
+        annotations=AnnotationSpec(
+            judge="released-or-openai",
+            openai=OpenAISpec(
+                model="gpt-4o-2024-08-06",
+                format="inline",
+                temperature=0.0,
+                # US dollars per million tokens, as the provider listed them for this model.
+                input_price=2.5,
+                cached_price=1.25,
+                output_price=10.0,
+                max_cost=20.0,
+            ),
+        ),
         vectors=VectorSpec(
             window=(-13, -8),
             contrast="all",

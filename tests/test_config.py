@@ -19,8 +19,9 @@ SPECS = [kind for _, kind in inspect.getmembers(config, inspect.isclass) if data
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.__name__)
 def test_every_field_is_documented(spec: type) -> None:
-    lines = (spec.__doc__ or "").split("Attributes:")[1].split("\n")
-    documented = [line.strip().split(":")[0] for line in lines if line.startswith("      ") and line[6] != " "]
+    lines = inspect.cleandoc(spec.__doc__ or "").split("Attributes:\n")[1].split("\n")
+    indent = len(lines[0]) - len(lines[0].lstrip())
+    documented = [line.strip().split(":")[0] for line in lines if line[indent : indent + 1].strip()]
     assert documented == [field.name for field in dataclasses.fields(spec)]
 
 

@@ -413,7 +413,8 @@ def format_summary(summary: dict[str, Any]) -> str:
         lines.append(f"{label:<24}{placed[label]:>8}{well_formed:>13}{share:>17}")
     for title, table in (("placed with a note", summary["notes"]), ("rejected", summary["rejected"])):
         lines.append(f"{title}: {sum(sum(counts.values()) for counts in table.values())}")
+        width = max([16, *(len(reason) + 2 for reason in table)])  # `judge_failed:...` is long
         for reason, counts in sorted(table.items()):
             detail = ", ".join(f"{label or 'no label'} {count}" for label, count in sorted(counts.items()))
-            lines.append(f"  {reason:<16}{sum(counts.values()):>6}  ({detail})")
+            lines.append(f"  {reason:<{width}}{sum(counts.values()):>6}  ({detail})")
     return "\n".join(lines)

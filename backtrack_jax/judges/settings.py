@@ -9,13 +9,16 @@ Faults come in two kinds:
   same command goes on from there.
 """
 
+import json
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 from urllib.parse import urlsplit
+
+from backtrack_jax.judges.prompts import JudgePrompt
 
 
 class CallFault(StrEnum):
@@ -188,3 +191,85 @@ def read_key(settings: ChatSettings) -> str:
             "'keyword', which needs neither key nor network"
         )
     return key
+
+
+@dataclass
+class OpenAISpec:
+    """The online judge of stage 2: any OpenAI-compatible endpoint, see `judges.openai`.
+
+    Attributes:
+        model: name at the endpoint; a dated snapshot gives the same labels next month, an alias may not.
+        base_url: of the API, version included. Answers are kept by what was asked, not by address: for another server
+            that gives its model the same name, name another `ledger`.
+        key_variable: environment variable that holds the key, which is read from nowhere else.
+        format: of the answers: `sentences` (numbered, answered by JSON) or `inline` (the paper's; five times as long).
+        backtracking: definition of backtracking in the instructions, see `judges.prompts.BACKTRACKING`.
+        response_format: how `sentences` asks for JSON: `json_schema`, `json_object` or `none`.
+        votes: answers per trace; sections that more than half of them have are kept.
+        reask: how often an unusable answer is asked for again.
+        temperature: of the judge; below 0 it is left out of the request.
+        seed: of the judge; below 0 it is left out.
+        max_tokens: limit of an answer; 0 leaves it out.
+        extra_body: JSON object of more fields of the request, e.g. `{"reasoning_effort": "low"}`; empty for none.
+        concurrency: calls at the same time.
+        request_timeout: seconds for one attempt.
+        call_timeout: seconds for one call with all its attempts.
+        run_timeout: seconds after which no new call starts; 0 for no limit.
+        max_retries: attempts after the first.
+        backoff: seconds before the first retry, doubled for each further one, half of it random.
+        max_backoff: limit of that doubling; Retry-After may ask for more.
+        input_price: US dollars per million tokens of prompts; 0 where prices are not known.
+        cached_price: the same for tokens from the provider's prefix cache; 0 takes `input_price`.
+        output_price: the same for tokens of answers.
+        max_cost: US dollars after which no new call starts; 0 for no limit.
+        ledger: file of the answers that were paid for; empty for `judge-ledger.jsonl` in `workdir`, shared by all runs.
+        allow_unanswered: whether the stage may end with calls that got no answer after all retries. Their traces are
+            counted as failed then; else the run stops, and the same command asks for these alone.
+    """
+
+    model: str = "gpt-4o-2024-08-06"
+    base_url: str = "https://api.openai.com/v1"
+    key_variable: str = "OPENAI_API_KEY"
+    format: str = "sentences"
+    backtracking: str = "revise"
+    response_format: str = "json_schema"
+    votes: int = 1
+    reask: int = 0
+    temperature: float = 0.0
+    seed: int = 0
+    max_tokens: int = 4096
+    extra_body: str = ""
+    concurrency: int = 32
+    request_timeout: float = 120.0
+    call_timeout: float = 900.0
+    run_timeout: float = 0.0
+    max_retries: int = 8
+    backoff: float = 1.0
+    max_backoff: float = 60.0
+    input_price: float = 0.0
+    cached_price: float = 0.0
+    output_price: float = 0.0
+    max_cost: float = 0.0
+    ledger: str = ""
+    allow_unanswered: bool = False
+
+    def prompt(self) -> JudgePrompt:
+        """The question that is put to the judge; ValueError names what is wrong with it."""
+        return JudgePrompt(self.format, self.backtracking, self.response_format)
+
+    def settings(self) -> ChatSettings:
+        """Endpoint and limits; ValueError names what is wrong with them."""
+        try:
+            extra = json.loads(self.extra_body or "{}")
+        except ValueError:
+            extra = None
+        if not isinstance(extra, dict):
+            raise ValueError(f"extra_body={self.extra_body!r} of the judge, expected a JSON object, or nothing")
+        own = ("format", "backtracking", "response_format", "votes", "reask", "ledger", "allow_unanswered")
+        given: dict[str, Any] = {name: value for name, value in asdict(self).items() if name not in own}
+        for name in ("temperature", "seed"):
+            given[name] = given[name] if given[name] >= 0 else None
+        for name in ("max_tokens", "run_timeout", "input_price", "cached_price", "output_price", "max_cost"):
+            given[name] = given[name] or None
+        given["extra_body"] = extra
+        return ChatSettings(**given)

@@ -1,38 +1,96 @@
-"""Stage 2: labelled sections of every trace."""
+"""Stage 2: labelled sections of every trace.
 
+The judge `openai` keeps every answer in a ledger outside of the stage's folder, so that neither a killed run nor
+another config, nor a deleted result, makes the same question be paid for again.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from backtrack_jax import inputs, store
+from backtrack_jax import store
+from backtrack_jax.config import Experiment
 from backtrack_jax.data import annotations as labels
 from backtrack_jax.data import records
+from backtrack_jax.data.records import Annotation, Trace
+from backtrack_jax.inputs import data_path
 from backtrack_jax.judges import grammar, keyword
-from backtrack_jax.progress import say
+from backtrack_jax.judges.prompts import failure
+from backtrack_jax.judges.settings import CallFault, JudgeStopped, Meter
+from backtrack_jax.progress import Progress, say
 
 if TYPE_CHECKING:
     from backtrack_jax.pipeline import Run
 
 
+def ledger_path(e: Experiment) -> Path:
+    """File of the online judge's answers; the same for all experiments of a `workdir` unless one is named."""
+    named = e.annotations.openai.ledger
+    return Path(named).expanduser() if named else Path(e.workdir) / "judge-ledger.jsonl"
+
+
 def annotate(run: "Run", folder: Path) -> None:
     """Stage 2: labels the sections of every trace and reports what could not be placed."""
-    spec = run.experiment.annotations
-    source = run.folder("1-traces")
+    e, source = run.experiment, run.folder("1-traces")
     traces = records.read_traces(source / "traces.jsonl")
-    if spec.judge == "import":
-        annotated = records.read_annotations(inputs.data_path(spec.path))
-    elif spec.judge == "keyword":
-        annotated = [keyword.annotate(trace, spec.variant) for trace in traces]
-    elif spec.judge == "grammar":
+    if e.judge == "import":
+        annotated = records.read_annotations(data_path(e.annotations.path))
+    elif e.judge == "keyword":
+        annotated = [keyword.annotate(trace, e.annotations.variant) for trace in traces]
+    elif e.judge == "grammar":
         annotated = [grammar.annotate(trace) for trace in traces]
+    elif e.judge == "openai":
+        annotated = _ask(e, traces)
     else:
-        if not (source / "labelled.jsonl").exists():
-            raise ValueError(
-                f"annotations.judge='released', but {run.experiment.traces.path} holds traces without labels"
-            )
-        labelled = {line["trace_id"]: line["annotated"] for line in store.read_lines(source / "labelled.jsonl")}
-        annotated = [labels.align(trace, labelled[trace.id]) for trace in traces]
+        annotated = _released(e, traces, source / "labelled.jsonl")
     records.pair_annotations(traces, annotated)  # raises where a span does not fit its trace
     records.write_jsonl(folder / "annotations.jsonl", annotated)
     table = labels.format_summary(labels.summarise(annotated))
     store.write_text(folder / "summary.txt", table + "\n")
     say("\n".join("  " + line for line in table.split("\n")))
+
+
+def _released(e: Experiment, traces: Sequence[Trace], file: Path) -> list[Annotation]:
+    if not file.exists():
+        raise ValueError(f"annotations.judge='released', but {e.traces.path} holds traces without labels")
+    labelled = {line["trace_id"]: line["annotated"] for line in store.read_lines(file)}
+    return [labels.align(trace, labelled[trace.id]) for trace in traces]
+
+
+def _ask(e: Experiment, traces: Sequence[Trace]) -> list[Annotation]:
+    """Labels by the online judge, in the order of the traces."""
+    from backtrack_jax.judges.openai import Labelled, label_traces  # its package takes a second to import
+
+    spec = e.annotations.openai
+    done: dict[str, Annotation] = {}
+    tokens = 0
+    with Progress(f"  asking {spec.model}", len(traces)) as progress:
+
+        def on_done(labelled: Labelled, meter: Meter) -> None:
+            nonlocal tokens
+            done[labelled.annotation.trace_id] = labelled.annotation
+            before, tokens = tokens, meter.prompt_tokens + meter.completion_tokens
+            cost = "" if meter.cost is None else f"${meter.cost:.4f}"
+            progress.update(1, tokens - before, note=cost, earlier=not meter.paid)
+
+        meter = label_traces(
+            traces, spec.prompt(), spec.settings(), ledger_path(e), votes=spec.votes, reask=spec.reask, on_done=on_done
+        )
+    say(f"  {meter}")
+    annotated = [done[trace.id] for trace in traces]
+    _check_answered(annotated, spec.allow_unanswered)
+    return annotated
+
+
+def _check_answered(annotated: Sequence[Annotation], allowed: bool) -> None:
+    """Stops where calls got no answer, for which nothing was paid; a request that was refused will be refused again."""
+    passing = set(CallFault) - {CallFault.BAD_REQUEST}
+    unanswered = Counter(why for annotation in annotated if (why := failure(annotation)) in passing)
+    if unanswered and not allowed:
+        counts = ", ".join(f"{count} {why}" for why, count in unanswered.most_common())
+        raise JudgeStopped(
+            f"{unanswered.total()} of {len(annotated)} traces got no answer from the judge ({counts}). The others are "
+            "kept: the same command asks for these alone, or goes on without them, counted as failed, with "
+            "--config.annotations.openai.allow_unanswered=True"
+        )
