@@ -24,7 +24,8 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")
 
 def main(argv: Sequence[str]) -> None:
     """Runs the stages of the experiment that the flags describe."""
-    logging.getLogger("jax").setLevel(logging.WARNING)  # which accelerators are absent is no news
+    for name in ("jax", "httpx", "httpx2"):  # which accelerators are absent, and every request, is no news
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         if len(argv) > 1:
             raise ValueError(f"unexpected arguments {argv[1:]}; overrides look like --config.steering.layer=9")

@@ -388,7 +388,7 @@ def test_a_changed_sweep_runs_the_later_stages_and_can_be_taken_back(
         (lambda e: set_at(e.vectors, "contrast", "rest"), "3-vectors", "vectors.contrast"),
         (lambda e: set_at(e.base, "markers", "keep"), "3-vectors", "models.base.markers"),
         (lambda e: set_at(e.prompt, "think", "none"), "3-vectors", "prompt.think"),
-        (lambda e: set_at(e.annotations, "judge", "keyword"), "2-annotations", "annotations.judge"),
+        (lambda e: set_at(e.annotations, "judge", "keyword"), "2-annotations", "annotations.judge annotations.variant"),
         (lambda e: set_at(e.traces, "limit", 6), "1-traces", "traces.limit"),
         (lambda e: set_at(e, "seed", 1), "4-steering", "seed"),
         (lambda e: set_at(e.steering, "span", "generated"), "4-steering", "steering.span"),
@@ -401,7 +401,7 @@ def test_a_changed_config_reaches_the_stages_that_it_affects(
     change(e)
     made = pipeline.Run(e)
     assert [name for name in pipeline.STAGES if made.done(name)] == [name for name in pipeline.STAGES if name < stage]
-    assert store.StageFolder(finished, stage, made.inputs[stage]).changed == [named]
+    assert store.StageFolder(finished, stage, made.inputs[stage]).changed == named.split()
 
 
 def set_at(holder: object, name: str, value: object) -> None:

@@ -7,6 +7,7 @@ It counts what a provider would bill: complete answers with HTTP 200. By itself 
 
 import argparse
 import json
+import random
 import re
 import sys
 import threading
@@ -55,6 +56,8 @@ def honest_label(sentence: str) -> str:
 
 def honest_answer(messages: list[dict[str, str]]) -> str:
     """Labels of what the user's message shows, in the format that the system message asks for."""
+    if '"problems"' in messages[0]["content"]:
+        return honest_problems(messages[1]["content"])
     reasoning = messages[1]["content"].split("Reasoning to be labelled:\n", 1)[1]
     if '"runs"' not in messages[0]["content"]:
         pieces = re.findall(r"[^.!?]+[.!?]*\s*", reasoning)
@@ -62,6 +65,18 @@ def honest_answer(messages: list[dict[str, str]]) -> str:
     labels = [honest_label(line.split(": ", 1)[1]) for line in reasoning.split("\n")]
     runs = [{"from": i + 1, "label": label} for i, label in enumerate(labels) if i == 0 or label != labels[i - 1]]
     return json.dumps({"runs": runs}, separators=(",", ":"))
+
+
+def honest_problems(question: str) -> str:
+    """As many problems as are asked for; the first of them is the same in every set of a category."""
+    category = question.split("\n")[0]
+    count = int(re.findall(r"Write (\d+) problems", question)[0])
+    seeds = [category, *(f"{question} {i}" for i in range(1, count))]
+    words = [
+        f"{syllable}{end}" for syllable in ("ba", "do", "fi", "ku", "lo", "me", "pu") for end in ("rn", "st", "ll")
+    ]
+    problems = [" ".join(random.Random(seed).choices(words, k=20)).capitalize() + "?" for seed in seeds]
+    return json.dumps({"problems": problems})
 
 
 def faulty_choice(fault: str | None, messages: list[dict[str, str]]) -> dict[str, Any]:

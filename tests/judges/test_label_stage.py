@@ -252,6 +252,7 @@ def test_sigkill_at_a_random_moment_pays_again_for_nothing_but_calls_in_flight(s
     server.on_paid = lambda count: None
     done = command(*flags_of(server.base_url), *arguments)
     assert done.returncode == 0, done.stderr
+    assert "HTTP Request" not in done.stderr
     assert f"{12 - recorded} paid, {recorded} from the ledger" in done.stderr
     assert re.search(r"asking judge-1: 12 of 12 rows, .* tokens/s, \$0\.\d{4}, .* left", done.stderr)
     assert 12 <= server.paid.total() <= 12 + 2  # of the two that were in flight
