@@ -50,7 +50,7 @@ def settings(r: Results) -> list[dict[str, str]]:
         "base model": e.base.path if "base" in e.roles else "-",
         "reasoning model": e.reasoning.path if "reasoning" in e.roles else "-",
         "layers": len(r.vectors[r.author]["mean_norm"]),
-        "labels by": e.annotations.judge,
+        "labels by": e.annotations.openai.model if e.judge == "openai" else e.judge,
         "vector read at layer": e.steering.layer,
         "window": list(e.vectors.window),
         "contrast": e.vectors.contrast,

@@ -342,7 +342,7 @@ def _windows(sums: dict[str, extract.WindowSums]) -> Rows:
 
 def _agreement(run: "Run", traces: Sequence[records.Trace], annotated: Sequence[records.Annotation]) -> Rows:
     """Table C.1 on the traces: the keyword judge against the labels of the run, where these are another judge's."""
-    if run.experiment.annotations.judge == "keyword" or run.experiment.vectors.label != "backtracking":
+    if run.experiment.judge == "keyword" or run.experiment.vectors.label != "backtracking":
         return []
     found = agreement.agreement(traces, annotated, [keyword.annotate(trace) for trace in traces], unit="sentence")
     say(f"  keyword judge against the labels: F1 {100 * found[0].f1.value:.1f} %")
