@@ -6,6 +6,7 @@ Slow: minutes each on two cores. `make test PYTEST_ARGS="-m slow tests/test_smol
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -57,7 +58,9 @@ def test_steered_sweep_equals_torch_with_a_hook(model, tokenizer, reference):
     assert len({len(ids) for ids in asked}) > 4
     conditions = [(ids, magnitude) for ids in asked for magnitude in (0.0, 15.0, 30.0, 45.0, 60.0)]
     rows = [
-        generate.Row(ids, generate.row_key(0, "greedy", 0), add_vector(direction, LAYER, magnitude, n_layers=L))
+        generate.Row(
+            ids, generate.row_key(0, "greedy", 0), add_vector(jnp.asarray(direction), LAYER, magnitude, n_layers=L)
+        )
         for ids, magnitude in conditions
     ]
     replies = sampled(model, rows, batch_size=40)
