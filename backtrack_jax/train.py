@@ -139,25 +139,27 @@ class TrainState:
       params: trained weights, a pytree of float32 arrays.
       optimizer: state of the optax transformation.
       step: int32, steps done.
+      frozen: weights that are needed but not trained; not part of checkpoints.
     """
 
     params: Any
     optimizer: Any
     step: jax.Array
+    frozen: Any = ()
 
 
-def new_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+def new_state(params: Any, optimizer: optax.GradientTransformation, frozen: Any = ()) -> TrainState:
     """The state before the first step."""
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), frozen)
 
 
 def make_step(
-    build: Callable[[Any], Llama], optimizer: optax.GradientTransformation, dtype: jnp.dtype | None = None
+    build: Callable[[Any, Any], Llama], optimizer: optax.GradientTransformation, dtype: jnp.dtype | None = None
 ) -> Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]:
     """A compiled training step.
 
     Args:
-      build: the model out of the trained weights, for instance `lambda state: nnx.merge(graphdef, state)`.
+      build: the model out of trained and frozen weights.
       optimizer: optax transformation.
       dtype: of matrix-product inputs; None for that of the weights.
 
@@ -165,15 +167,15 @@ def make_step(
       (state, batch) -> (new state, mean loss of the batch before the step). The old state's memory is given to the new.
     """
 
-    def loss_of(params: Any, batch: Batch) -> jax.Array:
-        total, weight = cross_entropy(build(params), batch, dtype)
+    def loss_of(params: Any, frozen: Any, batch: Batch) -> jax.Array:
+        total, weight = cross_entropy(build(params, frozen), batch, dtype)
         return total / jnp.maximum(weight, 1.0)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
-        loss, gradients = jax.value_and_grad(loss_of)(state.params, batch)
+        loss, gradients = jax.value_and_grad(loss_of)(state.params, state.frozen, batch)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(params, optimizer_state, state.step + 1), loss
+        return TrainState(params, optimizer_state, state.step + 1, state.frozen), loss
 
     return jax.jit(step, donate_argnums=0)
 
@@ -200,11 +202,11 @@ def warmup_cosine(peak: float, steps: int, warmup: int = 20) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(0.0, peak, min(warmup, steps - 1), steps, peak / 10)
 
 
-def trainable(model: Llama) -> tuple[Any, Callable[[Any], Llama]]:
+def trainable(model: Llama) -> tuple[Any, Callable[..., Llama]]:
     """A float32 copy of all weights of a model, and how to put a model together again from such weights."""
     graphdef, state = nnx.split(model)
     params = jax.tree.map(lambda weight: jnp.array(weight, jnp.float32), state)
-    return params, lambda params: nnx.merge(graphdef, params)
+    return params, lambda params, frozen=(): nnx.merge(graphdef, params)
 
 
 def fit(
@@ -267,12 +269,13 @@ def _restored(manager: ocp.CheckpointManager, state: TrainState) -> tuple[TrainS
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _numbered(state))
     leaves = manager.restore(newest, args=ocp.args.StandardRestore(target))
     in_order = [leaves[name] for name in sorted(leaves)]
-    return jax.tree.unflatten(jax.tree.structure(state), in_order), newest
+    restored = jax.tree.unflatten(jax.tree.structure(dataclasses.replace(state, frozen=())), in_order)
+    return dataclasses.replace(restored, frozen=state.frozen), newest
 
 
 def _numbered(state: TrainState) -> dict[str, jax.Array]:
-    """The state's arrays by number: a checkpoint then does not depend on how optax nests its state."""
-    return {f"{i:05}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}
+    """What a checkpoint holds, by number: it then does not depend on how optax nests its state."""
+    return {f"{i:05}": leaf for i, leaf in enumerate(jax.tree.leaves(dataclasses.replace(state, frozen=())))}
 
 
 def _rows_of_step(rows: Batch, number: int, batch_size: int, seed: int) -> Batch:

@@ -46,15 +46,17 @@ class Recipe:
       reasoning_steps: of the finetune.
       reasoning_rate: as `base_rate`.
       reasoning_adam_rate: as `base_adam_rate`.
+      save_every: steps between checkpoints.
     """
 
     batch_size: int = 22
-    base_steps: int = 500
+    base_steps: int = 450
     base_rate: float = 0.02
-    base_adam_rate: float = 3e-3
+    base_adam_rate: float = 1e-2
     reasoning_steps: int = 250
     reasoning_rate: float = 0.01
-    reasoning_adam_rate: float = 1e-3
+    reasoning_adam_rate: float = 2e-3
+    save_every: int = 50
 
 
 def architecture(vocab_size: int) -> LlamaConfig:
@@ -75,20 +77,20 @@ def architecture(vocab_size: int) -> LlamaConfig:
 
 
 def packed_corpus(tokenizer: Tokenizer, process: grammar.Process, stories: float, rows: int, seed: int) -> train.Batch:
-    """At least so many rows of documents of a process, everything but BOS to be predicted."""
+    """Rows of documents of a process. Problems are only read: what they are about is chance, and would be noise."""
     documents = corpus.documents(process, seed, stories=stories)
     texts = (tokens_of(tokenizer, document) for document in itertools.islice(documents, 2 * rows))
-    batch = train.pack([train.Tokens(ids) for ids in texts if len(ids) <= ROW], ROW)
+    batch = train.pack([text for text in texts if len(text.ids) <= ROW], ROW)
     return train.Batch(*(array[:rows] for array in batch))
 
 
-def tokens_of(tokenizer: Tokenizer, document: corpus.Document) -> list[int]:
+def tokens_of(tokenizer: Tokenizer, document: corpus.Document) -> train.Tokens:
     """A document as both models read and write it."""
     assert tokenizer.bos_id is not None
     if document.problem is None:
-        return [tokenizer.bos_id, *tokenizer.encode(document.answer), *tokenizer.stop_ids]
+        return train.Tokens([tokenizer.bos_id, *tokenizer.encode(document.answer), *tokenizer.stop_ids])
     prompt = prompts.prompt_ids(tokenizer, document.problem.problem, PROMPT)
-    return [*prompt, *tokenizer.encode(document.reply), *tokenizer.stop_ids]
+    return train.Tokens([*prompt, *tokenizer.encode(document.reply), *tokenizer.stop_ids], len(prompt))
 
 
 def train_model(
@@ -99,7 +101,8 @@ def train_model(
     params, build = train.trainable(model)
     step = train.make_step(build, optimizer, jnp.dtype(jnp.bfloat16))
     state = train.new_state(params, optimizer)
-    state, _ = train.fit(step, state, rows, steps=steps, batch_size=recipe.batch_size, save_every=50, **rest)
+    r = recipe
+    state, _ = train.fit(step, state, rows, steps=steps, batch_size=r.batch_size, save_every=r.save_every, **rest)
     return build(state.params)
 
 

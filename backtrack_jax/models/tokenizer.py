@@ -258,6 +258,19 @@ class Tokenizer:
             special_tokens={f"{key}_token": texts[ids[key]] for key in ("bos", "eos") if ids[key] is not None},
         )
 
+    def save(self, folder: Path) -> None:
+        """Writes `tokenizer.json`, `tokenizer_config.json` and the stop ids, as `from_folder` reads them.
+
+        Args:
+            folder: a folder that is there, usually a model's.
+        """
+        config = {"add_bos_token": self.bos_id is not None, **self.special_tokens, "chat_template": self.chat_template}
+        config |= {"clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"}
+        stop = {"eos_token_id": list(self.stop_ids)}
+        (folder / "tokenizer.json").write_text(self._backend.to_str(pretty=True), "utf-8")
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False, indent=1) + "\n", "utf-8")
+        (folder / "generation_config.json").write_text(json.dumps(stop) + "\n", "utf-8")
+
     def encode(self, text: str, *, markers: bool = True) -> list[int]:
         """Token ids of `text`; no token is added at either end.
 

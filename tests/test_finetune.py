@@ -1,0 +1,79 @@
+"""The finetuning script on the tiny experiment's base model: its result is read like any other model."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from backtrack_jax import lora
+from backtrack_jax.data.records import read_released, write_jsonl
+from backtrack_jax.models import checkpoint, prompts
+from backtrack_jax.models.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny.write(folder)
+    traces, _ = read_released(folder / tiny.CHAINS)
+    write_jsonl(folder / "traces.jsonl", traces)
+    return folder
+
+
+@pytest.mark.parametrize("rank", [0, 2], ids=["full", "lora"])
+def test_finetuned_model_is_read_like_any_other(
+    folder: Path, tmp_path: Path, rank: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [f"--model={folder / 'base'}", f"--traces={folder / 'traces.jsonl'}", f"--out={tmp_path}"]
+    options = ["--steps=6", "--length=256", "--batch_size=2", "--rate=0.02", f"--lora_rank={rank}", "--save_every=3"]
+    script("finetune").main([*command, *options])
+    before = checkpoint.load(str(folder / "base"), "float32")
+    after = checkpoint.load(str(tmp_path / "model"), "float32")
+    pairs = list(zip(jax.tree.leaves(nnx.state(before)), jax.tree.leaves(nnx.state(after)), strict=True))
+    assert any(not np.array_equal(a, b) for a, b in pairs)
+    ours, theirs = Tokenizer.load(folder / "base"), Tokenizer.load(tmp_path / "model")
+    problem = tiny.chains()[0]["problem"]
+    for format_ in ("r1", "plain"):
+        made = prompts.PromptFormat(format_)
+        assert prompts.prompt_ids(ours, problem, made) == prompts.prompt_ids(theirs, problem, made)
+    assert ours.stop_ids == theirs.stop_ids
+    if rank:
+        merged = lora.load(tmp_path / "adapter", "float32")
+        for a, b in zip(jax.tree.leaves(nnx.state(merged)), jax.tree.leaves(nnx.state(after)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0.01, atol=1e-6)  # the model is written in bfloat16
+    capsys.readouterr()
+    script("finetune").main([*command, *options])  # done before: nothing is trained
+    assert "finetuning" not in capsys.readouterr().err
+
+
+def test_replies_are_learned_and_prompts_only_read(folder: Path) -> None:
+    tokenizer = Tokenizer.load(folder / "base")
+    trace = read_released(folder / tiny.CHAINS)[0][0]
+    prompt = prompts.PromptFormat("r1")
+    tokens = script("finetune").tokens_of(tokenizer, trace, prompt, 4096)
+    assert list(tokens.ids[: tokens.start]) == prompts.prompt_ids(tokenizer, trace.problem, prompt)
+    assert tokenizer.decode(tokens.ids[tokens.start :]) == trace.text
+    assert script("finetune").tokens_of(tokenizer, trace, prompt, 5).ids == tokens.ids[:5]
+
+
+def test_adapter_folder_is_in_the_layout_of_peft(folder: Path, tmp_path: Path) -> None:
+    model = checkpoint.load(str(folder / "base"), "float32")
+    settings = lora.Lora(rank=2)
+    lora.save(lora.init(model, settings, jax.random.key(0)), settings, tmp_path, "base")
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "LORA"

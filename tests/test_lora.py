@@ -1,0 +1,95 @@
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import hf_llama, relative_error, save
+
+from backtrack_jax import lora as lora_
+from backtrack_jax.lora import Lora
+from backtrack_jax.models import checkpoint
+from backtrack_jax.models.llama import Llama
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(hf_llama(), tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Llama:
+    return checkpoint.load(str(folder), "float32")
+
+
+def weights(model: Llama) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model))]
+
+
+def trained(model: Llama, lora: Lora) -> lora_.Adapters:
+    """Adapters as training leaves them: B is no longer zero."""
+    rng = np.random.default_rng(0)
+    new = lora_.init(model, lora, jax.random.key(0))
+    return {path: {"A": a["A"], "B": a["B"] + 0.1 * rng.standard_normal(a["B"].shape)} for path, a in new.items()}
+
+
+def test_new_adapters_change_nothing(model: Llama) -> None:
+    lora = Lora(rank=2)
+    merged = lora_.merge(model, lora_.init(model, lora, jax.random.key(0)), lora)
+    for a, b in zip(weights(model), weights(merged), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_only_targets_change_and_by_the_given_rank(model: Llama) -> None:
+    lora = Lora(rank=2, alpha=6.0, targets=("q_proj", "down_proj"))
+    adapters = trained(model, lora)
+    merged = lora_.merge(model, adapters, lora)
+    difference = np.asarray(merged.layers.self_attn.q_proj[...] - model.layers.self_attn.q_proj[...])
+    pair = adapters["self_attn.q_proj"]
+    np.testing.assert_allclose(difference, 3.0 * np.asarray(pair["A"] @ pair["B"]), atol=1e-5)
+    assert np.linalg.matrix_rank(difference[0], tol=1e-4) == 2
+    np.testing.assert_array_equal(merged.layers.mlp.up_proj[...], model.layers.mlp.up_proj[...])
+
+
+def test_unknown_targets_and_ranks_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"targets \['lm_head'\] are no matrices of a block"):
+        Lora(targets=("lm_head",))
+    with pytest.raises(ValueError, match="rank=0, expected at least 1"):
+        Lora(rank=0)
+
+
+def test_saved_adapters_load_back_as_the_merged_model(model: Llama, folder: Path, tmp_path: Path) -> None:
+    lora = Lora(rank=3, alpha=5.0)
+    adapters = trained(model, lora)
+    lora_.save(adapters, lora, tmp_path / "adapter", str(folder))
+    loaded = lora_.load(tmp_path / "adapter", "float32")
+    for a, b in zip(weights(lora_.merge(model, adapters, lora)), weights(loaded), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_adapters_of_another_model_are_refused(model: Llama, folder: Path, tmp_path: Path) -> None:
+    lora = Lora(rank=3)
+    lora_.save(trained(model, lora), lora, tmp_path, str(folder))
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"r": 2}))
+    with pytest.raises(ValueError, match=r"lora_A.weight has shape \(3, 40\), expected \(2, 40\)"):
+        lora_.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"holds no adapters: it has no adapter_config.json"):
+        lora_.load(folder)
+
+
+@pytest.mark.hf
+def test_peft_applies_the_same_adapters(model: Llama, folder: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="peft, which these files are for, is not installed")
+    import torch
+
+    lora = Lora(rank=3, alpha=5.0)
+    adapters = trained(model, lora)
+    lora_.save(adapters, lora, tmp_path, str(folder))
+    ids = np.arange(12)[None]
+    with torch.no_grad():
+        theirs = peft.PeftModel.from_pretrained(hf_llama(), tmp_path)(torch.tensor(ids)).logits
+    merged = lora_.merge(model, adapters, lora)
+    ours = merged.logits(merged(jax.numpy.asarray(ids), jax.numpy.arange(12)[None]).resid)
+    assert relative_error(ours, theirs) < 1e-4
