@@ -92,15 +92,17 @@ class ChatClient:
         except CallFailed as error:
             self.meter.failed[error.fault] += 1
             raise
-        self.meter.reused += reused
+        if reused:
+            self.meter.reused += 1
+        else:
+            self.meter.add(entry["usage"])
         return entry
 
     async def _pay(self, request: Mapping[str, Any], about: Mapping[str, Any]) -> Entry:
         async with self._places:
             body = await self._attempts(request)
-        usage = body.get("usage") or {}
-        self.meter.add(usage)
-        choice = body["choices"][0]
+        choice, usage = body["choices"][0], body.get("usage")
+        usage = usage if isinstance(usage, dict) else {}
         parameters = {name: value for name, value in request.items() if name not in ("model", "messages")}
         return {
             "requested_model": request["model"],
@@ -113,7 +115,7 @@ class ChatClient:
             "usage": usage,
             "finish_reason": choice.get("finish_reason"),
             "refusal": choice["message"].get("refusal"),
-            "answer": choice["message"].get("content") or "",
+            "answer": _text(choice["message"].get("content")),
         }
 
     async def _attempts(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,10 +183,9 @@ class ChatClient:
         text = self._redact(response.http_response.text)
         try:
             body = json.loads(text)
-            if not isinstance(body["choices"][0]["message"].get("content") or "", str):
-                raise ValueError("content is not text")
+            body["choices"][0]["message"].keys()  # whatever the message holds: it was answered, and is paid for
             return body
-        except (ValueError, TypeError, LookupError, AttributeError):
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             raise _Retry(CallFault.NOT_A_COMPLETION, f"the endpoint answered {text[:200]!r}") from None
 
     def _redact(self, text: str) -> str:
@@ -212,16 +213,19 @@ class ChatClient:
     def _classify_status(self, error: openai.APIStatusError, detail: str) -> Exception:
         url, model, status = self.settings.base_url, self.settings.model, error.status_code
         again = "what was paid for is kept: run the same command again to go on"
-        if status == 401 or (status == 403 and not self.meter.paid):
-            return JudgeStopped(
-                f"{url} refuses the key in the environment variable {self.settings.key_variable} ({detail}). Set it to "
-                f"a key that may use the model {model!r}; {again}"
-            )
         if status == 402 or {str(error.code), str(error.type)} & {"insufficient_quota", "billing_hard_limit_reached"}:
             return JudgeStopped(
                 f"the account at {url} is out of money or over its quota ({detail}). Add credit or raise the limit; "
                 + again
             )
+        # 403 is a key without rights, or a text that a filter refuses: where anything was ever answered, the latter.
+        if status == 401 or (status == 403 and not len(self._ledger)):
+            return JudgeStopped(
+                f"{url} refuses the key in the environment variable {self.settings.key_variable} ({detail}). Set it to "
+                f"a key that may use the model {model!r}; {again}"
+            )
+        if status == 403:
+            return CallFailed(CallFault.FORBIDDEN, detail)
         if status == 404:
             return JudgeStopped(
                 f"{url} knows no model {model!r}, or is not the address of a chat completions API, which most often "
@@ -236,6 +240,13 @@ class ChatClient:
                 f"{url} does not accept the judge's {parameter} ({detail}). Change it or leave it out; {again}"
             )
         return CallFailed(CallFault.BAD_REQUEST, detail)
+
+
+def _text(content: Any) -> str:
+    """Text of a message's content: a string or nothing, or a list of parts, of which those of type `text` count."""
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:

@@ -212,7 +212,7 @@ def _read(trace: Trace, entry: Mapping[str, Any], prompt: JudgePrompt, name: str
     """Sections from an entry of the ledger, or the failure that it is."""
     answer: str = entry["answer"]
     if entry["refusal"] or entry["finish_reason"] == "content_filter":
-        return _failed(trace, name, ReplyFault.REFUSED, entry["refusal"] or answer)
+        return _failed(trace, name, ReplyFault.REFUSED, str(entry["refusal"] or answer))
     if entry["finish_reason"] == "length":
         return _failed(trace, name, ReplyFault.TRUNCATED, "the answer is cut: raise max_tokens of the judge")
     if not answer.strip():

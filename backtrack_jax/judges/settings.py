@@ -32,6 +32,8 @@ class CallFault(StrEnum):
     """No connection. When the endpoint has never answered, the run stops after `_CONNECT_ATTEMPTS` of these."""
     NOT_A_COMPLETION = "not_a_completion"
     """HTTP 200 with a body that is not a chat completion: cut off, or a web page of something else."""
+    FORBIDDEN = "forbidden"
+    """HTTP 403 for this request, where others were answered. Never retried."""
     BAD_REQUEST = "bad_request"
     """The endpoint refuses this request, e.g. because the text is too long for the model. Never retried."""
 
@@ -100,8 +102,11 @@ class ChatSettings:
             raise ValueError(
                 f"the judge's base_url {self.base_url!r} is not an address; accepted: http(s)://host[:port]/v1"
             )
-        if url.username or url.password:
-            raise ValueError(f"the judge's base_url holds credentials; the key belongs into ${self.key_variable}")
+        if url.username or url.password or url.query:
+            raise ValueError(
+                f"the judge's base_url holds credentials or a query (?...), and is written into results; the key "
+                f"belongs into ${self.key_variable}"
+            )
         for name, least in (("concurrency", 1), ("max_retries", 0), ("backoff", 0), ("max_backoff", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"the judge's {name} {getattr(self, name)} must be at least {least}")

@@ -18,17 +18,30 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-UNPAID = ("429", "500", "503", "timeout", "drop", "cut_body", "half_body", "web_page", "too_long")
-"""Faults in which the client gets no complete answer. Only `too_long` (HTTP 400) is not worth another attempt."""
+UNPAID = ("429", "500", "503", "timeout", "drop", "cut_body", "half_body", "web_page", "too_long", "filtered")
+"""Faults in which the client gets no complete answer. `too_long` (HTTP 400) and `filtered` (HTTP 403, as for a wrong
+key) are not worth another attempt."""
 
-PAID = ("truncated_json", "length", "bad_labels", "echo", "empty", "null", "refusal", "chat", "no_such_sentence")
-"""Answers that are complete, and of no use."""
+PAID = (
+    "truncated_json",
+    "length",
+    "bad_labels",
+    "echo",
+    "empty",
+    "null",
+    "refusal",
+    "chat",
+    "no_such_sentence",
+    "number",
+)
+"""Answers that are complete, and of no use. (`parts` is one that is good, in several parts.)"""
 
 FATAL = {
     "wrong_key": (401, {"code": "invalid_api_key", "message": "Incorrect API key provided: {key}"}),
     "forbidden": (403, {"code": None, "message": "Country not supported"}),
     "unknown_model": (404, {"code": "model_not_found", "message": "The model does not exist"}),
     "quota": (429, {"code": "insufficient_quota", "message": "You exceeded your current quota"}),
+    "payment_403": (403, {"code": "insufficient_quota", "message": "Free tier is used up"}),
     "payment": (402, {"code": None, "message": "Insufficient balance"}),
     "parameter": (400, {"code": "unsupported_value", "param": "temperature", "message": "Only 1 is supported"}),
 }
@@ -82,7 +95,7 @@ def honest_problems(question: str) -> str:
 def faulty_choice(fault: str | None, messages: list[dict[str, str]]) -> dict[str, Any]:
     """The choice of a complete answer, honest or one of `PAID`."""
     honest, inline = honest_answer(messages), '"runs"' not in messages[0]["content"]
-    content: str | None = {
+    content: Any = {
         "truncated_json": honest[: len(honest) // 2].rsplit("}", 1)[0],
         "length": honest[:-9],
         "bad_labels": re.sub("deduction|initializing|backtracking", "verification", honest),
@@ -90,6 +103,8 @@ def faulty_choice(fault: str | None, messages: list[dict[str, str]]) -> dict[str
         "empty": " \n",
         "null": None,
         "refusal": None,
+        "number": 7,
+        "parts": [{"type": "thinking", "thinking": "Let me see."}, {"type": "text", "text": honest}],
         "chat": "I would rather not label this. Is there anything else?",
         "no_such_sentence": '{"runs":[{"from":999,"label":"deduction"}]}'
         if not inline
@@ -186,6 +201,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "too_long":
             error = {"message": "maximum context length", "code": "context_length_exceeded", "param": "messages"}
             self.send(400, json.dumps({"error": error}))
+        elif fault == "filtered":
+            self.send(403, json.dumps({"error": {"message": "flagged by moderation", "code": None}}))
         elif fault == "timeout":
             self.faults.closing.wait(30)
             self.close_connection = True
