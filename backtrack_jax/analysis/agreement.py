@@ -8,7 +8,8 @@ that one of them failed on or did not see, are left out and counted.
 
     python -m backtrack_jax.analysis.agreement --released=../shared/data/ward2025
 
-prints the keyword judge against the released labels of GPT-4o.
+prints the keyword judge against the released labels of GPT-4o, by category. The paper's table is by strength, on
+steered replies: `reply_traces` makes traces of these, which any judge can label, and gives the strengths as groups.
 """
 
 import argparse
@@ -16,10 +17,10 @@ import csv
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -159,6 +160,31 @@ def agreement(
             )
         )
     return rows
+
+
+def reply_traces(lines: Iterable[Mapping[str, Any]]) -> tuple[list[Trace], dict[str, str]]:
+    """Steered replies as traces, and the strength of each (Table C.1).
+
+        traces, strengths = reply_traces(store.read_lines(folder / "4-steering" / "generations.jsonl"))
+        label_traces(traces, JudgePrompt(), settings, ledger, on_done=lambda done, _: by_llm.append(done.annotation))
+        agreement(traces, by_llm, [keyword.annotate(trace) for trace in traces], unit="sentence", groups=strengths)
+
+    Args:
+        lines: of generations.jsonl, all or some; the paper's table is of one model and one vector.
+
+    Returns:
+        The traces, named by the number of their line, the problem and the sample; and trace id -> magnitude.
+    """
+    traces, strengths = [], {}
+    for number, line in enumerate(lines):
+        trace = Trace(
+            id=f"{number}/{line['problem_id']}/{line['sample']}",
+            **{name: line[name] for name in ("problem_id", "category", "problem", "text", "sample", "finish_reason")},
+            token_ids=tuple(line["ids"]),
+        )
+        traces.append(trace)
+        strengths[trace.id] = f"{line['magnitude']:g}"
+    return traces, strengths
 
 
 def _count(trace: Trace, reference: Annotation, other: Annotation, unit: str, classes: Sequence[str]) -> _Counts:

@@ -84,13 +84,24 @@ def _ask(e: Experiment, traces: Sequence[Trace]) -> list[Annotation]:
 
 
 def _check_answered(annotated: Sequence[Annotation], allowed: bool) -> None:
-    """Stops where calls got no answer, for which nothing was paid; a request that was refused will be refused again."""
-    passing = set(CallFault) - {CallFault.BAD_REQUEST}
-    unanswered = Counter(why for annotation in annotated if (why := failure(annotation)) in passing)
-    if unanswered and not allowed:
-        counts = ", ".join(f"{count} {why}" for why, count in unanswered.most_common())
+    """Stops where no trace is labelled, and where calls got no answer, for which nothing was paid.
+
+    A single request that was refused as such will be refused again: its trace stays without labels.
+    """
+    failed = [(why, annotation.rejected[0].text) for annotation in annotated if (why := failure(annotation))]
+    unanswered = [(why, text) for why, text in failed if why in set(CallFault) - {CallFault.BAD_REQUEST}]
+    if failed and len(failed) == len(annotated):
         raise JudgeStopped(
-            f"{unanswered.total()} of {len(annotated)} traces got no answer from the judge ({counts}). The others are "
-            "kept: the same command asks for these alone, or goes on without them, counted as failed, with "
+            f"the judge labelled none of {len(annotated)} traces ({_counts(failed)}); its first answer or error: "
+            f"{failed[0][1]!r}. Check its model, format and limits; what was paid for is kept"
+        )
+    if unanswered and not allowed:
+        raise JudgeStopped(
+            f"{len(unanswered)} of {len(annotated)} traces got no answer from the judge ({_counts(unanswered)}). The "
+            "others are kept: the same command asks for these alone, or goes on without them, counted as failed, with "
             "--config.annotations.openai.allow_unanswered=True"
         )
+
+
+def _counts(failed: Sequence[tuple[str, str]]) -> str:
+    return ", ".join(f"{count} {why}" for why, count in Counter(why for why, _ in failed).most_common())

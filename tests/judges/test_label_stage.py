@@ -18,10 +18,13 @@ import pytest
 import tiny
 from fault_server import FaultServer
 
-from backtrack_jax import config, pipeline, plan
+from backtrack_jax import config, pipeline, plan, store
+from backtrack_jax.analysis import agreement
 from backtrack_jax.config import Experiment
 from backtrack_jax.data import records
+from backtrack_jax.judges import keyword
 from backtrack_jax.judges.ledger import read_entries
+from backtrack_jax.judges.openai import label_traces
 from backtrack_jax.judges.prompts import FAILED, JudgePrompt
 from backtrack_jax.judges.settings import ChatSettings, JudgeStopped, OpenAISpec
 
@@ -112,6 +115,24 @@ def test_nothing_is_paid_twice_whatever_becomes_of_the_results(server: FaultServ
     assert len(server.seen) == 48 and len(read_entries("mine/answers.jsonl")) == 12
 
 
+def test_the_table_by_strength_of_steered_replies(server: FaultServer, tiny_run: Path) -> None:
+    """Table C.1: the keyword judge against an LLM on the replies of a sweep. This server's LLM knows only `Wait`."""
+    traces, strengths = agreement.reply_traces(
+        store.read_lines(tiny_run / RESULTS / "4-steering" / "generations.jsonl")
+    )
+    records.write_jsonl("replies.jsonl", traces)
+    assert records.read_traces("replies.jsonl") == traces and len(traces) > 50
+    by_llm: list[records.Annotation] = []
+    settings = experiment(server.base_url).annotations.openai.settings()
+    label_traces(traces, JudgePrompt(), settings, LEDGER, on_done=lambda done, _: by_llm.append(done.annotation))
+    by_keyword = [keyword.annotate(trace) for trace in traces]
+    rows = agreement.agreement(traces, by_llm, by_keyword, unit="sentence", groups=strengths)
+    assert [row.group for row in rows] == ["all", *dict.fromkeys(strengths.values())] and "0" in strengths.values()
+    assert sum(row.n_units for row in rows[1:]) == rows[0].n_units >= len(by_llm) // 2
+    hits = [s for a in by_keyword for s in a.sections if s.label == "backtracking"]
+    assert rows[0].n_other == len(hits) > 0
+
+
 def test_only_what_is_asked_makes_the_stage_run_again(server: FaultServer) -> None:
     run(experiment(server.base_url))
     same: dict[str, Any] = {
@@ -167,6 +188,21 @@ def test_calls_without_an_answer_leave_the_stage_open_and_are_asked_alone(server
     server.plan = lambda content, attempt: None
     run(experiment(server.base_url))
     assert len(server.seen) == before + 2 and set(server.paid.values()) == {1} and reasons() == {}
+
+
+@pytest.mark.parametrize(
+    ("fault", "why", "detail"),
+    [("too_long", "bad_request", "HTTP 400.*maximum context"), ("chat", "unlabelled_reply", "I would rather not")],
+)
+def test_a_judge_that_labels_nothing_leaves_the_stage_open(
+    server: FaultServer, fault: str, why: str, detail: str
+) -> None:
+    """For instance an endpoint that says by HTTP 400 that the credit is used up, or a model that only chats."""
+    server.plan = lambda content, attempt: fault
+    for _ in range(2):
+        with pytest.raises(JudgeStopped, match=rf"labelled none of 12 traces \(12 {why}\).*{detail}.*is kept"):
+            run(experiment(server.base_url, allow_unanswered=True))
+    assert set(server.paid.values()) <= {1} and not (RESULTS / "2-annotations" / "DONE").exists()
 
 
 def no_endpoint() -> str:
