@@ -124,6 +124,19 @@ class EncodedTrace:
         token = token_of_char(self.spans, char)
         return None if token is None else self.reply_start + token
 
+    def token_span(self, start: int, stop: int) -> tuple[int, int] | None:
+        """Token span of a section: half-open positions in `ids` of the tokens that hold a character of the reply.
+
+        Args:
+            start: first character of the section in the original reply.
+            stop: character behind its last one.
+
+        Returns:
+            The positions; a token at either end may hold a neighbour's characters too. None if all tokens were cut.
+        """
+        held = [token for token, (first, end) in enumerate(self.spans) if first < stop and end > start]
+        return (self.reply_start + held[0], self.reply_start + held[-1] + 1) if held else None
+
 
 def r1_markers(tokenizer: Tokenizer) -> R1Markers:
     """Ids of R1's markers.

@@ -9,6 +9,8 @@ import pytest
 from llama3_vocab import char_of_byte
 from tokenizers import pre_tokenizers
 
+from backtrack_jax.data.records import Trace
+from backtrack_jax.judges.prompts import JudgePrompt
 from backtrack_jax.models.prompts import (
     Format,
     PromptFormat,
@@ -140,6 +142,34 @@ def test_trace_keeps_the_original_text(r1: Tokenizer) -> None:
     assert trace.ids.count(BOS) == 1
     assert trace.position_of_char(0) == trace.reply_start
     assert trace.position_of_char(len(text)) is None
+
+
+@pytest.mark.parametrize("format_", ["sentences", "inline"])
+def test_either_answer_of_a_judge_gives_spans_of_tokens(r1: Tokenizer, format_: str) -> None:
+    """A token span decodes to its section, and begins where windows are counted from."""
+    text = "<think>\nOkay, 6*7 is 44.\n\nWait, no. 👩‍🔬 says 42.\n</think>\n\n42"
+    answer = {
+        "sentences": '{"runs":[{"from":1,"label":"deduction"},{"from":2,"label":"backtracking"}]}',
+        "inline": '["deduction"]Okay, 6*7 is 44.["end-section"]["backtracking"]Wait, no.["end-section"]'
+        '["backtracking"]👩‍🔬 says 42.["end-section"]',
+    }[format_]
+    sections = JudgePrompt(format_).read(Trace("p/0", "p", "c", "x", text), answer, "j").sections
+    trace = encode_trace(r1, "x", text, R1)
+    written = []
+    for section in sections:
+        span = trace.token_span(section.start, section.stop)
+        assert span is not None and span[0] == trace.position_of_char(section.start)
+        written.append((section.label, r1.decode(trace.ids[slice(*span)]).strip()))
+    assert written == [
+        ("deduction", "Okay, 6*7 is 44."),
+        ("backtracking", "Wait, no."),
+        ("backtracking", "👩‍🔬 says 42."),
+    ]
+    end = text.index("</think>")
+    assert trace.token_span(end, len(text)) is None and trace.token_span(0, 8) == (
+        trace.reply_start,
+        trace.reply_start + 2,
+    )
 
 
 def test_every_character_maps_to_the_token_of_its_first_byte(r1: Tokenizer) -> None:
