@@ -3,6 +3,7 @@
     python scripts/benchmark.py                            64 rows x (64 prompt + 64 new tokens), SmolLM2-135M
     python scripts/benchmark.py --rows=8 --new_tokens=8 --sequences=2 --sequence_tokens=128 --repeats=1    a quick look
     python scripts/benchmark.py --model=FOLDER --programs=ours_bf16,hf_bf16 --text=FILE --json=FILE
+    python scripts/benchmark.py --judge                    the online judge: 32 requests in flight against one
 
 Prints tables; the last line of stdout is all of it as JSON. The exit status is 1 if a program failed or disagrees; one
 that is not installed is reported as absent.
@@ -79,7 +80,7 @@ flags.DEFINE_integer("repeats", 2, "Timed runs of each program.", lower_bound=1)
 flags.DEFINE_list("tasks", ",".join(TASKS), "Tasks to run.")
 flags.DEFINE_list("programs", ",".join(PROGRAMS), "Programs to run.")
 flags.DEFINE_string("json", "", "File that the JSON is written to as well.")
-flags.DEFINE_bool("judge", False, "Measure the online judge as well, as scripts/benchmark_judge.py does.")
+flags.DEFINE_bool("judge", False, "Measure the online judge and nothing else, see scripts/benchmark_judge.py.")
 
 
 def main(argv: list[str]) -> None:
@@ -88,17 +89,25 @@ def main(argv: list[str]) -> None:
             raise app.UsageError(f"--{what}: {unknown} unknown; there are {', '.join(known)}")
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    report = benchmark()
-    if FLAGS.judge:
-        from benchmark_judge import benchmark_judge  # needs packages that nothing else here needs
-
-        report["judge"] = benchmark_judge()
+    report = benchmark_judge_alone() if FLAGS.judge else benchmark()
     line = json.dumps(report)
     if FLAGS.json:
         Path(FLAGS.json).write_text(line + "\n")
     print(line, flush=True)
     if report["faults"]:
         sys.exit("; ".join(report["faults"]))
+
+
+def benchmark_judge_alone() -> dict[str, Any]:
+    """Measures the online judge, and prints its line."""
+    from benchmark_judge import benchmark_judge  # needs packages that nothing else here needs
+
+    found = benchmark_judge()
+    print(
+        "judge, endpoint with {latency_s} s latency: {one_s_per_call} s a call with one in flight, {many_s_per_call} s "
+        "with {concurrency}; {speedup} times as fast".format(**found)
+    )
+    return {"machine": machine(), "judge": found, "faults": []}
 
 
 def benchmark() -> dict[str, Any]:

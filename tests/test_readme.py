@@ -2,6 +2,8 @@
 
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ README = Path(__file__).parents[1] / "README.md"
 def test_python_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     snippets = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(snippets) == 6
+    assert len(snippets) == 7
     notebook: dict = {}
     for number, snippet in enumerate(snippets):
         exec(compile(snippet, f"README snippet {number}", "exec"), notebook)
@@ -23,6 +25,27 @@ def test_python_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert notebook["resid_post"].shape[0] == n_layers
     assert notebook["vector"].directions.shape == (n_layers, notebook["D"])
     assert notebook["sweep"].shape == (3, 8)
+    sheet = Path("to_label.csv").read_text("utf-8-sig").replace("\r\n", "backtracking\r\n").split("\n", 1)
+    Path("to_label.csv").write_text(sheet[0].replace("backtracking", "") + "\n" + sheet[1])
+    assert len(notebook["read_human"]("to_label.csv", notebook["traces"])) == 20
+
+
+def test_commands_on_judges_plan_what_they_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    section = README.read_text().split("## Judges")[1].split("\n## ")[0]
+    blocks = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+    commands = [block.replace("\\\n", "").split("python -m ")[1].split() for block in blocks]
+    assert [command[:2] for command in commands] == [["backtrack_jax.run", "--config=configs/smollm2.py"]] * 2
+    plans = []
+    for command in commands:
+        started = [sys.executable, "-m", *command, f"--config.workdir={tmp_path}", "--dry_run"]
+        done = subprocess.run(started, cwd=README.parent, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        plans.append(done.stdout)
+    assert re.search(r"10 rows.*by keyword; no calls", plans[0], re.DOTALL)
+    assert re.search(
+        r"judge: gpt-4o-2024-08-06 at https://api.openai.com/v1.*300 calls to pay.*about \$\d", plans[1], re.DOTALL
+    )
 
 
 def test_commands_and_files_named_in_readme_exist() -> None:
