@@ -35,6 +35,7 @@ import dataclasses
 import importlib.metadata
 import itertools
 import json
+import logging
 import os
 import platform
 import re
@@ -102,6 +103,8 @@ def benchmark_judge_alone() -> dict[str, Any]:
     """Measures the online judge, and prints its line."""
     from benchmark_judge import benchmark_judge  # needs packages that nothing else here needs
 
+    for name in ("httpx", "httpx2"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # which logs every request
     found = benchmark_judge()
     print(
         "judge, endpoint with {latency_s} s latency: {one_s_per_call} s a call with one in flight, {many_s_per_call} s "

@@ -1,5 +1,6 @@
 """README's snippets run, in order, as a newcomer would paste them into one notebook."""
 
+import csv
 import importlib.util
 import re
 import subprocess
@@ -25,8 +26,12 @@ def test_python_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert notebook["resid_post"].shape[0] == n_layers
     assert notebook["vector"].directions.shape == (n_layers, notebook["D"])
     assert notebook["sweep"].shape == (3, 8)
-    sheet = Path("to_label.csv").read_text("utf-8-sig").replace("\r\n", "backtracking\r\n").split("\n", 1)
-    Path("to_label.csv").write_text(sheet[0].replace("backtracking", "") + "\n" + sheet[1])
+    with open("to_label.csv", encoding="utf-8-sig", newline="") as file:
+        sheet = list(csv.DictReader(file))
+    with open("to_label.csv", "w", encoding="utf-8", newline="") as file:
+        filled_in = csv.DictWriter(file, sheet[0])
+        filled_in.writeheader()
+        filled_in.writerows(row | {"label": "backtracking"} for row in sheet)
     assert len(notebook["read_human"]("to_label.csv", notebook["traces"])) == 20
 
 

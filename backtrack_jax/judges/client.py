@@ -43,7 +43,7 @@ class ChatClient:
         ledger: where paid calls are looked up and recorded.
 
     Raises:
-        JudgeStopped: the key is not set.
+        JudgeStopped: the key is not set, or cannot be one.
     """
 
     def __init__(self, settings: ChatSettings, ledger: Ledger) -> None:

@@ -3,7 +3,8 @@
 Faults come in two kinds:
 
 - `CallFailed`: this call got no answer (rate limit, server error, time-out, dropped connection, refused request) after
-  all its retries. Nothing was paid; the others go on, and the next run asks again.
+  all its retries. Nothing was paid (but a provider may bill an answer that came too late or broke off); the others go
+  on, and the next run asks again.
 - `JudgeStopped`: no call can succeed (no key, wrong key, no such endpoint or model, no money) or a limit of the user's
   was reached. No new call starts, those in flight end and are recorded, then the error is raised with what to do. The
   same command goes on from there.
@@ -186,7 +187,7 @@ def read_key(settings: ChatSettings) -> str:
     """The key from the environment.
 
     Raises:
-        JudgeStopped: the variable is not set.
+        JudgeStopped: the variable is not set, or holds what cannot be sent as a header.
     """
     key = os.environ.get(settings.key_variable, "").strip()
     if not key:
@@ -194,6 +195,11 @@ def read_key(settings: ChatSettings) -> str:
             f"no key for the judge: the environment variable {settings.key_variable} is not set. Set it to your key "
             f"for {settings.base_url}, or to any word for a local server that asks for none; or use the judge "
             "'keyword', which needs neither key nor network"
+        )
+    if not (key.isascii() and key.isprintable()):  # whose error would show the key, escaped
+        raise JudgeStopped(
+            f"the key in the environment variable {settings.key_variable} holds a line break or another character that "
+            "no key has; set it again, without what was copied along"
         )
     return key
 

@@ -286,6 +286,14 @@ def test_without_a_key_nothing_is_sent(server, ledger, monkeypatch):
     assert server.seen == [] and estimate(SOME, JudgePrompt(), settings_for(server), ledger).calls == 40
 
 
+@pytest.mark.parametrize("extra", ["\n", "\t", "\u2026", "\x7f"])
+def test_a_key_that_cannot_be_sent_is_not_shown(server, ledger, monkeypatch, extra):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY + extra + KEY)
+    run = Run(SOME, settings_for(server), ledger)
+    assert run.error is not None and "OPENAI_API_KEY holds a line break or another character" in str(run.error)
+    assert KEY not in str(run.error) and server.seen == [] and run.labelled == {}
+
+
 def test_without_an_endpoint_the_run_stops_at_once(ledger):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
