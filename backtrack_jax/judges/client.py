@@ -159,15 +159,21 @@ class ChatClient:
         settings = self.settings
         if self._stopped is not None:
             raise self._stopped
+        again = "run the same command again to go on"
         if settings.run_timeout is not None and time.monotonic() - self._started_at > settings.run_timeout:
-            limit, advice = f"run_timeout of {settings.run_timeout:g} s is over", "run"
+            why = f"the judge's run_timeout of {settings.run_timeout:g} s is over ({self.meter}); {again}"
         elif settings.max_cost is not None and (self.meter.cost or 0.0) >= settings.max_cost:
-            limit, advice = f"max_cost of ${settings.max_cost:g} is reached", "raise it and run"
+            why = (
+                f"the judge's max_cost of ${settings.max_cost:g} is reached ({self.meter}); {again}, for as much again"
+            )
+        elif settings.max_cost is not None and self.meter.without_usage:
+            why = (
+                f"the judge's max_cost cannot be kept: {settings.base_url} answers without counts of tokens "
+                f"({self.meter}). Set max_cost to 0 and {again}"
+            )
         else:
             return
-        raise self._stop_all(
-            JudgeStopped(f"the judge's {limit} ({self.meter}); {advice} the same command again to go on")
-        )
+        raise self._stop_all(JudgeStopped(why))
 
     async def _attempt(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """One request; the parsed body of a chat completion, or `_Retry`, `CallFailed`, `JudgeStopped`."""

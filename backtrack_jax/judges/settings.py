@@ -73,7 +73,7 @@ class ChatSettings:
         input_price: US dollars per million tokens of the prompt; None where it is not known, then no cost is given.
         cached_price: the same for tokens that the provider served from its prefix cache; None: as `input_price`.
         output_price: the same for tokens of the answer.
-        max_cost: US dollars after which no new call starts; needs the prices. Calls in flight can exceed it.
+        max_cost: US dollars of one run after which no new call starts; needs the prices. Calls in flight can exceed it.
     """
 
     model: str = "gpt-4o-2024-08-06"
@@ -180,6 +180,7 @@ class Meter:
         parts += [f"{count} {fault}" for fault, count in sorted(self.failed.items())]
         parts += [f"{self.retries} retries"] if self.retries else []
         parts.append(f"{self.prompt_tokens:,} + {self.completion_tokens:,} tokens")
+        parts += [f"{self.without_usage} without counts of tokens"] if self.without_usage else []
         return ", ".join(parts) + ("" if self.cost is None else f", ${self.cost:.4f}")
 
 
@@ -232,7 +233,7 @@ class OpenAISpec:
         input_price: US dollars per million tokens of prompts; 0 where prices are not known.
         cached_price: the same for tokens from the provider's prefix cache; 0 takes `input_price`.
         output_price: the same for tokens of answers.
-        max_cost: US dollars after which no new call starts; 0 for no limit.
+        max_cost: US dollars of one run after which no new call starts; 0 for no limit.
         ledger: file of the answers that were paid for; empty for `judge-ledger.jsonl` in `workdir`, shared by all runs.
         allow_unanswered: whether the stage may end with calls that got no answer after all retries. Their traces are
             counted as failed then; else the run stops, and the same command asks for these alone.

@@ -34,7 +34,7 @@ PAID = (
     "no_such_sentence",
     "number",
 )
-"""Answers that are complete, and of no use. (`parts` is one that is good, in several parts.)"""
+"""Answers that are complete, and of no use. (`parts` and `no_usage` are good ones of another form.)"""
 
 FATAL = {
     "wrong_key": (401, {"code": "invalid_api_key", "message": "Incorrect API key provided: {key}"}),
@@ -229,6 +229,8 @@ class _Handler(BaseHTTPRequestHandler):
                 "prompt_tokens_details": {"cached_tokens": 40},
             },
         }
+        if fault == "no_usage":
+            del answer["usage"]
         text = json.dumps(answer)
         if fault == "half_body":
             self.send(200, text[: len(text) // 2])

@@ -392,6 +392,16 @@ def test_the_limits_of_a_run_stop_it_and_keep_what_was_paid(server, ledger):
     assert set(server.paid.values()) == {1}
 
 
+def test_a_limit_of_money_is_not_passed_by_an_endpoint_that_counts_no_tokens(server, ledger):
+    server.plan = lambda content, attempt: "no_usage"
+    prices = {"input_price": 1.0, "output_price": 2.0}
+    run = Run(SOME, settings_for(server, concurrency=4, max_cost=5.0, **prices), ledger)
+    assert run.error is not None and "max_cost cannot be kept" in str(run.error)
+    assert "without counts of tokens, $0.0000" in str(run.error)
+    assert 1 <= len(read_entries(ledger)) == server.paid.total() <= 8  # those in flight
+    assert Run(SOME, settings_for(server), ledger).failures == {} and set(server.paid.values()) == {1}
+
+
 def test_calls_in_flight_are_bounded(server, ledger):
     server.latency = 0.02
     Run(SOME, settings_for(server, concurrency=6), ledger)
