@@ -17,6 +17,7 @@ ROLES = ("base", "reasoning")
 ESTIMATORS = ("trace_mean", "token_mean")
 UNITS = ("absolute", "relative", "raw")
 CONTROLS = ("overall-mean", "noise", "self-amplification", "random", "shuffled")
+REPLY_JUDGES = ("", "grammar", "openai")
 JUDGES = ("released", "keyword", "grammar", "openai", "import", "released-or-keyword", "released-or-openai")
 
 
@@ -195,6 +196,8 @@ class AnalysisSpec:
     """Stages 5 and 6: what is measured and shown. Probes and split halves are taken at `vectors.layers`.
 
     Attributes:
+      judge: who labels the sentences of steered replies beside the keywords: `openai` (as `annotations.openai` says) or
+        `grammar` (exact, for the small pair); empty for nobody.
       keywords: lower-case; vocabulary items whose text contains one are those of Eq. 2.
       horizons: a token is positive if a section of `vectors.label` starts within so many tokens after it.
       positions: tokens of each trace that probes are fitted and scored on, drawn at random from the reply.
@@ -203,6 +206,7 @@ class AnalysisSpec:
       batch_size: sequences per forward pass.
     """
 
+    judge: str = ""
     keywords: tuple[str, ...] = ("wait", "but")
     horizons: tuple[int, ...] = (13,)
     positions: int = 48
@@ -352,7 +356,7 @@ def _judge_faults(e: Experiment) -> list[str]:
         faults.append(_fault("annotations.path", "", "a .jsonl of annotations, for annotations.judge='import'"))
     if e.judge == "released" and not e.traces.path:
         faults.append("annotations.judge='released' needs traces.path: sampled traces come without labels")
-    if e.judge == "openai":
+    if "openai" in (e.judge, e.analysis.judge):
         spec = e.annotations.openai
         for field, least in (("votes", 1), ("reask", 0)):
             if getattr(spec, field) < least:
@@ -434,7 +438,8 @@ def _steering_faults(e: Experiment) -> list[str]:
 
 def _analysis_faults(e: Experiment) -> list[str]:
     a = e.analysis
-    faults = [] if all(a.keywords) and a.keywords else [_fault("analysis.keywords", a.keywords, "lower-case words")]
+    faults = _not_one_of("analysis.judge", a.judge, REPLY_JUDGES)
+    faults += [] if all(a.keywords) and a.keywords else [_fault("analysis.keywords", a.keywords, "lower-case words")]
     if any(word != word.casefold() for word in a.keywords):
         faults.append(_fault("analysis.keywords", a.keywords, "lower-case words"))
     if not a.horizons or not _integers(a.horizons) or min(a.horizons) < 1:

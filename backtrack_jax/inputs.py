@@ -145,22 +145,22 @@ def stage_inputs(e: Experiment) -> dict[str, dict[str, Any]]:
         traces = {"traces": sampling, "prompt": prompt, "model": models[e.author], "seed": e.seed}
     return {
         "1-traces": traces,
-        "2-annotations": {"annotations": {"judge": e.judge} | _judge_inputs(e)},
+        "2-annotations": {"annotations": {"judge": e.judge} | _judge_inputs(e, e.judge)},
         "3-vectors": {"vectors": dataclasses.asdict(e.vectors), "models": models, "prompt": prompt},
         "4-steering": {"steering": dataclasses.asdict(e.steering), "seed": e.seed},
-        "5-analysis": {"analysis": dataclasses.asdict(e.analysis)},
+        "5-analysis": {"analysis": dataclasses.asdict(e.analysis), "judge": _judge_inputs(e, e.analysis.judge)},
         "6-report": {"name": e.name},
     }
 
 
-def _judge_inputs(e: Experiment) -> dict[str, Any]:
+def _judge_inputs(e: Experiment, judge: str) -> dict[str, Any]:
     """What the labels depend on: of the online judge what is asked, not where, how fast or for how much."""
     spec = e.annotations
-    if e.judge == "import":
+    if judge == "import":
         return {"file": store.file_hash(data_path(spec.path))}
-    if e.judge == "keyword":
+    if judge == "keyword":
         return {"variant": spec.variant}
-    if e.judge == "openai":
+    if judge == "openai":
         asked = ("model", "temperature", "seed", "max_tokens", "extra_body", "votes", "reask")
         values = {name: getattr(spec.openai, name) for name in asked}
         return {"openai": values | {"prompt": spec.openai.prompt().hash}}

@@ -80,8 +80,9 @@ class Run:
             raise ValueError(
                 f"{self.stages[-1]} builds on {absent[0]}, which is not done for this config; add it to --stages"
             )
-        if "2-annotations" in self.stages and not self.done("2-annotations") and self.experiment.judge == "openai":
-            read_key(self.experiment.annotations.openai.settings())  # before stage 1, which may take hours
+        asked = {"2-annotations": self.experiment.judge, "5-analysis": self.experiment.analysis.judge}
+        if any(who == "openai" and name in self.stages and not self.done(name) for name, who in asked.items()):
+            read_key(self.experiment.annotations.openai.settings())  # before the first stage, which may take hours
         with_models = {"3-vectors", "4-steering", "5-analysis"} | (
             set() if self.experiment.traces.path else {"1-traces"}
         )

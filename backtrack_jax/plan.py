@@ -1,6 +1,9 @@
 """The plan of a run, for `--dry_run`: rows, tokens and memory of every stage, and what is done, without computing."""
 
+from collections.abc import Mapping, Sequence
+
 from backtrack_jax import conditions, store
+from backtrack_jax.analysis import replies
 from backtrack_jax.config import Experiment
 from backtrack_jax.data import records
 from backtrack_jax.inputs import architecture, data_path, problems, spread
@@ -42,18 +45,38 @@ def _traces(run: Run) -> list[str]:
 
 
 def _annotations(run: Run) -> list[str]:
-    e, spec = run.experiment, run.experiment.annotations.openai
+    e = run.experiment
     if e.judge != "openai":
         lengths = _trace_lengths(e)
         return [f"{len(lengths)} traces, about {sum(lengths):,} tokens, by {e.judge}; no calls, no model is held"]
+    if traces := _traces_to_label(run):
+        return _asking(e, traces)
+    sampled = [(problem, sample) for problem in problems(e) for sample in range(e.traces.samples)]
+    return _asking_unsampled(e, sampled, e.traces.max_new_tokens)
+
+
+def _asking(e: Experiment, traces: Sequence[records.Trace]) -> list[str]:
+    """Calls, tokens and cost of asking the online judge about traces."""
     from backtrack_jax.judges.openai import estimate  # its package takes a second to import
 
-    traces = _traces_to_label(run)
-    planned = estimate(traces or _unsampled(e), spec.prompt(), spec.settings(), ledger_path(e), spec.votes)
-    lines = [f"judge: {spec.model} at {spec.base_url}, {spec.votes} vote(s) a trace, format {spec.format}"]
-    if not traces:
-        lines.append(f"as if every reply were {e.traces.max_new_tokens} tokens of reasoning, the most it can be:")
-    return [*lines, str(planned)]
+    spec = e.annotations.openai
+    planned = estimate(traces, spec.prompt(), spec.settings(), ledger_path(e), spec.votes)
+    head = f"judge: {spec.model} at {spec.base_url}, {spec.votes} vote(s) a trace, format {spec.format}"
+    return [head, str(planned)]
+
+
+def _asking_unsampled(e: Experiment, sampled: Sequence[tuple[records.Problem, int]], tokens: int) -> list[str]:
+    """The same for replies that are not sampled yet: as if each were as long as it can be, in usual sentences."""
+    n = round(tokens * _CHARACTERS_PER_TOKEN / _CHARACTERS_PER_SENTENCE)
+    sentence = "X" * (_CHARACTERS_PER_SENTENCE - 2) + ". "
+    head, planned = _asking(
+        e,
+        [
+            records.Trace(f"{p.id}-{i}/{sample}", p.id, p.category, p.problem, f"{i} {sample} {sentence * n}", sample)
+            for i, (p, sample) in enumerate(sampled)
+        ],
+    )
+    return [head, f"as if every reply were {tokens} tokens of reasoning, the most it can be:", planned]
 
 
 def _traces_to_label(run: Run) -> list[records.Trace]:
@@ -61,17 +84,6 @@ def _traces_to_label(run: Run) -> list[records.Trace]:
     if folder := store.peek(run.workdir, "1-traces", run.inputs["1-traces"]):
         return records.read_traces(folder / "traces.jsonl")
     return _imported(run.experiment) if run.experiment.traces.path else []
-
-
-def _unsampled(e: Experiment) -> list[records.Trace]:
-    """Stand-ins for traces that are not sampled yet: as long as they can be, in sentences of usual length."""
-    n = round(e.traces.max_new_tokens * _CHARACTERS_PER_TOKEN / _CHARACTERS_PER_SENTENCE)
-    sentence = "X" * (_CHARACTERS_PER_SENTENCE - 2) + ". "
-    return [
-        records.Trace(f"{p.id}/{sample}", p.id, p.category, p.problem, f"{sample} {sentence * n}", sample)
-        for p in problems(e)
-        for sample in range(e.traces.samples)
-    ]
 
 
 def _analysis(run: Run) -> list[str]:
@@ -97,7 +109,19 @@ def _analysis(run: Run) -> list[str]:
             f"  memory: weights {_weights(e, role, config)}, activations {_gigabytes(gathered)} and on the host "
             f"{_gigabytes(kept)}, logits about {_gigabytes(logits)}"
         )
-    return lines
+    return [*lines, *_judged_replies(run, rows)]
+
+
+def _judged_replies(run: Run, rows: Mapping[str, int]) -> list[str]:
+    """What labelling the steered replies costs, where the online judge does it."""
+    e = run.experiment
+    if e.analysis.judge != "openai":
+        return []
+    if folder := store.peek(run.workdir, "4-steering", run.inputs["4-steering"]):
+        lines = store.read_lines(folder / "generations.jsonl")
+        return _asking(e, [replies.as_trace(line, number) for number, line in enumerate(lines)])
+    standing = records.Problem("-", "-", "X" * 4 * _PROMPT_TOKENS)
+    return _asking_unsampled(e, [(standing, 0)] * sum(rows.values()), e.steering.max_new_tokens)
 
 
 def _report(run: Run) -> list[str]:

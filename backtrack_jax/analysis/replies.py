@@ -7,7 +7,7 @@ import numpy as np
 
 from backtrack_jax.analysis import backtracking
 from backtrack_jax.conditions import UNSTEERED
-from backtrack_jax.data.records import Trace
+from backtrack_jax.data.records import Annotation, Section, Trace
 from backtrack_jax.judges import keyword
 
 CELL = ("target", "kind", "source", "layer", "window", "magnitude", "length", "unit", "span")
@@ -16,25 +16,42 @@ CELL = ("target", "kind", "source", "layer", "window", "magnitude", "length", "u
 Row = Mapping[str, Any]
 
 
-def measure(line: Row, prompt: str, keyword_ids: Collection[int], log_likelihood: float) -> dict[str, Any]:
+def as_trace(line: Row, number: int) -> Trace:
+    """A line of generations.jsonl as a judge reads it; `number` tells it from the others."""
+    name = f"{line['problem_id']}-{number}/0"
+    return Trace(name, line["problem_id"], line["category"], line["problem"], line["text"])
+
+
+def measure(
+    trace: Trace,
+    line: Row,
+    prompt: str,
+    keyword_ids: Collection[int],
+    log_likelihood: float,
+    judged: Annotation | None = None,
+) -> dict[str, Any]:
     """What one reply looks like.
 
     Args:
+      trace: the reply, from `as_trace`.
       line: of generations.jsonl.
       prompt: the prompt as text, for the released counter.
       keyword_ids: ids of tokens that are a keyword of Eq. 1.
       log_likelihood: mean log-likelihood per token under the unsteered model, in nats.
+      judged: labels of the reply by another judge than the keywords, if one was asked.
 
     Returns:
       The cell's columns, `problem_id`, `category`, `sample`; `hits` and `words` (Eq. 1), the same over prompt and reply
       by substring (`substring_hits`, `substring_words`), `token_rate` (share of tokens that are a keyword),
-      `sentences` and `keyword_sentences` (those the keyword judge calls backtracking), `tokens`, `finish_reason`, and
-      the coherence: `log_likelihood`, `repeated_2grams`, `repeated_3grams`, `compression`.
+      `sentences` and `keyword_sentences` (those the keyword judge calls backtracking), `judged_sentences` and
+      `judged_backtracking` (sentences that the other judge labelled, and called backtracking), `tokens`,
+      `finish_reason`, and the coherence: `log_likelihood`, `repeated_2grams`, `repeated_3grams`, `compression`.
     """
     text = line["text"]
     words = backtracking.count_keywords(text)
     substring = backtracking.count_keywords(text, variant="substring", prompt=prompt)
-    judged = keyword.annotate(Trace("reply/0", "reply", "", "", text)).sections
+    sentences = keyword.annotate(trace).sections
+    backtracks = _judged(sentences, judged)
     return {
         **{name: line[name] for name in (*CELL, "problem_id", "category", "sample")},
         "hits": words.hits,
@@ -42,8 +59,10 @@ def measure(line: Row, prompt: str, keyword_ids: Collection[int], log_likelihood
         "substring_hits": substring.hits,
         "substring_words": substring.words,
         "token_rate": backtracking.token_id_rate(line["ids"], keyword_ids),
-        "sentences": len(judged),
-        "keyword_sentences": sum(section.label == "backtracking" for section in judged),
+        "sentences": len(sentences),
+        "keyword_sentences": sum(section.label == "backtracking" for section in sentences),
+        "judged_sentences": len(backtracks),
+        "judged_backtracking": sum(backtracks),
         "tokens": len(line["ids"]),
         "finish_reason": line["finish_reason"],
         "log_likelihood": log_likelihood,
@@ -51,6 +70,13 @@ def measure(line: Row, prompt: str, keyword_ids: Collection[int], log_likelihood
         "repeated_3grams": backtracking.repeated_ngrams(text, 3),
         "compression": backtracking.compression_ratio(text),
     }
+
+
+def _judged(sentences: Sequence[Section], judged: Annotation | None) -> list[bool]:
+    """Of the sentences that the judge gave a label, whether it is backtracking; a failed judge gave none."""
+    sections = judged.sections if judged else ()
+    labels = [{s.label for s in sections if s.start < one.stop and one.start < s.stop} for one in sentences]
+    return ["backtracking" in given for given in labels if given]
 
 
 def by_cell(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
@@ -100,7 +126,8 @@ def summarise(rows: Sequence[Row], *, seed: int = 0) -> list[dict[str, Any]]:
     Returns:
       The cell's columns; `rate` (Eq. 1, pooled over replies) with `low` and `high`, its 95 % bootstrap interval over
       problems; `mean_rate` and `std_rate` of the single replies (the paper's bars); the variants `substring_rate`,
-      `token_rate`, `sentence_rate`; counts; the coherence, as means over replies; `effect` (mean over problems of the
+      `token_rate`, `sentence_rate`, and `judge_rate`, the share of sentences that the other judge calls backtracking
+      (NaN where it labelled none); counts; the coherence, as means over replies; `effect` (mean over problems of the
       difference from the unsteered model) with `effect_low` and `effect_high`, and `share_lowered`, the problems on
       which the condition lowered the rate.
     """
@@ -117,9 +144,9 @@ def _summary(members: Sequence[Row], seed: int) -> dict[str, Any]:
     low, high = backtracking.bootstrap_interval(np.bincount(group, hits), np.bincount(group, words), seed=seed)
     rates = np.divide(hits, words, out=np.zeros(len(members)), where=words > 0)
 
-    def pooled(numerator: str, denominator: str) -> float:
+    def pooled(numerator: str, denominator: str, empty: float = 0.0) -> float:
         below = sum(row[denominator] for row in members)
-        return sum(row[numerator] for row in members) / below if below else 0.0
+        return sum(row[numerator] for row in members) / below if below else empty
 
     def mean(name: str) -> float:
         values = np.array([row[name] for row in members], float)
@@ -134,6 +161,7 @@ def _summary(members: Sequence[Row], seed: int) -> dict[str, Any]:
         "substring_rate": pooled("substring_hits", "substring_words"),
         "token_rate": mean("token_rate"),
         "sentence_rate": pooled("keyword_sentences", "sentences"),
+        "judge_rate": pooled("judged_backtracking", "judged_sentences", float("nan")),
         "n_replies": len(members),
         "n_problems": len(names),
         "n_hits": int(hits.sum()),

@@ -365,6 +365,8 @@ def metrics(r: Results) -> Plot | None:
         "token_rate": "keyword tokens",
         "sentence_rate": "sentences with a keyword",
     }
+    if any(c["judge_rate"] == c["judge_rate"] for c in cells):
+        names["judge_rate"] = f"sentences that backtrack, by {_reply_judge(r)}"
     series = [
         Series(text, [c["magnitude"] for c in cells], [100 * c[n] for c in cells], **line_of(i, "base"))
         for i, (n, text) in enumerate(names.items())
@@ -375,6 +377,11 @@ def metrics(r: Results) -> Plot | None:
         f"{counted(cells)}."
     )
     return Plot("metrics", "The metric and its variants", caption, [[panel]], cells)
+
+
+def _reply_judge(r: Results) -> str:
+    judge = r.experiment.analysis.judge
+    return r.experiment.annotations.openai.model if judge == "openai" else f"the {judge}"
 
 
 def effects(r: Results) -> Plot | None:

@@ -46,6 +46,7 @@ def render(r: Results, plots: Sequence[Plot]) -> str:
         comparison=comparison(r),
         compared_settings=settings(r),
         plots=[_described(plot, figures[plot.name]) for plot in plots],
+        judges=_judges(r),
         annotations=r.annotations.strip(),
         into_prompt=r.experiment.vectors.into_prompt,
         windows=[row for row in r.tables["windows"] if row["window"] == r.window],
@@ -84,6 +85,23 @@ def _described(plot: Plot, figure: dict[str, Any]) -> dict[str, Any]:
     return {"name": plot.name, "title": plot.title, "caption": plot.caption, "width": width} | {
         "height": figure["layout"]["height"]
     }
+
+
+def _judges(r: Results) -> list[dict[str, str]]:
+    """Table C.1, on the traces and on the steered replies, as far as there is another judge than the keywords."""
+    rows = []
+    for table, judge, where in (
+        ("agreement", r.experiment.judge, "traces"),
+        ("judge_agreement", r.experiment.analysis.judge, "replies"),
+    ):
+        for row in r.tables.get(table, []):
+            shown = {"judge": judge, "group": f"{where}, {row['group']}"}
+            shown |= {name: str(row[name]) for name in ("n_units", "n_reference")}
+            for name, factor, digits in (("precision", 100, 0), ("recall", 100, 0), ("f1", 100, 0), ("kappa", 1, 2)):
+                value, low, high = (f"{factor * row[name + end]:.{digits}f}" for end in ("", "_low", "_high"))
+                shown[name] = f"{value} ({low} to {high})" if value != "nan" else "-"
+            rows.append(shown)
+    return rows
 
 
 def _versions(r: Results) -> list[dict[str, str]]:

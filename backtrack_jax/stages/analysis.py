@@ -10,12 +10,14 @@ import numpy as np
 from backtrack_jax import extract, store, tables, vectors
 from backtrack_jax.analysis import activations, agreement, coherence, logit_lens, probe, replies, similarity
 from backtrack_jax.analysis.backtracking import KEYWORDS
+from backtrack_jax.conditions import UNSTEERED
 from backtrack_jax.config import ROLES
 from backtrack_jax.data import records
 from backtrack_jax.inputs import spread
 from backtrack_jax.judges import keyword
 from backtrack_jax.models import prompts
 from backtrack_jax.progress import Progress, say
+from backtrack_jax.stages.annotations import judged
 from backtrack_jax.stages.vectors import token_trace
 
 if TYPE_CHECKING:
@@ -42,7 +44,8 @@ def analyse(run: "Run", folder: Path) -> None:
         if not (folder / f"{role}.probe.csv").exists():
             _probe(run, role, folder, pairs, sums)
     if not (folder / "replies.csv").exists():
-        tables.write(folder / "replies.csv", _replies(run, partials, lines))
+        labels = _judge_replies(run, folder, lines)
+        tables.write(folder / "replies.csv", _replies(run, partials, lines, labels))
     for partial in partials.values():
         partial.unlink(missing_ok=True)
     rows = tables.read(folder / "replies.csv")
@@ -79,7 +82,33 @@ def _likelihoods(run: "Run", role: str, partial: Path, lines: Sequence[dict[str,
             progress.update(len(new), sum(len(lines[row]["ids"]) for row, _ in new))
 
 
-def _replies(run: "Run", partials: dict[str, Path], lines: Sequence[dict[str, Any]]) -> Rows:
+def _judge_replies(run: "Run", folder: Path, lines: Sequence[dict[str, Any]]) -> Sequence[records.Annotation | None]:
+    """Every reply's labels by `analysis.judge`; and Table C.1, the keyword judge against it by strength."""
+    e = run.experiment
+    if not e.analysis.judge:
+        return [None] * len(lines)
+    traces = [replies.as_trace(line, number) for number, line in enumerate(lines)]
+    found = judged(e, e.analysis.judge, traces)
+    records.write_jsonl(folder / "judged.jsonl", found)
+    strengths = {
+        trace.id: f"magnitude {line['magnitude']:g}"
+        for trace, line in zip(traces, lines, strict=True)
+        if line["target"] == e.author and line["kind"] in (UNSTEERED, e.vectors.label)
+    }
+    steered = [trace for trace in traces if trace.id in strengths]
+    ours = [keyword.annotate(trace) for trace in steered]
+    kept = [annotation for annotation in found if annotation.trace_id in strengths]
+    rows = agreement.agreement(steered, kept, ours, unit="sentence", groups=strengths)
+    tables.write(folder / "judge_agreement.csv", _agreement_rows(rows))
+    return found
+
+
+def _replies(
+    run: "Run",
+    partials: dict[str, Path],
+    lines: Sequence[dict[str, Any]],
+    labels: Sequence[records.Annotation | None],
+) -> Rows:
     """One row per reply, in the order of generations.jsonl."""
     ids = logit_lens.word_ids(run.tokenizer, KEYWORDS)
     found = {
@@ -90,12 +119,14 @@ def _replies(run: "Run", partials: dict[str, Path], lines: Sequence[dict[str, An
     numbers = dict.fromkeys(partials, 0)
     texts: dict[tuple[str, str], str] = {}
     rows = []
-    for line in lines:
+    for number, line in enumerate(lines):
         role = line["target"]
         asked = (role, line["problem"])
         if asked not in texts:
             texts[asked] = run.tokenizer.decode(_prompt(run, *asked))
-        rows.append(replies.measure(line, texts[asked], ids, found[role][numbers[role]]))
+        likelihood = found[role][numbers[role]]
+        trace = replies.as_trace(line, number)
+        rows.append(replies.measure(trace, line, texts[asked], ids, likelihood, labels[number]))
         numbers[role] += 1
     return rows
 
@@ -346,6 +377,10 @@ def _agreement(run: "Run", traces: Sequence[records.Trace], annotated: Sequence[
         return []
     found = agreement.agreement(traces, annotated, [keyword.annotate(trace) for trace in traces], unit="sentence")
     say(f"  keyword judge against the labels: F1 {100 * found[0].f1.value:.1f} %")
+    return _agreement_rows(found)
+
+
+def _agreement_rows(found: Sequence[agreement.Agreement]) -> Rows:
     return [
         {"group": row.group, "unit": row.unit, "n_units": row.n_units, "n_reference": row.n_reference}
         | {

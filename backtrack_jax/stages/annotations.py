@@ -36,19 +36,24 @@ def annotate(run: "Run", folder: Path) -> None:
     traces = records.read_traces(source / "traces.jsonl")
     if e.judge == "import":
         annotated = records.read_annotations(data_path(e.annotations.path))
-    elif e.judge == "keyword":
-        annotated = [keyword.annotate(trace, e.annotations.variant) for trace in traces]
-    elif e.judge == "grammar":
-        annotated = [grammar.annotate(trace) for trace in traces]
-    elif e.judge == "openai":
-        annotated = _ask(e, traces)
-    else:
+    elif e.judge == "released":
         annotated = _released(e, traces, source / "labelled.jsonl")
+    else:
+        annotated = judged(e, e.judge, traces)
     records.pair_annotations(traces, annotated)  # raises where a span does not fit its trace
     records.write_jsonl(folder / "annotations.jsonl", annotated)
     table = labels.format_summary(labels.summarise(annotated))
     store.write_text(folder / "summary.txt", table + "\n")
     say("\n".join("  " + line for line in table.split("\n")))
+
+
+def judged(e: Experiment, judge: str, traces: Sequence[Trace]) -> list[Annotation]:
+    """Traces as a judge that reads them labels them: `keyword`, `grammar` or `openai`, as the experiment sets it up."""
+    if judge == "keyword":
+        return [keyword.annotate(trace, e.annotations.variant) for trace in traces]
+    if judge == "grammar":
+        return [grammar.annotate(trace) for trace in traces]
+    return _ask(e, traces)
 
 
 def _released(e: Experiment, traces: Sequence[Trace], file: Path) -> list[Annotation]:

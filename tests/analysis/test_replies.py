@@ -22,7 +22,8 @@ def row(text: str, problem: str, kind: str, magnitude: float, ids: tuple[int, ..
         "sample": 0,
     }
     line |= {"text": text, "ids": ids, "finish_reason": "stop"}
-    return replies.measure(line, "Wait for it.", {2}, LIKELY[text])
+    trace = replies.as_trace(line | {"problem": "Wait for it."}, 0)
+    return replies.measure(trace, line, "Wait for it.", {2}, LIKELY[text])
 
 
 def test_counters_side_by_side() -> None:

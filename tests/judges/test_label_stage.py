@@ -18,11 +18,13 @@ import pytest
 import tiny
 from fault_server import FaultServer
 
-from backtrack_jax import config, pipeline, plan, store
+from backtrack_jax import config, pipeline, plan, store, tables
 from backtrack_jax.analysis import agreement
 from backtrack_jax.config import Experiment
 from backtrack_jax.data import records
+from backtrack_jax.data.annotations import reasoning_end
 from backtrack_jax.judges import keyword
+from backtrack_jax.judges.keyword import split_sentences
 from backtrack_jax.judges.ledger import read_entries
 from backtrack_jax.judges.openai import label_traces
 from backtrack_jax.judges.prompts import FAILED, JudgePrompt
@@ -408,3 +410,49 @@ def test_a_run_that_reads_vectors_takes_the_stand_in() -> None:
     e.traces.path, e.traces.stand_in = "", ""
     with pytest.raises(ValueError, match=r"steering\.kinds='deduction'"):
         config.check(e)
+
+
+# Stage 5: the judge on steered replies
+
+
+def with_replies(base_url: str) -> Experiment:
+    """A run in which the online judge reads steered replies, and nothing else."""
+    e = experiment(base_url, input_price=1.0, output_price=1.0)
+    e.annotations.judge, e.analysis.judge = "released", "openai"
+    e.steering = dataclasses.replace(e.steering, kinds=("backtracking",), baselines=(), offsets=(), layers=())
+    return e
+
+
+def test_the_judge_reads_steered_replies(server: FaultServer) -> None:
+    e = with_replies(server.base_url)
+    pipeline.Run(e, pipeline.STAGES).run()
+    folder = RESULTS / "5-analysis"
+    lines = store.read_lines(RESULTS / "4-steering" / "generations.jsonl")
+    judged = records.read_annotations(folder / "judged.jsonl")
+    assert len(judged) == len(lines)
+    for cell in tables.read(folder / "rates.csv"):
+        flags = []
+        for line, annotation in zip(lines, judged, strict=True):
+            if all(line[name] == cell[name] for name in ("target", "kind", "source", "magnitude")):
+                for start, stop in split_sentences(line["text"][: reasoning_end(line["text"])]):
+                    given = {s.label for s in annotation.sections if s.start < stop and start < s.stop}
+                    flags += ["backtracking" in given] if given else []
+        assert cell["judge_rate"] == pytest.approx(sum(flags) / len(flags), abs=1e-6)
+    groups = [row["group"] for row in tables.read(folder / "judge_agreement.csv")]
+    assert groups == ["all", "magnitude 0", "magnitude -4", "magnitude 8"]
+    paid = server.paid.total()
+    assert 0 < paid <= len(lines)
+    shutil.rmtree(RESULTS)
+    pipeline.Run(e, pipeline.STAGES).run()
+    assert server.paid.total() == paid
+
+
+def test_the_plan_estimates_the_judging_of_replies(server: FaultServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY")
+    e = with_replies(server.base_url)
+    text = plan.describe(pipeline.Run(e, pipeline.STAGES))
+    replies = 2 * (1 + 2 * 2) * 3 * 2  # models x (unsteered + sources x magnitudes) x problems x samples
+    assert f"as if every reply were {e.steering.max_new_tokens} tokens" in text and f"{replies} calls to pay" in text
+    with pytest.raises(JudgeStopped, match="OPENAI_API_KEY"):  # before the first stage
+        pipeline.Run(e, pipeline.STAGES).run()
+    assert not RESULTS.exists()

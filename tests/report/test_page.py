@@ -42,6 +42,13 @@ def hostile(tiny_run: Path) -> tuple[results.Results, str]:
     return r, page.render(r, figures.all_figures(r))
 
 
+def test_agreement_of_the_judges_is_on_the_page(hostile: tuple[results.Results, str]) -> None:
+    r, text = hostile
+    assert r.tables["agreement"]
+    for row in r.tables["agreement"]:
+        assert f"<td>traces, {row['group']}</td><td>{row['n_units']}</td><td>{row['n_reference']}</td>" in text
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     if CHROMIUM is None:
