@@ -457,7 +457,7 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Ar
     rows = jnp.moveaxis(q, 2, 1).reshape(B, K, T * G, H)
     scores = _einsum("BKRH,BKHS->BKRS", rows, k)
     scores = jnp.where(jnp.repeat(mask, G, axis=1)[:, None], scores, -1e30)
-    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
     z = _einsum("BKRS,BKSH->BKRH", weights.astype(v.dtype), v) / jnp.sum(weights, axis=-1, keepdims=True)
     return jnp.moveaxis(z.reshape(B, K, T, G, H), 1, 2).reshape(B, T, K * G * H)
 
