@@ -6,8 +6,9 @@
 
 Traces are sampled by R1-Distill-Llama-8B and labelled by GPT-4o as in the paper, with the key in the environment
 variable OPENAI_API_KEY; `--dry_run` says what that costs. With CHAINS, a file or folder of annotated chains in the
-released format, both are imported instead. `--config.annotations.judge=keyword` needs neither key nor network;
-`--config.annotations.openai.format=sentences` has answers a fifth as long, with spans that are exact.
+released format, both are imported instead. `--config.annotations.openai.format=sentences` has answers a fifth as long,
+with spans that are exact. `--config.annotations.judge=keyword` needs neither key nor network, but knows one label only:
+leave the others out with `--config.steering.baselines="('overall-mean', 'noise', 'self-amplification')"`.
 
 Reads base- and reasoning-derived vectors at every layer, window -13..-8, and adds them to either model while it
 answers (Fig. 3), beside baselines of equal norm (Fig. 4), from other offsets (Fig. 2), and at other layers (Fig. B.1).
@@ -61,14 +62,22 @@ def get_config() -> Experiment:
             offsets=(-20, -16, -12, -8, -4, 0),  # of the authors' sweep, which read six positions at each
             offset_window=(-1, 4),
             layers=(10,),
+            into_prompt=True,  # as in the authors' code: else nothing is read before the first section of a reply
             batch_size=16,
         ),
         steering=SteeringSpec(
             kinds=("backtracking",),
             layer=10,
             magnitudes=tuple(float(m) for m in range(0, 21, 2)),
-            # The keyword judge knows no other labels; with the released labels add "deduction" and "initializing".
-            baselines=("overall-mean", "noise", "self-amplification", "random", "shuffled"),
+            baselines=(
+                "overall-mean",
+                "noise",
+                "self-amplification",
+                "random",
+                "shuffled",
+                "deduction",
+                "initializing",
+            ),
             offsets=(-20, -16, -12, -8, -4, 0),
             layers=tuple(range(0, 32, 2)),
             grid_magnitudes=(0.0, 4.0, 8.0, 12.0, 16.0),

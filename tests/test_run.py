@@ -93,10 +93,10 @@ def test_plan_of_the_paper_needs_no_weights(tmp_path: Path, command: Callable[..
     workdir = tmp_path / "results"
     out, message = command(f"--config={ROOT}/configs/paper.py", "--dry_run", f"--workdir={workdir}")
     assert not message and not workdir.exists()
-    # 300 problems x 500 tokens. Both models: unsteered, 2 sources x 10 magnitudes. The reasoning model: 5 baselines,
+    # 300 problems x 500 tokens. Both models: unsteered, 2 sources x 10 magnitudes. The reasoning model: 7 baselines,
     # 5 offsets x 4 (offset -12 is the experiment's window), 16 layers x 2 sources x 4 less the 8 at layer 10.
     assert "reasoning model: 300 rows in batches of 128, up to 150,000 new tokens" in out
-    base, reasoning = 1 + 20, 1 + 20 + 5 * 10 + 5 * 4 + 15 * 2 * 4
+    base, reasoning = 1 + 20, 1 + 20 + 7 * 10 + 5 * 4 + 15 * 2 * 4
     assert f"{base + reasoning} conditions, 10 problems at most, 1 sample(s) each" in out
     for role, cells in (("base", base), ("reasoning", reasoning)):
         assert f"{role} model: {10 * cells} rows in batches of 128, up to {1280 * cells:,} new tokens" in out

@@ -50,7 +50,6 @@ def reduced() -> config.Experiment:
     e.traces.path, e.annotations.judge = tiny.CHAINS, "released"  # a random model never says Wait
     e.vectors.layers, e.vectors.batch_size = (2,), 6
     s = e.steering
-    s.baselines += ("deduction",)
     s.layer, s.layers, s.magnitudes, s.grid_magnitudes = 2, (0, 3), (0.0, 8.0), (0.0, 8.0)
     s.limit, s.max_new_tokens, s.batch_size = 2, 4, 32
     e.analysis.batch_size, e.analysis.positions, e.analysis.shown = 6, 8, 2
@@ -70,8 +69,8 @@ def test_every_stage(r1_folder: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     pipeline.Run(e).run()
     results = Path("results/paper")
     lines = store.read_lines(results / "4-steering" / "generations.jsonl")
-    # Both models: unsteered and two sources; the reasoning model: 6 baselines, 5 offsets, 2 layers x 2 sources.
-    assert len(lines) == 2 * (3 + 3 + 6 + 5 + 4)
+    # Both models: unsteered and two sources; the reasoning model: 7 baselines, 5 offsets, 2 layers x 2 sources.
+    assert len(lines) == 2 * (3 + 3 + 7 + 5 + 4)
     assert {line["window"] for line in lines} == {"", "-13..-8", "-21..-16", "-17..-12", "-9..-4", "-5..0", "-1..4"}
     drawn = {path.stem for path in (results / "6-report").glob("*.png")}
     assert {"fig1_trace", "fig2_offsets", "fig3_pairs", "fig4_baselines", "fig5_logit_lens", "fig6_projection"} <= drawn
