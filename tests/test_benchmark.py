@@ -99,3 +99,12 @@ def test_a_program_with_other_weights_is_not_timed(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "logits differ from the reference" in done.stderr
     assert not (tmp_path / "sweep.ours_f32.json").exists()
+
+
+def test_the_judge_is_measured_with_one_and_with_many_requests_in_flight() -> None:
+    command = [sys.executable, str(SCRIPTS / "benchmark_judge.py"), "--latency=0.02", "--concurrency=4"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["latency_s"], found["concurrency"]) == (0.02, 4)
+    assert found["one_s_per_call"] > 0.02 and found["many_s_per_call"] > 0.02 / 4
+    assert found["speedup"] == pytest.approx(found["one_s_per_call"] / found["many_s_per_call"], abs=0.1)

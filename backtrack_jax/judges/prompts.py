@@ -16,6 +16,7 @@ Only the reasoning is shown, up to `annotations.reasoning_end`, and the problem 
 come first and never change, so that providers can serve them from their prefix cache.
 """
 
+import functools
 import hashlib
 import json
 import re
@@ -134,7 +135,7 @@ class JudgePrompt:
         taxonomy = _TAXONOMY.format(backtracking=BACKTRACKING[self.backtracking])
         return _TASK.format(taxonomy=taxonomy) + _ANSWER[self.format]
 
-    @property
+    @functools.cached_property
     def hash(self) -> str:
         """Version of the prompt: 12 hexadecimal digits over everything that is the same for every trace."""
         version = json.dumps([self.instructions, _QUESTION, self.request_fields()], sort_keys=True)
