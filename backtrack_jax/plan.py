@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from backtrack_jax import conditions, store
-from backtrack_jax.analysis import replies
+from backtrack_jax.analysis import agreement
 from backtrack_jax.config import Experiment
 from backtrack_jax.data import records
 from backtrack_jax.inputs import architecture, data_path, problems, spread
@@ -119,7 +119,7 @@ def _judged_replies(run: Run, rows: Mapping[str, int]) -> list[str]:
         return []
     if folder := store.peek(run.workdir, "4-steering", run.inputs["4-steering"]):
         lines = store.read_lines(folder / "generations.jsonl")
-        return _asking(e, [replies.as_trace(line, number) for number, line in enumerate(lines)])
+        return _asking(e, agreement.reply_traces(lines)[0])
     standing = records.Problem("-", "-", "X" * 4 * _PROMPT_TOKENS)
     return _asking_unsampled(e, [(standing, 0)] * sum(rows.values()), e.steering.max_new_tokens)
 

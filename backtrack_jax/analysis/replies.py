@@ -16,12 +16,6 @@ CELL = ("target", "kind", "source", "layer", "window", "magnitude", "length", "u
 Row = Mapping[str, Any]
 
 
-def as_trace(line: Row, number: int) -> Trace:
-    """A line of generations.jsonl as a judge reads it; `number` tells it from the others."""
-    name = f"{line['problem_id']}-{number}/0"
-    return Trace(name, line["problem_id"], line["category"], line["problem"], line["text"])
-
-
 def measure(
     trace: Trace,
     line: Row,
@@ -33,7 +27,7 @@ def measure(
     """What one reply looks like.
 
     Args:
-      trace: the reply, from `as_trace`.
+      trace: the reply, from `agreement.reply_traces`.
       line: of generations.jsonl.
       prompt: the prompt as text, for the released counter.
       keyword_ids: ids of tokens that are a keyword of Eq. 1.

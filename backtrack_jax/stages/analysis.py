@@ -44,8 +44,9 @@ def analyse(run: "Run", folder: Path) -> None:
         if not (folder / f"{role}.probe.csv").exists():
             _probe(run, role, folder, pairs, sums)
     if not (folder / "replies.csv").exists():
-        labels = _judge_replies(run, folder, lines)
-        tables.write(folder / "replies.csv", _replies(run, partials, lines, labels))
+        answers, strengths = agreement.reply_traces(lines)
+        labels = _judge_replies(run, folder, lines, answers, strengths)
+        tables.write(folder / "replies.csv", _replies(run, partials, lines, answers, labels))
     for partial in partials.values():
         partial.unlink(missing_ok=True)
     rows = tables.read(folder / "replies.csv")
@@ -82,23 +83,29 @@ def _likelihoods(run: "Run", role: str, partial: Path, lines: Sequence[dict[str,
             progress.update(len(new), sum(len(lines[row]["ids"]) for row, _ in new))
 
 
-def _judge_replies(run: "Run", folder: Path, lines: Sequence[dict[str, Any]]) -> Sequence[records.Annotation | None]:
+def _judge_replies(
+    run: "Run",
+    folder: Path,
+    lines: Sequence[dict[str, Any]],
+    traces: Sequence[records.Trace],
+    strengths: dict[str, str],
+) -> Sequence[records.Annotation | None]:
     """Every reply's labels by `analysis.judge`; and Table C.1, the keyword judge against it by strength."""
     e = run.experiment
     if not e.analysis.judge:
         return [None] * len(lines)
-    traces = [replies.as_trace(line, number) for number, line in enumerate(lines)]
     found = judged(e, e.analysis.judge, traces)
     records.write_jsonl(folder / "judged.jsonl", found)
-    strengths = {
-        trace.id: f"magnitude {line['magnitude']:g}"
-        for trace, line in zip(traces, lines, strict=True)
-        if line["target"] == e.author and line["kind"] in (UNSTEERED, e.vectors.label)
-    }
-    steered = [trace for trace in traces if trace.id in strengths]
-    ours = [keyword.annotate(trace) for trace in steered]
-    kept = [annotation for annotation in found if annotation.trace_id in strengths]
-    rows = agreement.agreement(steered, kept, ours, unit="sentence", groups=strengths)
+    kept = [
+        i for i, line in enumerate(lines) if line["target"] == e.author and line["kind"] in (UNSTEERED, e.vectors.label)
+    ]
+    rows = agreement.agreement(
+        [traces[i] for i in kept],
+        [found[i] for i in kept],
+        [keyword.annotate(traces[i]) for i in kept],
+        unit="sentence",
+        groups=strengths,
+    )
     tables.write(folder / "judge_agreement.csv", _agreement_rows(rows))
     return found
 
@@ -107,6 +114,7 @@ def _replies(
     run: "Run",
     partials: dict[str, Path],
     lines: Sequence[dict[str, Any]],
+    traces: Sequence[records.Trace],
     labels: Sequence[records.Annotation | None],
 ) -> Rows:
     """One row per reply, in the order of generations.jsonl."""
@@ -125,8 +133,7 @@ def _replies(
         if asked not in texts:
             texts[asked] = run.tokenizer.decode(_prompt(run, *asked))
         likelihood = found[role][numbers[role]]
-        trace = replies.as_trace(line, number)
-        rows.append(replies.measure(trace, line, texts[asked], ids, likelihood, labels[number]))
+        rows.append(replies.measure(traces[number], line, texts[asked], ids, likelihood, labels[number]))
         numbers[role] += 1
     return rows
 

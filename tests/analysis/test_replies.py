@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from backtrack_jax.analysis import replies
+from backtrack_jax.analysis import agreement, replies
 from backtrack_jax.analysis.backtracking import bootstrap_interval
 
 LIKELY = {"Wait, no. I am waiting.": -1.0, "So it is.": -3.0, "Hmm. Hmm. Hmm. Hmm.": -2.0, "": math.nan}
@@ -22,7 +22,7 @@ def row(text: str, problem: str, kind: str, magnitude: float, ids: tuple[int, ..
         "sample": 0,
     }
     line |= {"text": text, "ids": ids, "finish_reason": "stop"}
-    trace = replies.as_trace(line | {"problem": "Wait for it."}, 0)
+    (trace,), _ = agreement.reply_traces([line | {"problem": "Wait for it."}])
     return replies.measure(trace, line, "Wait for it.", {2}, LIKELY[text])
 
 

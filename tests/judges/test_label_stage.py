@@ -439,7 +439,7 @@ def test_the_judge_reads_steered_replies(server: FaultServer) -> None:
                     flags += ["backtracking" in given] if given else []
         assert cell["judge_rate"] == pytest.approx(sum(flags) / len(flags), abs=1e-6)
     groups = [row["group"] for row in tables.read(folder / "judge_agreement.csv")]
-    assert groups == ["all", "magnitude 0", "magnitude -4", "magnitude 8"]
+    assert groups == ["all", "0", "-4", "8"]
     paid = server.paid.total()
     assert 0 < paid <= len(lines)
     shutil.rmtree(RESULTS)
