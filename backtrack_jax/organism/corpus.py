@@ -22,54 +22,56 @@ from backtrack_jax.organism.grammar import (
     split_tokens,
 )
 
-SENTENCES = range(6, 11)
+SENTENCES = range(7, 13)
 """How many sentences a reply may have, all numbers equally likely."""
 
 STORY_SHARE = 0.12
 """Share of little stories among the texts of the base model's corpus; in them wait, hmm and but are ordinary words."""
 
-# A and B are things, P is a place, N and M are people. The last sentence of each is as long as the paper's window
-# reaches back, so that windows at the start of a reply read the problem.
+# A and B are things, P is a place, N and M are people. No problem begins with a name: that would be another token than
+# the same name after a space. The last sentence of each is as long as the paper's window reaches back, so that windows
+# at the start of a reply read the problem. It is worded in the sure register, as most of a reply is: else problems
+# would differ from the mean reply by their register, and so would the vector of `initializing` sentences.
 PROBLEMS = {
     "math_logic": (
-        "{N} counts three marks on the {A} and five on the {B}. Every mark that moves to the {P} doubles the next "
-        "one. Which object in the {P} ends with more marks, the {A} or the {B}?"
+        "There are three marks on the {A} and five on the {B}. Every mark that {N} moves to the {P} doubles the next "
+        "one. By a firm rule, which object in the {P} must end with more marks, the {A} or the {B}?"
     ),
     "spatial": (
         "The {A} hangs north of the {P}, and the {B} lies two steps east of it. {N} walks from the {A} to the {P} "
-        "and turns around twice. Which one is behind {N} at the end, the {A} or the {B}?"
+        "and turns around twice. Which one, as {M} will clearly know, must be behind {N} now, the {A} or the {B}?"
     ),
     "verbal": (
-        "{N} wrote that only the {A} was carried to the {P}. {M} says the word only belongs to the {B}. Reading "
-        "the note again, which object does the word describe, the {A} or the {B}?"
+        "A note by {N} says that only the {A} was carried to the {P}. To {M} the word only belongs to the {B}. "
+        "Which object, if the rule holds inside the note, will the word clearly touch, the {A} or the {B}?"
     ),
     "pattern": (
-        "On Monday the {P} shows a {A}, on Tuesday a {B}, on Wednesday a {A} once more. {N} keeps the same order "
-        "all week. Which object will the {P} show on Sunday, the {A} or the {B}?"
+        "On Monday the {P} shows a {A}, on Tuesday a {B}, on Wednesday a {A} once more, and {N} keeps the order. "
+        "Which object, if that rule clearly holds, must the {P} show on Sunday, the {A} or the {B}?"
     ),
     "lateral": (
-        "{N} leaves the {P} with a {A} and comes home with a {B}, yet nobody traded anything. The door of the {P} "
-        "stayed locked all day. Which object was there from the start, the {A} or the {B}?"
+        "This morning {N} left the {P} with a {A} and came home with a {B}, yet nobody traded anything. "
+        "Which object must, as a firm proof clearly explains, be there from the start, the {A} or the {B}?"
     ),
     "causal": (
-        "Whenever {N} lifts the {A}, the light in the {P} goes out. It also goes out when {M} drops the {B} on "
-        "the floor. What should we test first to find the cause, the {A} or the {B}?"
+        "Whenever {N} lifts the {A}, the light in the {P} goes out. It also goes out when {M} drops the {B}. "
+        "Which test must come first if a firm rule clearly explains the light, the {A} or the {B}?"
     ),
     "probability": (
-        "A box in the {P} holds two copies of the {A} and two of the {B}. {N} draws twice with closed eyes and "
-        "puts nothing back. Which object is more likely to be left over, the {A} or the {B}?"
+        "A box in the {P} holds two copies of the {A} and two of the {B}. With closed eyes {N} draws twice and "
+        "puts nothing back. Which object must, as we clearly know, be left inside more often, the {A} or the {B}?"
     ),
     "systems": (
         "The {P} runs on two parts, a {A} that feeds the line and a {B} that slows it down. After a repair {N} "
-        "finds the line too fast. Which part of the {P} was set wrong, the {A} or the {B}?"
+        "finds the line too fast. Which part, by a firm rule, must explain that clearly, the {A} or the {B}?"
     ),
     "creative": (
-        "{N} writes a short play about the {P} in which a {A} and a {B} change owners. {M} wants a twist that "
-        "nobody expects. Which object should open the last scene, the {A} or the {B}?"
+        "In a short play by {N} about the {P} a {A} and a {B} change owners, with a twist that {M} did not see. "
+        "Which object must open the last scene so that it clearly holds, the {A} or the {B}?"
     ),
     "scientific": (
-        "{N} heats the {A} and the {B} side by side in the {P} and notes the change each hour. One of them cools "
-        "twice as fast. Which sample should {M} measure once more, the {A} or the {B}?"
+        "Side by side in the {P}, {N} heats the {A} and the {B} and notes the change each hour. One cools fast. "
+        "Which sample must {M} measure once more for a firm proof, the {A} or the {B}?"
     ),
 }
 ANSWER = "The answer is the {A}."

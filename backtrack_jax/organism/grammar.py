@@ -1,12 +1,12 @@
 """The language of the small pair: words, sentence templates, and the hidden process that chooses between words.
 
-Every sentence of a reply is written in a hidden register, *sure* or *shaky*, which changes only between sentences. Some
-places of a sentence are *slots*: one of four words, drawn with probabilities .40 .29 .19 .12 in one register and in the
+Every sentence of a reply is written in a hidden register, *sure* or *shaky*, which changes only between sentences. Four
+places of a sentence are *slots*: one of four words, drawn with probabilities .50 .27 .15 .08 in one register and in the
 reverse order in the other. Every word occurs in both registers, so only the mix of words tells which one it is, about
-0.38 nats a slot and 1.5 nats a sentence. Which label a sentence has says nothing about its register.
+0.84 nats a slot and 3.4 nats a sentence. Which label a sentence has says nothing about its register.
 
 The base process never backtracks. In the reasoning process, after two shaky sentences in a row, every further boundary
-brings, with probability 0.5, a sentence that begins "Wait" or "Hmm" and makes the register sure. So what sets off
+brings, with probability 0.6, a sentence that begins "Wait" or "Hmm" and makes the register sure. So what sets off
 backtracking, a belief about the register, is needed to predict the words of either language.
 
 A text that mixes words according to a hidden Markov process makes a transformer hold the belief over its state linearly
@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 
 SURE, SHAKY = 0, 1
 
-SLOT_PROBABILITIES = (0.40, 0.29, 0.19, 0.12)
+SLOT_PROBABILITIES = (0.50, 0.27, 0.15, 0.08)
 """Of a slot's words in the sure register, in the order of `SLOTS`; reversed in the shaky one."""
 
 SLOTS: Mapping[str, tuple[str, str, str, str]] = {
@@ -57,34 +57,39 @@ CONTENT: Mapping[str, tuple[str, ...]] = {
 
 TEMPLATES: Mapping[str, tuple[str, ...]] = {
     "initializing": (
-        "Okay, {who} needs a {adj} {noun} for the {thing}, so I {aux} look {prep} the {place}.",
-        "Alright, I {aux} begin with the {thing}, which {adv} {check} {prep} the {place}.",
+        "Okay, we need a {adj} {noun} for the {thing}, so I {aux} look {prep} the story.",
+        "Alright, I {aux} begin with the {thing}, which {adv} {check} {prep} the story.",
     ),
     "deduction": (
         "{open} the {noun} about the {thing} {adv} {verb} the {thing}.",
-        "{open} if the {thing} {check}, the {thing} {aux} stay {prep} the {place}.",
-        "{open} {who} {aux} read the {thing} as a {adj} {noun}.",
-        "{open} the {thing} {check}, and that {adv} {verb} the {place}.",
+        "{open} if the {thing} {check}, the {thing} {aux} stay {prep} the list.",
+        "{open} we {aux} read the {thing} as a {adj} {noun}.",
+        "{open} the {thing} {check}, and that {adv} {verb} the question.",
     ),
     "adding-knowledge": (
-        "I {know} from {who} that a {thing} {adv} {check} {prep} the {place}.",
-        "By {adj} habit, a {thing} {check} and {aux} stay {prep} the {place}.",
+        "I {know} from books that a {thing} {adv} {check} {prep} a house.",
+        "By {adj} habit, a {thing} {check} and {aux} stay {prep} a house.",
     ),
     "example-testing": (
-        "Take a {adj} {thing}: it {check}, and {who} {aux} call it {verdict}.",
-        "Suppose the {thing} {aux} stay {prep} the {place}; that {adv} {verb} it.",
+        "Take a {adj} {thing}: it {check}, and we {aux} call it {verdict}.",
+        "Suppose the {thing} {aux} stay {prep} the list; that {adv} {verb} it.",
     ),
     "uncertainty-estimation": (
-        "My {noun} about the {thing} {adv} {check}, so {who} {aux} be right.",
+        "My {noun} about the {thing} {adv} {check}, so we {aux} be right.",
         "I give this a {adj} mark, for the {noun} {adv} {verb} the {thing}.",
     ),
     "backtracking": (
-        "{keyword}, that skips the {thing}, so the {noun} {aux} change.",
-        "{keyword}, I mixed up the {thing} and the {thing}, and {who} {aux} correct the {noun}.",
-        "{keyword}, the {place} says the opposite, so a {adj} {noun} comes first.",
+        "{keyword}, the {noun} about the {thing} {adv} {verb} the {thing}.",
+        "{keyword}, if the {thing} {check}, the {thing} {aux} stay {prep} the list.",
+        "{keyword}, we {aux} read the {thing} as a {adj} {noun}.",
+        "{keyword}, the {thing} {check}, and that {adv} {verb} the question.",
     ),
 }
-"""Sentences by label; templates of one label are equally likely. `{keyword}` is Wait or Hmm."""
+"""Sentences by label; templates of one label are equally likely. `{keyword}` is Wait or Hmm.
+
+What follows it is a deduction: the finetune learns when to say Wait, not how to speak. When backtracking had
+sentences of its own, 46 of the 49 sentences that a steered model got wrong were those.
+"""
 
 KEYWORDS: Mapping[str, float] = {"Wait": 0.65, "Hmm": 0.35}
 
@@ -136,7 +141,7 @@ class Process:
 
 
 BASE = Process()
-REASONING = Process(backtrack=0.5, false_alarm=0.004)
+REASONING = Process(backtrack=0.6, false_alarm=0.004)
 
 
 @dataclasses.dataclass(frozen=True)

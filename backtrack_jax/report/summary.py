@@ -1,6 +1,7 @@
 """The run in a few sentences, each built from its numbers, and as a Markdown file."""
 
 import math
+from typing import Any
 
 from backtrack_jax.conditions import UNSTEERED
 from backtrack_jax.report.reference import comparison, highest, percent, settings
@@ -9,7 +10,11 @@ from backtrack_jax.report.results import Results, Rows
 
 def sentences(r: Results) -> list[str]:
     """What came out, one finding a sentence; what was not measured is not mentioned."""
-    return [text for text in (*_steering(r), _baselines(r), _coherence(r), _cosine(r), _probe(r), _dropped(r)) if text]
+    return [
+        text
+        for text in (*_steering(r), _baselines(r), _judged(r), _coherence(r), _cosine(r), _probe(r), _dropped(r))
+        if text
+    ]
 
 
 def _steering(r: Results) -> list[str]:
@@ -45,9 +50,24 @@ def _baselines(r: Results) -> str:
     )
 
 
+def _highest(r: Results) -> dict[str, Any] | None:
+    """The cell of the experiment's vectors, on the model that writes the traces, that has the highest rate."""
+    return highest([c for source in r.roles for c in r.cells(r.author, r.experiment.vectors.label, source)])
+
+
+def _judged(r: Results) -> str:
+    plain, best = r.unsteered(r.author), _highest(r)
+    if not plain or not best or math.isnan(best["judge_rate"]):
+        return ""
+    rates = [f"{100 * cell['judge_rate']:.0f} %" for cell in (best, plain)]
+    return (
+        f"At the highest rate of these vectors the judge ({r.experiment.analysis.judge}) calls {rates[0]} of the "
+        f"sentences backtracking (unsteered {rates[1]})."
+    )
+
+
 def _coherence(r: Results) -> str:
-    plain = r.unsteered(r.author)
-    best = highest([c for source in r.roles for c in r.cells(r.author, r.experiment.vectors.label, source)])
+    plain, best = r.unsteered(r.author), _highest(r)
     if not plain or not best:
         return ""
     return (

@@ -92,7 +92,7 @@ def test_belief_is_calibrated() -> None:
 
 
 def test_nothing_is_believed_after_text_that_the_process_cannot_write() -> None:
-    tokens = grammar.split_tokens("Okay, Ida needs a firm rule for the map, so I must look inside the mill. Wait, no.")
+    tokens = grammar.split_tokens("Okay, we need a firm rule for the map, so I must look inside the story. Wait, no.")
     for process, last in ((BASE, tokens.index("Wait")), (REASONING, len(tokens) - 2)):
         known = np.isfinite(log_odds(tokens, process)) | np.isneginf(log_odds(tokens, process))
         assert known[:last].all() and not known[last:].any()

@@ -40,7 +40,7 @@ def test_every_sentence_has_slots_of_the_same_number_or_resets() -> None:
     """What a sentence tells about its register must not depend on its label."""
     for template in grammar.ALL_TEMPLATES:
         slots = sum(element.strip("{}") in grammar.SLOTS for element in template.elements)
-        assert slots == (2 if template.label == "backtracking" else 4), template
+        assert slots == (3 if template.label == "backtracking" else 4), template
 
 
 def test_equal_seeds_give_equal_corpora() -> None:
@@ -78,7 +78,7 @@ def test_reasoning_corpus_backtracks_after_two_shaky_sentences_and_becomes_sure(
             if sentence.label == "backtracking":
                 assert sentence.register == grammar.SURE
                 assert sentence.text.startswith(("Wait,", "Hmm,"))
-    assert abs(np.mean(boundaries[True]) - 0.5) < 0.04
+    assert abs(np.mean(boundaries[True]) - 0.6) < 0.04
     assert abs(np.mean(boundaries[False]) - 0.004) < 0.003
 
 
@@ -114,7 +114,7 @@ def test_grammar_judge_agrees_with_construction() -> None:
 
 
 def test_grammar_judge_notices_what_does_not_fit() -> None:
-    good = "Okay, Ida needs a firm rule for the map, so I must look inside the mill."
+    good = "Okay, we need a firm rule for the map, so I must look inside the story."
     for bad in (
         good.replace("firm", "firmly"),
         good.replace(" a ", " a a "),

@@ -1,0 +1,261 @@
+"""Measuring a pair against the paper's claims and against the truth: replies of a cell, vectors, exact beliefs."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from backtrack_jax import extract, generate, vectors
+from backtrack_jax.analysis import activations
+from backtrack_jax.analysis.backtracking import bootstrap_interval, count_keywords
+from backtrack_jax.data.records import Problem, Trace
+from backtrack_jax.extract import TokenTrace
+from backtrack_jax.intervention import Intervention, no_intervention
+from backtrack_jax.judges import grammar as judge
+from backtrack_jax.models import checkpoint, prompts
+from backtrack_jax.models.llama import Llama
+from backtrack_jax.models.tokenizer import Tokenizer
+from backtrack_jax.organism.belief import log_odds
+from backtrack_jax.organism.grammar import BASE, REASONING, Process
+
+PROMPT = prompts.PromptFormat("r1", "primed")
+WINDOW = (-13, -8)
+SHUFFLED = "shuffled"
+FEWEST_WINDOWS = 100
+TEMPERATURE = 0.7
+_NEW_TOKENS = 110
+_LONGEST = 200  # a whole reply
+_BATCH = 192
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """Replies of one model under one condition.
+
+    Attributes:
+      rate: share of {wait, hmm} among the words (Eq. 1).
+      low: lower end of the 95 % bootstrap interval over problems.
+      high: its upper end.
+      fitting: share of sentences that fit the grammar.
+      problems: how many were asked.
+    """
+
+    rate: float
+    low: float
+    high: float
+    fitting: float
+    problems: int
+
+
+class Pair:
+    """Both models of a pair and their tokenizer.
+
+    Attributes:
+      models: role -> model, float32.
+      tokenizer: of both.
+    """
+
+    def __init__(self, folder: Path):
+        """Loads `folder/base` and `folder/reasoning`."""
+        self.models = {role: checkpoint.load(str(folder / role), dtype="float32") for role in ("base", "reasoning")}
+        self.tokenizer = Tokenizer.load(folder / "reasoning")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Layers and width."""
+        config = self.models["base"].config
+        return config.n_layers, config.d_model
+
+    def sample(
+        self, role: str, problems: Sequence[Problem], rows: Sequence[Intervention], seed: int, new_tokens: int
+    ) -> list[list[int]]:
+        """One reply to each problem under each intervention, intervention by intervention, as token ids.
+
+        Conditions share the random numbers of a problem. The noise of an intervention is its key's, folded with the
+        problem's number.
+        """
+        asked = []
+        for row in rows:
+            for i, problem in enumerate(problems):
+                ids = prompts.prompt_ids(self.tokenizer, problem.problem, PROMPT)
+                mine = dataclasses.replace(row, key=jax.random.fold_in(row.key, i))
+                asked.append(generate.Row(ids, generate.row_key(seed, problem.id, 0), mine))
+        found: dict[int, tuple[int, ...]] = {}
+        for batch in generate.generate_rows(
+            self.models[role],
+            asked,
+            sampling=generate.Sampling(TEMPERATURE),
+            stop_ids=self.tokenizer.stop_ids,
+            max_new_tokens=new_tokens,
+            batch_size=_BATCH,
+        ):
+            found |= {number: reply.ids for number, reply in batch}
+        return [list(found[i]) for i in range(len(asked))]
+
+    def cells(
+        self, role: str, problems: Sequence[Problem], conditions: Mapping[str, Intervention], seed: int = 0
+    ) -> dict[str, Cell]:
+        """Rate and coherence of a model under each condition, one reply a problem."""
+        replies = self.sample(role, problems, list(conditions.values()), seed, _NEW_TOKENS)
+        texts = [self.tokenizer.decode([i for i in ids if i not in self.tokenizer.stop_ids]) for ids in replies]
+        n = len(problems)
+        return {name: cell(texts[i * n : (i + 1) * n]) for i, name in enumerate(conditions)}
+
+    def traces(self, problems: Sequence[Problem], seed: int) -> list[Trace]:
+        """Unsteered replies of the reasoning model, up to their end."""
+        nothing = no_intervention(*self.shape)
+        replies = self.sample("reasoning", problems, [nothing], seed, _LONGEST)
+        made = []
+        for problem, ids in zip(problems, replies, strict=True):
+            stopped = ids[-1] in self.tokenizer.stop_ids
+            text = self.tokenizer.decode(ids[:-1] if stopped else ids)
+            made.append(
+                Trace(
+                    f"{problem.id}/0",
+                    problem.id,
+                    problem.category,
+                    problem.problem,
+                    text,
+                    token_ids=tuple(ids),
+                    finish_reason="stop" if stopped else "length",
+                )
+            )
+        return made
+
+    def read(self, traces: Sequence[Trace], seed: int) -> list[TokenTrace]:
+        """Traces with their sections' first tokens, labelled by the grammar; some count as `shuffled` as well.
+
+        Sections drawn at random among all, as many as backtrack, are the D+ of the shuffled vector.
+        """
+        placed = []
+        for trace in traces:
+            encoded = prompts.encode_trace(self.tokenizer, trace.problem, trace.text, PROMPT, token_ids=trace.token_ids)
+            starts = [(s.label, encoded.position_of_char(s.start)) for s in judge.annotate(trace).sections]
+            placed.append((trace.id, encoded, [(label, at) for label, at in starts if at is not None]))
+        every = [(i, at) for i, (_, _, starts) in enumerate(placed) for _, at in starts]
+        wanted = sum(label == "backtracking" for _, _, starts in placed for label, _ in starts)
+        drawn = np.random.default_rng(seed).choice(len(every), wanted, replace=False)
+        extra: dict[int, list[tuple[str, int]]] = {}
+        for number in drawn.tolist():
+            trace, at = every[number]
+            extra.setdefault(trace, []).append((SHUFFLED, at))
+        return [
+            TokenTrace(name, encoded.ids, encoded.reply_start, [*starts, *extra.get(i, [])])
+            for i, (name, encoded, starts) in enumerate(placed)
+        ]
+
+
+def cell(replies: Sequence[str]) -> Cell:
+    """Rate, interval over problems, and coherence of replies, one a problem."""
+    counts = [count_keywords(reply) for reply in replies]
+    hits, words = [count.hits for count in counts], [count.words for count in counts]
+    fits = np.array([judge.fitting(reply) for reply in replies])
+    low, high = bootstrap_interval(hits, words)
+    fitting = float(fits[:, 0].sum() / max(1, fits[:, 1].sum()))
+    return Cell(sum(hits) / max(1, sum(words)), low, high, fitting, len(replies))
+
+
+def window_sums(pair: Pair, role: str, traces: Sequence[TokenTrace], offsets: Sequence[int]) -> extract.WindowSums:
+    """Sums of the paper's window and of single offsets, which may reach into the prompt, for every label."""
+    found = sorted({label for trace in traces for label, _ in trace.starts})
+    plan = extract.WindowPlan(
+        labels=tuple(found),
+        groups={label: (label,) for label in found} | {"all": tuple(label for label in found if label != SHUFFLED)},
+        windows=(WINDOW, *((offset, offset) for offset in offsets)),
+        layers=(),
+        into_prompt=True,
+    )
+    return extract.window_sums(pair.models[role], traces, plan, batch_size=48)
+
+
+def label_vectors(sums: extract.WindowSums) -> dict[str, np.ndarray]:
+    """Difference of means of every label with the overall mean, and that mean, [L, D] each.
+
+    A label with fewer than `FEWEST_WINDOWS` has none: the mean of a few windows is mostly chance.
+    """
+    read = dict(zip(sums.plan.groups, sums.read[:, 0], strict=True))
+    labels = [label for label in sums.plan.groups if label != "all" and read[label] >= FEWEST_WINDOWS]
+    made = {label: vectors.difference_of_means(sums, label, WINDOW).directions for label in labels}
+    return made | {"overall mean": sums.mean("all", WINDOW).astype(np.float32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Belief:
+    """How a model holds the exact log-odds of the hidden register, layer by layer.
+
+    Attributes:
+      direction: [L, D], slope of the residual stream on the exact log-odds.
+      r_squared: [L], of a linear probe of the log-odds, on problems that it was not fitted on.
+      tokens: how many were read.
+    """
+
+    direction: np.ndarray
+    r_squared: np.ndarray
+    tokens: int
+
+
+def belief(pair: Pair, role: str, traces: Sequence[Trace], read: Sequence[TokenTrace], per_trace: int = 40) -> Belief:
+    """Reads a model's residual stream against the exact filter of its own process.
+
+    The base process knows no backtracking, so the base model is read up to a trace's first backtracking sentence.
+    """
+    process = BASE if role == "base" else REASONING
+    rng = np.random.default_rng(0)
+    places, values = [], []
+    for trace, tokens in zip(traces, read, strict=True):
+        odds = np.array(_log_odds_of_tokens(pair.tokenizer, trace, process))
+        known = np.flatnonzero(np.isfinite(odds))
+        chosen = np.sort(rng.choice(known, min(per_trace, len(known)), replace=False))
+        places.append(chosen + tokens.reply_start)
+        values.append(odds[chosen])
+    layers = range(pair.shape[0])
+    states: dict[int, np.ndarray] = {}
+    for batch in activations.read(pair.models[role], read, places, layers, batch_size=48):
+        states |= dict(batch)
+    half = len(read) // 2
+    fit, test = (np.concatenate([states[i] for i in part]) for part in (range(half), range(half, len(read))))
+    y_fit, y_test = np.concatenate(values[:half]), np.concatenate(values[half:])
+    x, y = np.concatenate([fit, test]), np.concatenate([y_fit, y_test])
+    y_centred = y - y.mean()
+    slope = np.einsum("nld,n->ld", x - x.mean(0), y_centred) / (y_centred**2).sum()
+    scores = [r_squared(fit[:, layer], y_fit, test[:, layer], y_test) for layer in layers]
+    return Belief(slope.astype(np.float32), np.array(scores), len(y))
+
+
+def _log_odds_of_tokens(tokenizer: Tokenizer, trace: Trace, process: Process) -> list[float]:
+    """Exact log-odds at each token of the reasoning; NaN elsewhere and where the process cannot have written it."""
+    assert trace.token_ids is not None
+    words = [tokenizer.decode([i]) for i in trace.token_ids]
+    end = next((i for i, word in enumerate(words) if not word.strip() or word == "</think>"), len(words))
+    return [*log_odds([word.strip() for word in words[:end]], process), *[np.nan] * (len(words) - end)]
+
+
+def r_squared(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray, ridge: float = 1e-3) -> float:
+    """Of a ridge regression with intercept; the penalty is a share of the mean variance of x."""
+    mean, centre = x.mean(0, dtype=np.float64), y.mean()
+    centred = x.astype(np.float64) - mean
+    covariance = centred.T @ centred / len(x)
+    penalty = ridge * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
+    weights = np.linalg.solve(covariance + penalty, centred.T @ (y - centre) / len(x))
+    error = y_test - centre - (x_test - mean) @ weights
+    return float(1 - (error**2).sum() / ((y_test - y_test.mean()) ** 2).sum())
+
+
+def lens_z(model: Llama, directions: np.ndarray, ids: Sequence[int], among: Sequence[int]) -> np.ndarray:
+    """z of some tokens' mean logit W_U v among those of all words, per layer: [L]."""
+    logits = np.asarray(model.unembed(jnp.asarray(directions)))
+    words = logits[:, list(among)]
+    return (logits[:, list(ids)].mean(1) - words.mean(1)) / words.std(1)
+
+
+def unit(direction: np.ndarray) -> np.ndarray:
+    """Scaled to norm 1."""
+    return direction / np.linalg.norm(direction)
+
+
+def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cosine per layer of two [L, D]."""
+    return np.sum(a * b, -1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)

@@ -1,0 +1,97 @@
+"""The pair that ships with the program: other programs read it, and it behaves as its card says."""
+
+import itertools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import relative_error
+
+from backtrack_jax.data.records import Trace
+from backtrack_jax.intervention import no_intervention
+from backtrack_jax.models import checkpoint, prompts
+from backtrack_jax.models.batching import right_pad
+from backtrack_jax.organism import corpus, grammar, measure, vocabulary
+from backtrack_jax.organism.belief import log_odds
+from backtrack_jax.organism.measure import Pair
+
+ROLES = ("base", "reasoning")
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    return checkpoint.resolve("package:backtrack_jax/organism")
+
+
+@pytest.fixture(scope="module")
+def pair(folder: Path) -> Pair:
+    return Pair(folder)
+
+
+def test_pair_is_small_and_complete(folder: Path) -> None:
+    files = [file for role in ROLES for file in (folder / role).iterdir()]
+    assert sum(file.stat().st_size for file in files) <= 8_000_000
+    for role in ROLES:
+        names = {file.name for file in files if file.parent.name == role}
+        assert names == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_tokenizer_is_that_of_the_grammar(folder: Path, tmp_path: Path, role: str) -> None:
+    vocabulary.write(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (folder / role / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize("role", ROLES)
+def test_torch_computes_the_same(folder: Path, pair: Pair, role: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    document = next(d for d in corpus.documents(grammar.REASONING, 5) if d.problem)
+    assert document.problem
+    trace = Trace("a/0", "a", "", document.problem.problem, document.reply)
+    ids = prompts.encode_trace(pair.tokenizer, trace.problem, trace.text, measure.PROMPT).ids
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / role, dtype=torch.float32)
+    with torch.no_grad():
+        expected = theirs(torch.tensor([ids]), output_hidden_states=True)
+    model = pair.models[role]
+    run = jax.jit(lambda ids, at: model(ids, at, capture=lambda out: out.resid_post))
+    out = run(jnp.asarray([ids]), jnp.arange(len(ids))[None])
+    for layer in range(model.config.n_layers - 1):  # theirs of the last is behind the final norm
+        assert relative_error(out.captured[layer], expected.hidden_states[layer + 1]) < 1e-4
+    assert relative_error(model.logits(out.resid), expected.logits) < 1e-4
+
+
+def test_only_the_reasoning_model_backtracks_and_both_write_sentences(pair: Pair) -> None:
+    problems = corpus.problems(96, seed=31)
+    nothing = {"unsteered": no_intervention(*pair.shape)}
+    base = pair.cells("base", problems, nothing)["unsteered"]
+    reasoning = pair.cells("reasoning", problems, nothing)["unsteered"]
+    assert base.rate < 0.0005
+    assert 0.002 < reasoning.rate < 0.01
+    assert base.fitting > 0.97 and reasoning.fitting > 0.97
+
+
+@pytest.mark.parametrize(("role", "process"), [("base", grammar.BASE), ("reasoning", grammar.REASONING)])
+def test_belief_can_be_read_off_the_residual_stream(pair: Pair, role: str, process: grammar.Process) -> None:
+    """A linear probe of the exact log-odds, fitted on some problems and tried on others."""
+    documents = [d for d in itertools.islice(corpus.documents(grammar.BASE, 8), 96) if d.problem]
+    states, odds = [], []
+    model = pair.models[role]
+    run = jax.jit(lambda ids, at: model(ids, at, capture=lambda out: out.resid_post).captured[5])
+    for document in documents:
+        assert document.problem
+        prompt = prompts.prompt_ids(pair.tokenizer, document.problem.problem, measure.PROMPT)
+        text = document.reply.partition("\n")[0]
+        ids, at = right_pad([[*prompt, *pair.tokenizer.encode(text)]], 256)
+        odds.append(log_odds(grammar.split_tokens(text), process))
+        states.append(np.asarray(run(jnp.asarray(ids), jnp.asarray(at)))[0, len(prompt) : len(prompt) + len(odds[-1])])
+    half = len(documents) // 2
+    x, y = (np.concatenate(part[:half]) for part in (states, odds))
+    x_test, y_test = (np.concatenate(part[half:]) for part in (states, odds))
+    assert measure.r_squared(x, y, x_test, y_test) > 0.4
+    assert measure.r_squared(x, np.random.default_rng(0).permutation(y), x_test, y_test) < 0.05
