@@ -59,6 +59,11 @@ def draw(plot: Plot) -> Figure:
                 axis.set_xlabel(panel.x_label, fontsize=8)
             if not column or panel.y_label != panels[0].y_label:
                 axis.set_ylabel(panel.y_label, fontsize=8)
+    for row, panels in zip(axes, plot.panels, strict=True):
+        for axis in (axis for axis, panel in zip(row, panels, strict=False) if panel.from_zero):
+            # Only now: a limit that is set no longer grows with the panels that share the axis.
+            bottom, top = axis.get_ylim()
+            axis.set_ylim(min(bottom, -0.03 * top), top)
     if legend:
         found = {
             text: handle for axis in axes.flat for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
@@ -91,9 +96,6 @@ def _draw_curves(axis: Axes, panel: Panel) -> None:
         axis.set_xlim(-0.6, len(names) - 0.4)
     elif panel.whole:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if panel.from_zero:
-        bottom, top = axis.get_ylim()
-        axis.set_ylim(min(bottom, -0.03 * top), top)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25, linewidth=0.6)
 

@@ -112,6 +112,16 @@ def test_nothing_is_cut_off(drawn: dict[str, plots.Plot]) -> None:
             assert box.x1 <= figure.bbox.x1 + 2 and box.y1 <= figure.bbox.y1 + 2, plot.name
 
 
+def test_panels_that_share_an_axis_hold_the_highest_curve_of_all() -> None:
+    row = [
+        plots.Panel(str(top), "x", "% of words", [plots.Series("a", [0, 1], [0, top])], from_zero=True)
+        for top in (0.5, 6.0, 2.0)
+    ]
+    for axis in static.draw(plots.Plot("a", "A", "", [row], [])).axes:
+        low, high = axis.get_ylim()
+        assert low <= 0 and 6 < high < 7
+
+
 def test_equal_results_give_equal_files(drawn: dict[str, plots.Plot], tmp_path: Path, tiny_run: Path) -> None:
     """No date and no random name is in them."""
     static.write(drawn["fig2_offsets"], tmp_path)
