@@ -95,7 +95,7 @@ def _judges(r: Results) -> list[dict[str, str]]:
         ("judge_agreement", r.experiment.analysis.judge, "replies at magnitude"),
     ):
         for row in r.tables.get(table, []):
-            shown = {"judge": judge, "group": f"{where} {row['group']}"}
+            shown = {"judge": judge, "group": f"{where} {row['group']}".replace("magnitude all", "any magnitude")}
             shown |= {name: str(row[name]) for name in ("n_units", "n_reference")}
             for name, factor, digits in (("precision", 100, 0), ("recall", 100, 0), ("f1", 100, 0), ("kappa", 1, 2)):
                 value, low, high = (f"{factor * row[name + end]:.{digits}f}" for end in ("", "_low", "_high"))
