@@ -13,10 +13,6 @@ BIN := $(VENV)/bin
 # --no-compile: bytecode is written on first import, for the few modules that are imported, not for all of torch.
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --no-compile $(addprefix --constraint ,$(CONSTRAINTS))
 
-# XLA's CPU backend takes its buffers from the allocator anew at every step; without this, glibc gives them back to the
-# system each time, and the kernel clears them again. Other allocators ignore it.
-export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
-
 .PHONY: help demo test lint format bench constraints clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -30,6 +26,10 @@ help:
 	@echo "make constraints  pin the newest versions in constraints.txt"
 	@echo "make clean        remove the virtual environment and caches"
 
+# XLA's CPU backend takes its buffers from the allocator anew at every step; without this, glibc gives them back to the
+# system each time, and the kernel clears them again. Other allocators ignore it. Not for the tests: a process that
+# compiles many programs would keep the memory of all.
+demo: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
 demo: $(VENV)/.installed-demo
 	$(BIN)/python -m backtrack_jax.run --config=configs/organism.py
 
