@@ -91,12 +91,13 @@ def _judges(r: Results) -> list[dict[str, str]]:
     """Table C.1, on the traces and on the steered replies, as far as there is another judge than the keywords."""
     rows = []
     for table, judge, where in (
-        ("agreement", r.experiment.judge, "traces:"),
-        ("judge_agreement", r.experiment.analysis.judge, "replies at magnitude"),
+        ("agreement", r.experiment.judge, "traces"),
+        ("judge_agreement", r.experiment.analysis.judge, "replies, by magnitude"),
     ):
         for row in r.tables.get(table, []):
-            shown = {"judge": judge, "group": f"{where} {row['group']}".replace("magnitude all", "any magnitude")}
-            shown |= {name: str(row[name]) for name in ("n_units", "n_reference")}
+            shown = {"judge": judge, "of": where} | {
+                name: str(row[name]) for name in ("group", "n_units", "n_reference")
+            }
             for name, factor, digits in (("precision", 100, 0), ("recall", 100, 0), ("f1", 100, 0), ("kappa", 1, 2)):
                 value, low, high = (f"{factor * row[name + end]:.{digits}f}" for end in ("", "_low", "_high"))
                 shown[name] = f"{value} ({low} to {high})" if value != "nan" else "-"

@@ -10,7 +10,7 @@ import numpy as np
 from backtrack_jax import extract, store, tables, vectors
 from backtrack_jax.analysis import activations, agreement, coherence, logit_lens, probe, replies, similarity
 from backtrack_jax.analysis.backtracking import KEYWORDS
-from backtrack_jax.conditions import UNSTEERED
+from backtrack_jax.conditions import UNSTEERED, window_name
 from backtrack_jax.config import ROLES
 from backtrack_jax.data import records
 from backtrack_jax.inputs import spread
@@ -90,14 +90,21 @@ def _judge_replies(
     traces: Sequence[records.Trace],
     strengths: dict[str, str],
 ) -> Sequence[records.Annotation | None]:
-    """Every reply's labels by `analysis.judge`; and Table C.1, the keyword judge against it by strength."""
+    """Every reply's labels by `analysis.judge`; and Table C.1, the keyword judge against it by strength.
+
+    The table is of the model that writes the traces, unsteered and under its own vector at the experiment's layer.
+    """
     e = run.experiment
     if not e.analysis.judge:
         return [None] * len(lines)
     found = judged(e, e.analysis.judge, traces)
     records.write_jsonl(folder / "judged.jsonl", found)
+    own = (e.vectors.label, e.author, e.steering.layer, window_name(e.vectors.window))
     kept = [
-        i for i, line in enumerate(lines) if line["target"] == e.author and line["kind"] in (UNSTEERED, e.vectors.label)
+        i
+        for i, line in enumerate(lines)
+        if line["target"] == e.author
+        and (line["kind"] == UNSTEERED or (line["kind"], line["source"], line["layer"], line["window"]) == own)
     ]
     rows = agreement.agreement(
         [traces[i] for i in kept],
