@@ -14,7 +14,7 @@ from backtrack_jax.extract import (
     TokenTrace,
     WindowPlan,
     WindowSums,
-    _contract,
+    _program,
     add_traces,
     count_windows,
     load_sums,
@@ -317,20 +317,20 @@ def test_two_traces_of_one_name_are_refused():
 
 
 def test_one_program_per_bucket_whatever_is_read(sums):
-    compiled = _contract._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
+    compiled = _program(MODEL)._cache_size()
     plan = WindowPlan(LABELS, GROUPS, ((-9, -9), (-4, -1), (0, 0)), layers=(1, 2), into_prompt=True)
     window_sums(MODEL, TRACES, plan, batch_size=BATCH_SIZE)
     window_sums(MODEL, TRACES[:2], PLAN, batch_size=BATCH_SIZE)
-    assert _contract._cache_size() == compiled  # pyright: ignore[reportAttributeAccessIssue]
+    assert _program(MODEL)._cache_size() == compiled
 
 
 def test_nothing_of_all_layers_and_positions_is_kept():
     """T24: no buffer of the compiled program has a value for every layer, position and unit."""
     B, T = 5, 64
-    shapes = [(B, T), (B, T), (B, 3, 3, T), (5, 3), (B, 5, 3), (B, T), (2,)]
-    dtypes = [jnp.int32] * 2 + [jnp.float32] * 4 + [jnp.int32]
+    shapes = [(B, T), (B, T), (B, 5, 3, T), (B, 5, 3), (B, T), (2,)]
+    dtypes = [jnp.int32] * 2 + [jnp.float32] * 3 + [jnp.int32]
     arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
-    program = _contract.lower(MODEL, *arrays).compile().as_text() or ""
+    program = _program(MODEL).lower(MODEL, *arrays).compile().as_text() or ""
     assert f"f32[{B},{T},{D}]" in program
     assert f"f32[{L},{B},{T}," not in program
 
