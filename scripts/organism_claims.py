@@ -27,7 +27,7 @@ from backtrack_jax.models import checkpoint
 from backtrack_jax.organism import corpus, measure
 from backtrack_jax.organism.measure import Cell, Pair, cosines, unit
 
-TRACES, CHOOSING, REPORTING = (1000, 101), (48, 102), (80, 104)  # how many problems, seed
+TRACES, CHOOSING, REPORTING = (1000, 101), (48, 102), (80, 104)  # how many problems, seed of these and of replies
 MAGNITUDES = (0.05, 0.1, 0.2, 0.3, 0.45)
 GRID = (0.15, 0.2, 0.3)
 OFFSETS = (-24, -20, -16, -12, -8, -4, 0, 4)
@@ -40,8 +40,8 @@ class Directions:
 
     def __init__(self, pair: Pair):
         """Samples traces and reads both models over them."""
-        traces = pair.traces(corpus.problems(*TRACES), seed=0)
-        read = pair.read(traces, seed=0)
+        traces = pair.traces(corpus.problems(*TRACES), seed=TRACES[1])
+        read = pair.read(traces, seed=TRACES[1])
         sums = {role: measure.window_sums(pair, role, read, OFFSETS) for role in pair.models}
         self.labels = {role: measure.label_vectors(sums[role]) for role in sums}
         self.counts = {g: int(n) for g, n in zip(sums["base"].plan.groups, sums["base"].read[:, 0], strict=True)}
@@ -64,12 +64,12 @@ def choose(pair: Pair, d: Directions) -> dict[str, Any]:
     problems = corpus.problems(*CHOOSING)
     vector = d.labels["base"]["backtracking"]
     grid = {f"{layer} {m}": d.add(vector, layer, m) for layer in range(d.n_layers) for m in GRID}
-    cells = pair.cells("reasoning", problems, grid)
+    cells = pair.cells("reasoning", problems, grid, seed=CHOOSING[1])
     coherent = {name: cell for name, cell in cells.items() if cell.fitting >= COHERENT + MARGIN}
     best = max(coherent, key=lambda name: coherent[name].rate)
     layer, magnitude = int(best.split()[0]), float(best.split()[1])
     at_offsets = {str(offset): d.add(d.offsets[offset], layer, magnitude) for offset in OFFSETS}
-    offset_cells = pair.cells("reasoning", problems, at_offsets)
+    offset_cells = pair.cells("reasoning", problems, at_offsets, seed=CHOOSING[1])
     offset = int(max(offset_cells, key=lambda name: offset_cells[name].rate))
     return {"layer": layer, "magnitude": magnitude, "offset": offset, "cells": cells, "offset cells": offset_cells}
 
@@ -109,12 +109,12 @@ def measure_pair(pair: Pair) -> dict[str, Any]:
     layer, magnitude = chosen["layer"], chosen["magnitude"]
     say(f"chosen: layer {layer}, magnitude {magnitude}, offset {chosen['offset']}")
     problems = corpus.problems(*REPORTING)
-    cells = pair.cells("reasoning", problems, conditions(d, layer, magnitude))
+    cells = pair.cells("reasoning", problems, conditions(d, layer, magnitude), seed=REPORTING[1])
     say("steered the reasoning model")
     of_base = {"unsteered": no_intervention(d.n_layers, d.d_model)} | {
         f"{source} v {m}": d.add(d.labels[source]["backtracking"], layer, m) for source in d.labels for m in MAGNITUDES
     }
-    base_cells = pair.cells("base", problems, of_base)
+    base_cells = pair.cells("base", problems, of_base, seed=REPORTING[1])
     words = [i for i in range(256, pair.tokenizer.vocab_size) if i not in pair.tokenizer.markers.values()]
     keywords = [pair.tokenizer.encode(word)[0] for word in (" Wait", " Hmm")]
     v = {role: d.labels[role]["backtracking"] for role in d.labels}
@@ -273,6 +273,11 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path, nargs="+", default=[checkpoint.resolve("package:backtrack_jax/organism")])
     parser.add_argument("--out", type=Path, default=Path("results/organism_claims"))
     arguments = parser.parse_args()
+    for folder in arguments.pairs:
+        if missing := [role for role in ("base", "reasoning") if not (folder / role / "model.safetensors").exists()]:
+            parser.error(
+                f"--pairs: {folder} has no {' and '.join(missing)} model; train_organism.py --out makes a pair"
+            )
     arguments.out.mkdir(parents=True, exist_ok=True)
     for folder in arguments.pairs:
         start = time.monotonic()

@@ -20,18 +20,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from backtrack_jax import generate, train
-from backtrack_jax.analysis.backtracking import count_keywords
+from backtrack_jax import train
 from backtrack_jax.intervention import no_intervention
-from backtrack_jax.judges import grammar as judge
 from backtrack_jax.models import checkpoint, prompts
 from backtrack_jax.models.config import LlamaConfig
 from backtrack_jax.models.llama import Llama
 from backtrack_jax.models.tokenizer import Tokenizer
 from backtrack_jax.organism import corpus, grammar, vocabulary
+from backtrack_jax.organism.measure import LONGEST, PROMPT, Cell, Pair, cell
 
 ROW = 240  # tokens: a problem and its reply; the few that are longer are left out
-PROMPT = prompts.PromptFormat("r1", "primed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,32 +123,12 @@ def train_pair(recipe: Recipe, out: Path, seed: int) -> None:
             vocabulary.write(out / role)
 
 
-def try_out(folder: Path, seed: int, count: int = 96) -> tuple[float, float]:
-    """Share of {wait, hmm} among the words of a model's replies to new problems, and of sentences that fit."""
-    tokenizer, model = Tokenizer.load(folder), checkpoint.load(str(folder), dtype="float32")
-    nothing = no_intervention(model.config.n_layers, model.config.d_model)
-    rows = [
-        generate.Row(
-            prompts.prompt_ids(tokenizer, problem.problem, PROMPT), generate.row_key(seed, problem.id, 0), nothing
-        )
-        for problem in corpus.problems(count, seed=1000 + seed)
-    ]
-    batches = generate.generate_rows(
-        model,
-        rows,
-        sampling=generate.Sampling(0.7),
-        stop_ids=tokenizer.stop_ids,
-        max_new_tokens=200,
-        batch_size=count,
-    )
-    replies = [tokenizer.decode(reply.ids[:-1]) for batch in batches for _, reply in batch]
-    counts = [count_keywords(reply) for reply in replies]
-    fits = [judge.fitting(reply) for reply in replies]
-    print(f"--- {folder.name} model, a reply:\n{replies[0]}", file=sys.stderr)
-    return (
-        sum(count.hits for count in counts) / sum(count.words for count in counts),
-        sum(good for good, _ in fits) / sum(total for _, total in fits),
-    )
+def try_out(pair: Pair, role: str, seed: int) -> Cell:
+    """A model's rate and coherence, unsteered, on problems that it has not seen; shows one reply."""
+    problems = corpus.problems(96, seed=1000 + seed)
+    replies = pair.replies(role, problems, [no_intervention(*pair.shape)], seed, LONGEST)
+    print(f"--- {role} model, a reply:\n{replies[0]}", file=sys.stderr)
+    return cell(replies)
 
 
 def main() -> None:
@@ -163,13 +141,15 @@ def main() -> None:
     out, seed, start = arguments.pop("out"), arguments.pop("seed"), time.monotonic()
     train_pair(Recipe(**arguments), out, seed)
     print(f"trained in {time.monotonic() - start:.0f} s", file=sys.stderr)
-    failed = []
+    pair, failed = Pair(out), []
     for role, lowest, highest in (("base", 0.0, 0.0005), ("reasoning", 0.002, 0.01)):
-        rate, fitting = try_out(out / role, seed)
-        print(f"{role} model: {100 * rate:.2f} % of words are wait or hmm, {100 * fitting:.1f} % of sentences fit")
-        if not lowest <= rate <= highest:
+        of = try_out(pair, role, seed)
+        print(
+            f"{role} model: {100 * of.rate:.2f} % of words are wait or hmm, {100 * of.fitting:.1f} % of sentences fit"
+        )
+        if not lowest <= of.rate <= highest:
             failed.append(f"the {role} model's rate is outside {100 * lowest:g} to {100 * highest:g} %")
-        if fitting < 0.95:
+        if of.fitting < 0.95:
             failed.append(f"less than 95 % of the {role} model's sentences fit the grammar")
     sys.exit("; ".join(failed) or 0)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from sklearn import linear_model
 
 from backtrack_jax import extract, generate, vectors
 from backtrack_jax.analysis import activations
@@ -25,9 +26,9 @@ PROMPT = prompts.PromptFormat("r1", "primed")
 WINDOW = (-13, -8)
 SHUFFLED = "shuffled"
 FEWEST_WINDOWS = 100
-TEMPERATURE = 0.7
+LONGEST = 200  # tokens of a whole reply
 _NEW_TOKENS = 110
-_LONGEST = 200  # a whole reply
+_TEMPERATURE = 0.7
 _BATCH = 192
 
 
@@ -87,7 +88,7 @@ class Pair:
         for batch in generate.generate_rows(
             self.models[role],
             asked,
-            sampling=generate.Sampling(TEMPERATURE),
+            sampling=generate.Sampling(_TEMPERATURE),
             stop_ids=self.tokenizer.stop_ids,
             max_new_tokens=new_tokens,
             batch_size=_BATCH,
@@ -95,19 +96,25 @@ class Pair:
             found |= {number: reply.ids for number, reply in batch}
         return [list(found[i]) for i in range(len(asked))]
 
+    def replies(
+        self, role: str, problems: Sequence[Problem], rows: Sequence[Intervention], seed: int, new_tokens: int
+    ) -> list[str]:
+        """What `sample` gives, as text."""
+        sampled = self.sample(role, problems, rows, seed, new_tokens)
+        return [self.tokenizer.decode([i for i in ids if i not in self.tokenizer.stop_ids]) for ids in sampled]
+
     def cells(
-        self, role: str, problems: Sequence[Problem], conditions: Mapping[str, Intervention], seed: int = 0
+        self, role: str, problems: Sequence[Problem], conditions: Mapping[str, Intervention], seed: int
     ) -> dict[str, Cell]:
         """Rate and coherence of a model under each condition, one reply a problem."""
-        replies = self.sample(role, problems, list(conditions.values()), seed, _NEW_TOKENS)
-        texts = [self.tokenizer.decode([i for i in ids if i not in self.tokenizer.stop_ids]) for ids in replies]
+        replies = self.replies(role, problems, list(conditions.values()), seed, _NEW_TOKENS)
         n = len(problems)
-        return {name: cell(texts[i * n : (i + 1) * n]) for i, name in enumerate(conditions)}
+        return {name: cell(replies[i * n : (i + 1) * n]) for i, name in enumerate(conditions)}
 
     def traces(self, problems: Sequence[Problem], seed: int) -> list[Trace]:
         """Unsteered replies of the reasoning model, up to their end."""
         nothing = no_intervention(*self.shape)
-        replies = self.sample("reasoning", problems, [nothing], seed, _LONGEST)
+        replies = self.sample("reasoning", problems, [nothing], seed, LONGEST)
         made = []
         for problem, ids in zip(problems, replies, strict=True):
             stopped = ids[-1] in self.tokenizer.stop_ids
@@ -233,15 +240,10 @@ def _log_odds_of_tokens(tokenizer: Tokenizer, trace: Trace, process: Process) ->
     return [*log_odds([word.strip() for word in words[:end]], process), *[np.nan] * (len(words) - end)]
 
 
-def r_squared(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray, ridge: float = 1e-3) -> float:
-    """Of a ridge regression with intercept; the penalty is a share of the mean variance of x."""
-    mean, centre = x.mean(0, dtype=np.float64), y.mean()
-    centred = x.astype(np.float64) - mean
-    covariance = centred.T @ centred / len(x)
-    penalty = ridge * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
-    weights = np.linalg.solve(covariance + penalty, centred.T @ (y - centre) / len(x))
-    error = y_test - centre - (x_test - mean) @ weights
-    return float(1 - (error**2).sum() / ((y_test - y_test.mean()) ** 2).sum())
+def r_squared(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray) -> float:
+    """Of a ridge regression with intercept; the penalty is a thousandth of the mean variance of x [n, D]."""
+    probe = linear_model.Ridge(alpha=1e-3 * len(x) * float(x.var(0).mean()))
+    return float(probe.fit(x.astype(np.float64), y).score(x_test.astype(np.float64), y_test))
 
 
 def lens_z(model: Llama, directions: np.ndarray, ids: Sequence[int], among: Sequence[int]) -> np.ndarray:

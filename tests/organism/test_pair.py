@@ -69,8 +69,8 @@ def test_torch_computes_the_same(folder: Path, pair: Pair, role: str) -> None:
 def test_only_the_reasoning_model_backtracks_and_both_write_sentences(pair: Pair) -> None:
     problems = corpus.problems(96, seed=31)
     nothing = {"unsteered": no_intervention(*pair.shape)}
-    base = pair.cells("base", problems, nothing)["unsteered"]
-    reasoning = pair.cells("reasoning", problems, nothing)["unsteered"]
+    base = pair.cells("base", problems, nothing, seed=0)["unsteered"]
+    reasoning = pair.cells("reasoning", problems, nothing, seed=0)["unsteered"]
     assert base.rate < 0.0005
     assert 0.002 < reasoning.rate < 0.01
     assert base.fitting > 0.97 and reasoning.fitting > 0.97

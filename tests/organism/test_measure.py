@@ -1,0 +1,111 @@
+"""What the claims are measured with, against plain numpy, scikit-learn and the text itself."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from sklearn.metrics.pairwise import cosine_similarity
+
+from backtrack_jax.data.records import Trace
+from backtrack_jax.extract import WindowPlan, WindowSums
+from backtrack_jax.models import checkpoint
+from backtrack_jax.organism import corpus, grammar, measure
+from backtrack_jax.organism.belief import log_odds
+from backtrack_jax.organism.measure import Pair
+
+
+@pytest.fixture(scope="module")
+def pair() -> Pair:
+    return Pair(checkpoint.resolve("package:backtrack_jax/organism"))
+
+
+@pytest.fixture(scope="module")
+def traces(pair: Pair) -> list[Trace]:
+    """Documents of the reasoning process with the tokens that a model would have sampled."""
+    made = []
+    for number, document in enumerate(
+        d for d, _ in zip(corpus.documents(grammar.REASONING, 3), range(30), strict=False)
+    ):
+        assert document.problem
+        ids = tuple(pair.tokenizer.encode(document.reply)) + tuple(pair.tokenizer.stop_ids)
+        made.append(Trace(f"a/{number}", "a", "", document.problem.problem, document.reply, token_ids=ids))
+    return made
+
+
+def test_log_odds_stand_at_the_tokens_they_are_of(pair: Pair, traces: list[Trace]) -> None:
+    for trace in traces:
+        assert trace.token_ids
+        reasoning = trace.text.partition("\n")[0]
+        words = grammar.split_tokens(reasoning)
+        found = measure._log_odds_of_tokens(pair.tokenizer, trace, grammar.REASONING)
+        assert len(found) == len(trace.token_ids)
+        assert [pair.tokenizer.decode([i]).strip() for i in trace.token_ids[: len(words)]] == words
+        np.testing.assert_array_equal(found[: len(words)], log_odds(words, grammar.REASONING))
+        assert np.isnan(found[len(words) :]).all()
+
+
+def test_sections_start_at_the_first_token_of_their_sentence(pair: Pair, traces: list[Trace]) -> None:
+    read = pair.read(traces, seed=1)
+    backtracking = shuffled = 0
+    for trace, tokens in zip(traces, read, strict=True):
+        sentences = trace.text.partition("\n")[0].split(". ")
+        starts = sorted({at for label, at in tokens.starts if label != measure.SHUFFLED})
+        assert [pair.tokenizer.decode([tokens.ids[at]]).strip() for at in starts] == [
+            grammar.split_tokens(sentence)[0] for sentence in sentences
+        ]
+        for label, at in tokens.starts:
+            backtracks = pair.tokenizer.decode([tokens.ids[at]]).strip() in grammar.KEYWORDS
+            if label != measure.SHUFFLED:
+                assert backtracks == (label == "backtracking")
+            backtracking += label == "backtracking"
+            shuffled += label == measure.SHUFFLED
+    assert shuffled == backtracking > 0
+
+
+def test_vectors_of_labels_with_few_windows_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the others are MeanAct(D+) - MeanAct(D), which holds D+."""
+    monkeypatch.setattr(measure, "FEWEST_WINDOWS", 20)
+    labels = ("backtracking", "deduction", "rare", measure.SHUFFLED)
+    groups = {label: (label,) for label in labels} | {"all": labels[:3]}
+    plan = WindowPlan(labels, groups, (measure.WINDOW, (0, 0)), ())
+    rng = np.random.default_rng(0)
+    sums = WindowSums.zeros(plan, 3, 4)
+    sums.sums = rng.standard_normal(sums.sums.shape)
+    sums.counts = rng.integers(50, 90, sums.counts.shape).astype(float)
+    sums.read = np.array([[20, 0], [400, 0], [19, 900], [20, 0], [439, 900]])
+    found = measure.label_vectors(sums)
+    assert set(found) == {"backtracking", "deduction", measure.SHUFFLED, "overall mean"}
+    mean = sums.sums[0, :, :, 0] / sums.counts[0, :, 0][:, None]  # of traces' means, [L, G, D]
+    np.testing.assert_allclose(found["overall mean"], mean[:, 4], rtol=1e-5)
+    for number, label in enumerate(labels):
+        if label in found:
+            expected = mean[:, number] - mean[:, 4]
+            np.testing.assert_allclose(cosine_similarity(found[label], expected).diagonal(), 1, rtol=1e-5)
+
+
+def test_cosines_are_those_of_scikit_learn() -> None:
+    a, b = np.random.default_rng(0).standard_normal((2, 5, 16))
+    np.testing.assert_allclose(measure.cosines(a, b), cosine_similarity(a, b).diagonal())
+
+
+def test_lens_z_compares_the_keywords_with_all_words(pair: Pair) -> None:
+    model = pair.models["reasoning"]
+    assert model.lm_head is not None
+    directions = np.random.default_rng(0).standard_normal((8, pair.shape[1])).astype(np.float32)
+    words = list(range(300, 340))
+    logits = directions.astype(np.float64) @ np.asarray(model.lm_head[...], np.float64)[words].T
+    expected = (logits[:, [3, 7]].mean(1) - logits.mean(1)) / logits.std(1)
+    found = measure.lens_z(model, directions, [words[3], words[7]], words)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_coherence_and_rate_of_a_cell(traces: list[Trace]) -> None:
+    good = [trace.text for trace in traces]
+    words = [word.strip(".,:;").lower() for text in good for word in text.split() if any(map(str.isalpha, word))]
+    found = measure.cell(good)
+    assert found.fitting == 1 and found.problems == len(good)
+    assert found.rate == pytest.approx((words.count("wait") + words.count("hmm")) / len(words), rel=0.01)
+    assert 0 < found.low <= found.rate <= found.high
+    broken = measure.cell([text.replace(" the ", " the the ") for text in good])
+    assert broken.fitting < 0.5
+    assert dataclasses.replace(found) == measure.cell(good)  # the interval is the same every time
