@@ -202,7 +202,7 @@ def claims(found: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
             max(layer, best_layer) < L * 2 / 3,
         ),
         (
-            "logit lens: base-derived |z| < 1.5 at every layer",
+            "logit lens: base-derived z within -1.5 and 1.5 at every layer",
             ", ".join(f"{z:.1f}" for z in lens["base"]),
             bool(np.abs(lens["base"]).max() < 1.5),
         ),
