@@ -80,6 +80,7 @@ def test_adapters_of_another_model_are_refused(model: Llama, folder: Path, tmp_p
 
 
 @pytest.mark.hf
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads it
 def test_peft_applies_the_same_adapters(model: Llama, folder: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="peft, which these files are for, is not installed")
     import torch
