@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, Hu et al., arXiv 2106.09685): W + alpha / rank * A B, with W frozen.
 
-Adapters are merged into the weights before the forward pass, so the model knows nothing of them and any Llama can have
-them. Files are those of Hugging Face's PEFT.
+While they are trained, adapters stand beside the weights, which may be in 16 bits and get no gradient; afterwards they
+are folded into them, and the model is like any other. Files are those of Hugging Face's PEFT.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from backtrack_jax import store
 from backtrack_jax.models import checkpoint
-from backtrack_jax.models.llama import Llama
+from backtrack_jax.models.llama import Adapted, Llama
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -64,16 +64,24 @@ def init(model: Llama, lora: Lora, key: jax.Array) -> Adapters:
     return adapters
 
 
-def merge(model: Llama, adapters: Adapters, lora: Lora) -> Llama:
-    """The model with the adapters added to its weights, in the weights' dtype."""
+def attach(model: Llama, adapters: Adapters, lora: Lora) -> Llama:
+    """The model with the adapters beside its weights, as they are trained."""
     graphdef, state = nnx.split(model)
     flat: dict[Any, Any] = dict(flatten_dict(nnx.to_pure_dict(state)))
     for path, pair in adapters.items():
         at = ("layers", *path.split("."))
-        change = jnp.einsum("lir,lro->lio", pair["A"], pair["B"], precision=jax.lax.Precision.HIGHEST)
-        flat[at] = (flat[at].astype(jnp.float32) + lora.alpha / lora.rank * change).astype(flat[at].dtype)
+        flat[at] = Adapted(flat[at], pair["A"], lora.alpha / lora.rank * pair["B"])
     nnx.replace_by_pure_dict(state, unflatten_dict(flat))
     return nnx.merge(graphdef, state)
+
+
+def fold(model: Llama) -> Llama:
+    """The model with what `attach` put beside its weights added to them, in the weights' dtype: any other Llama."""
+
+    def whole(weight: Any) -> Any:
+        return weight.folded() if isinstance(weight, Adapted) else weight
+
+    return jax.tree.map(whole, model, is_leaf=lambda weight: isinstance(weight, Adapted))
 
 
 def trainable(model: Llama, lora: Lora, key: jax.Array) -> tuple[Adapters, Any, Callable[[Adapters, Any], Llama]]:
@@ -81,7 +89,7 @@ def trainable(model: Llama, lora: Lora, key: jax.Array) -> tuple[Adapters, Any, 
     graphdef, state = nnx.split(model)
 
     def build(adapters: Adapters, frozen: Any) -> Llama:
-        return merge(nnx.merge(graphdef, frozen), adapters, lora)
+        return attach(nnx.merge(graphdef, frozen), adapters, lora)
 
     return init(model, lora, key), state, build
 
@@ -117,7 +125,7 @@ def save(adapters: Adapters, lora: Lora, folder: Path, base: str) -> None:
 
 
 def load(folder: Path, dtype: str | None = None) -> Llama:
-    """The model that adapters belong to, with them merged into its weights.
+    """The model that adapters belong to, with them folded into its weights.
 
     Args:
       folder: what `save` wrote.
@@ -134,7 +142,7 @@ def load(folder: Path, dtype: str | None = None) -> Llama:
     model = checkpoint.load(config["base_model_name_or_path"], dtype)
     with safe_open(folder / _WEIGHTS, "np") as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dictionary
-    return merge(model, _stacked(stored, model, lora, folder), lora)
+    return fold(attach(model, _stacked(stored, model, lora, folder), lora))
 
 
 def _stacked(stored: Mapping[str, np.ndarray], model: Llama, lora: Lora, folder: Path) -> Adapters:

@@ -103,6 +103,8 @@ def pack(sequences: Sequence[Tokens], length: int) -> Batch:
 def cross_entropy(model: Llama, batch: Batch, dtype: jnp.dtype | None = None) -> tuple[jax.Array, jax.Array]:
     """Summed loss of the predicted tokens and their summed weights, both float32, in nats.
 
+    A gradient keeps no more than the residual stream between the blocks, and computes these again.
+
     Args:
       model: the model.
       batch: rows of packed sequences.
@@ -111,7 +113,7 @@ def cross_entropy(model: Llama, batch: Batch, dtype: jnp.dtype | None = None) ->
     Returns:
       The two sums; their quotient is the mean loss.
     """
-    resid = model(batch.ids, batch.positions, segments=batch.segments, dtype=dtype).resid
+    resid = model(batch.ids, batch.positions, segments=batch.segments, dtype=dtype, remat=True).resid
 
     @jax.checkpoint
     def of_row(row: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:

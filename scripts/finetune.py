@@ -38,7 +38,7 @@ def tokens_of(tokenizer: Tokenizer, trace: Trace, prompt: prompts.PromptFormat, 
 
 
 def finetune(model: Llama, rows: train.Batch, arguments: argparse.Namespace) -> Llama:
-    """Trains and returns the finetuned model, in float32."""
+    """Trains and returns the finetuned model, in the dtype of the given one."""
     a = arguments
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(train.warmup_cosine(a.rate, a.steps), weight_decay=a.weight_decay)
@@ -60,9 +60,11 @@ def finetune(model: Llama, rows: train.Batch, arguments: argparse.Namespace) -> 
         save_every=a.save_every,
         title="finetuning",
     )
-    if lora:
-        lora_.save(state.params, lora, a.out / "adapter", a.model)
-    return build(state.params, state.frozen)
+    trained = build(state.params, state.frozen)
+    if lora is None:
+        return trained
+    lora_.save(state.params, lora, a.out / "adapter", a.model)
+    return lora_.fold(trained)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -79,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens a row; longer traces are cut")
     parser.add_argument("--rate", type=float, default=2e-4)
     parser.add_argument("--weight_decay", type=float, default=0.0)
-    parser.add_argument("--dtype", default="bfloat16", help="of matrix-product inputs; weights are float32")
+    parser.add_argument("--dtype", default="bfloat16", help="of matrix-product inputs; trained weights are float32")
     parser.add_argument("--save_every", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
@@ -95,7 +97,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     made = arguments.out / "model"
     if not made.exists():
-        model = finetune(checkpoint.load(arguments.model, dtype="float32"), rows, arguments)
+        # Weights that are not trained need no more than the products' precision.
+        dtype = arguments.dtype if arguments.lora_rank else "float32"
+        model = finetune(checkpoint.load(arguments.model, dtype), rows, arguments)
         checkpoint.save_hf(jax.tree.map(lambda weight: weight.astype(jnp.bfloat16), model), made)
     tokenizer.save(made)
     print(made)

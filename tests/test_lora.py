@@ -1,13 +1,16 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from helpers import hf_llama, relative_error, save
 
 from backtrack_jax import lora as lora_
+from backtrack_jax import train
 from backtrack_jax.lora import Lora
 from backtrack_jax.models import checkpoint
 from backtrack_jax.models.llama import Llama
@@ -34,9 +37,13 @@ def trained(model: Llama, lora: Lora) -> lora_.Adapters:
     return {path: {"A": a["A"], "B": a["B"] + 0.1 * rng.standard_normal(a["B"].shape)} for path, a in new.items()}
 
 
+def merged_with(model: Llama, adapters: lora_.Adapters, lora: Lora) -> Llama:
+    return lora_.fold(lora_.attach(model, adapters, lora))
+
+
 def test_new_adapters_change_nothing(model: Llama) -> None:
     lora = Lora(rank=2)
-    merged = lora_.merge(model, lora_.init(model, lora, jax.random.key(0)), lora)
+    merged = merged_with(model, lora_.init(model, lora, jax.random.key(0)), lora)
     for a, b in zip(weights(model), weights(merged), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -44,7 +51,7 @@ def test_new_adapters_change_nothing(model: Llama) -> None:
 def test_only_targets_change_and_by_the_given_rank(model: Llama) -> None:
     lora = Lora(rank=2, alpha=6.0, targets=("q_proj", "down_proj"))
     adapters = trained(model, lora)
-    merged = lora_.merge(model, adapters, lora)
+    merged = merged_with(model, adapters, lora)
     difference = np.asarray(merged.layers.self_attn.q_proj[...] - model.layers.self_attn.q_proj[...])
     pair = adapters["self_attn.q_proj"]
     np.testing.assert_allclose(difference, 3.0 * np.asarray(pair["A"] @ pair["B"]), atol=1e-5)
@@ -64,7 +71,7 @@ def test_saved_adapters_load_back_as_the_merged_model(model: Llama, folder: Path
     adapters = trained(model, lora)
     lora_.save(adapters, lora, tmp_path / "adapter", str(folder))
     loaded = lora_.load(tmp_path / "adapter", "float32")
-    for a, b in zip(weights(lora_.merge(model, adapters, lora)), weights(loaded), strict=True):
+    for a, b in zip(weights(merged_with(model, adapters, lora)), weights(loaded), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -79,6 +86,39 @@ def test_adapters_of_another_model_are_refused(model: Llama, folder: Path, tmp_p
         lora_.load(folder)
 
 
+def test_adapters_beside_the_weights_compute_what_the_folded_model_does(model: Llama) -> None:
+    lora = Lora(rank=3, alpha=5.0)
+    adapters = trained(model, lora)
+    ids = np.random.default_rng(1).integers(0, 40, 24)
+    batch = train.pack([train.Tokens(ids[:14].tolist()), train.Tokens(ids[14:].tolist())], 16)
+
+    def loss(adapters: lora_.Adapters, build: Callable[[Llama], Llama]) -> jax.Array:
+        return train.cross_entropy(build(lora_.attach(model, adapters, lora)), batch)[0]
+
+    beside, folded = (jax.value_and_grad(loss)(adapters, build) for build in (lambda attached: attached, lora_.fold))
+    np.testing.assert_allclose(beside[0], folded[0], rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(beside[1]), jax.tree.leaves(folded[1]), strict=True):
+        assert relative_error(a, b) < 1e-4 and np.abs(b).max() > 0
+
+
+def test_adapters_train_beside_16_bit_weights_that_stay_as_they_are(folder: Path) -> None:
+    model = checkpoint.load(str(folder), "bfloat16")
+    before = weights(model)
+    params, frozen, build = lora_.trainable(model, Lora(rank=2), jax.random.key(0))
+    optimizer = optax.adam(0.01)
+    batch = train.pack([train.Tokens([1, 2, 3, 4, 5, 6, 7])], 8)
+    step = train.make_step(build, optimizer)
+    state = train.new_state(params, optimizer, frozen)
+    losses = []
+    for _ in range(5):
+        state, loss = step(state, batch)
+        losses.append(float(loss))
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
+    for a, b in zip(before, jax.tree.leaves(state.frozen), strict=True):
+        np.testing.assert_array_equal(a, np.asarray(b))
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype("float32")}
+
+
 @pytest.mark.hf
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads it
 def test_peft_applies_the_same_adapters(model: Llama, folder: Path, tmp_path: Path) -> None:
@@ -91,6 +131,6 @@ def test_peft_applies_the_same_adapters(model: Llama, folder: Path, tmp_path: Pa
     ids = np.arange(12)[None]
     with torch.no_grad():
         theirs = peft.PeftModel.from_pretrained(hf_llama(), tmp_path)(torch.tensor(ids)).logits
-    merged = lora_.merge(model, adapters, lora)
+    merged = merged_with(model, adapters, lora)
     ours = merged.logits(merged(jax.numpy.asarray(ids), jax.numpy.arange(12)[None]).resid)
     assert relative_error(ours, theirs) < 1e-4

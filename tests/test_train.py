@@ -2,6 +2,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +62,24 @@ def test_pack_keeps_every_token_once() -> None:
 def test_pack_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="sequence 1 has 9 tokens, a row holds 8"):
         train.pack([train.Tokens([1] * 8), train.Tokens([1] * 9)], 8)
+
+
+def test_a_gradient_computed_again_is_that_of_what_was_kept() -> None:
+    llama, batch = model(), train.pack(sequences(12), 24)
+
+    @functools.partial(jax.jit, static_argnames="remat")
+    def gradient(llama: Llama, remat: bool) -> Llama:
+        def total(llama: Llama) -> jax.Array:
+            resid = llama(batch.ids, batch.positions, segments=batch.segments, remat=remat).resid
+            return jnp.sum(jnp.square(llama.logits(resid)))
+
+        return jax.grad(total)(llama)
+
+    again, kept = (gradient.lower(llama, remat).compile() for remat in (True, False))
+    for a, b in zip(jax.tree.leaves(again(llama)), jax.tree.leaves(kept(llama)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.max(jnp.abs(b))))
+    memory: list[Any] = [program.memory_analysis() for program in (again, kept)]
+    assert memory[0].temp_size_in_bytes < 0.8 * memory[1].temp_size_in_bytes
 
 
 @pytest.mark.parametrize("vocabulary", ["small", "large"])

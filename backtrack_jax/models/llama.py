@@ -100,6 +100,38 @@ class KVCache:
         return dataclasses.replace(self, k=tuple(self.k), v=tuple(self.v))
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """A matrix W + A B, in the place of any weight of the blocks: x W + (x A) B, without forming the sum.
+
+    The gradient of A and B then costs a product with their few columns instead of the whole gradient of W.
+
+    Attributes:
+      weight: [..., in, out], W; leading axes are layers, as in all three.
+      a: [..., in, rank].
+      b: [..., rank, out].
+    """
+
+    weight: Any
+    a: Any
+    b: Any
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Dtype of W."""
+        return self.weight.dtype
+
+    def __getitem__(self, layers: Any) -> "Adapted":
+        """The adapted matrices of these layers."""
+        return jax.tree.map(lambda leaf: leaf[layers], self)
+
+    def folded(self) -> jax.Array:
+        """W + A B in the dtype of W, summed in float32."""
+        change = jnp.einsum("...ir,...ro->...io", self.a, self.b, precision=lax.Precision.HIGHEST)
+        return (self.weight.astype(jnp.float32) + change).astype(self.weight.dtype)
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) * weight, in float32."""
 
@@ -259,6 +291,7 @@ class Llama(nnx.Module):
         layers: tuple[Block, ...] | None = None,
         segments: jax.Array | None = None,
         dtype: jnp.dtype | None = None,
+        remat: bool = False,
     ) -> Output:
         """Runs the blocks over `ids`; nothing that is given is changed.
 
@@ -275,6 +308,8 @@ class Llama(nnx.Module):
             cache only. None where a row holds one sequence.
           dtype: of matrix-product inputs, where it is not that of the weights: training keeps float32 weights and may
             multiply in bfloat16. Static.
+          remat: whether a gradient computes every block again from its input, instead of keeping all that was computed
+            on the way. Static.
 
         Returns:
           The final residual stream, the cache and the captures.
@@ -304,6 +339,8 @@ class Llama(nnx.Module):
 
         values = None if intervention is None else intervention.per_layer()
         past = None if cache is None else (cache.k, cache.v)
+        if remat:
+            body = jax.checkpoint(body, prevent_cse=False)  # a scan keeps the two computations apart by itself
         others = (jnp.arange(self.config.n_layers), past, values)
         if layers is not None:
             x, (kept, captured) = _loop_blocks(body, x, layers, others)
@@ -332,12 +369,14 @@ class Llama(nnx.Module):
         return matmul(x, unembedding.astype(dtype or unembedding.dtype), spec="...d,vd->...v")
 
 
-def matmul(x: jax.Array, weight: jax.Array, spec: str = "...d,df->...f") -> jax.Array:
+def matmul(x: jax.Array, weight: jax.Array | Adapted, spec: str = "...d,df->...f") -> jax.Array:
     """Product in the weight's dtype with float32 accumulation and result.
 
     float32 inputs are multiplied in full float32: accelerators would otherwise round them to TF32 or bfloat16.
     Gradients of a 16-bit product are 16-bit products too, likewise accumulated in float32.
     """
+    if isinstance(weight, Adapted):
+        return matmul(x, weight.weight, spec) + matmul(matmul(x, weight.a, spec), weight.b, spec)
     if weight.dtype.itemsize == 2:
         return _matmul_16_bit(spec, x, weight)
     return _einsum(spec, x.astype(weight.dtype), weight)
