@@ -22,26 +22,24 @@ def ward2025() -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Folder of compiled programs, so that processes that a test starts find what was compiled here."""
+    """Folder of compiled programs: what one test, or a process that it starts, has compiled, others find there."""
     options = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": 0,
     }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()  # whether there is a cache is looked up once
-    yield Path(options["jax_compilation_cache_dir"])
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in options.items():
+            patch.setenv(name.upper(), str(value))
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # whether there is a cache is looked up once
+        yield Path(options["jax_compilation_cache_dir"])
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory, compiled: Path) -> Path:
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the tiny experiment with `results/tiny`, of a run without interruption. Not to be changed."""
     folder = tmp_path_factory.mktemp("tiny")
     tiny.write(folder)

@@ -303,9 +303,9 @@ def test_every_stage_keeps_what_it_was_computed_with(tiny_run: Path) -> None:
         assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?|unknown", described["git_revision"])
 
 
-def test_no_artifact_holds_a_place_or_a_secret(fresh: Path, compiled: Path, tiny_run: Path) -> None:
+def test_no_artifact_holds_a_place_or_a_secret(fresh: Path, tiny_run: Path) -> None:
     secrets = {"OPENAI_API_KEY": "sk-a3f9c1", "HF_TOKEN": "hf_77ab12", "USER": "somebody-7c1e"}
-    done = command("--stages=1,2", env=secrets)
+    done = command("--stages=1,2", env={**os.environ, **secrets})
     assert done.returncode == 0, done.stderr
     shutil.copytree(tiny_run / "results" / "tiny", fresh / "whole")
     places = [
@@ -321,21 +321,14 @@ def test_no_artifact_holds_a_place_or_a_secret(fresh: Path, compiled: Path, tiny
             assert forbidden.encode() not in content, name
 
 
-def command(*arguments: str, env: dict[str, str] | None = None, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+def command(*arguments: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     """The program, as its own process, in the working directory."""
     return subprocess.run(
         [sys.executable, "-m", "backtrack_jax.run", f"--config={TINY}", *arguments],
-        env={**os.environ, **ENVIRONMENT, **(env or {})},
         capture_output=True,
         text=True,
         **kwargs,
     )
-
-
-ENVIRONMENT = {
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-}
 
 
 # What is done again, and what is not
@@ -655,18 +648,17 @@ runpy.run_module("backtrack_jax.run", run_name="__main__")
 """
 
 
-def test_sigkill_in_the_long_stages(fresh: Path, tiny_run: Path, compiled: Path) -> None:
+def test_sigkill_in_the_long_stages(fresh: Path, tiny_run: Path) -> None:
     """After one batch of stage 3, then after two of stage 4; the same command goes on from there to the same bytes."""
-    env = {**os.environ, **ENVIRONMENT, "JAX_COMPILATION_CACHE_DIR": str(compiled)}
     for name, calls in (("write_safetensors", 1), ("append_lines", 2)):
         started = [sys.executable, "-c", KILLER, name, str(calls), f"--config={TINY}"]
-        assert subprocess.run(started, env=env, capture_output=True).returncode == -signal.SIGKILL
+        assert subprocess.run(started, capture_output=True).returncode == -signal.SIGKILL
     partial = fresh / "4-steering" / "base.replies.jsonl"
     assert len(lines_of(partial)) == 2 * 32
     with partial.open("a") as file:
         file.write('{"row": 64, "ids": [1')  # torn, as by a loss of power
     (fresh / "4-steering" / ".generations.jsonl.tmp").write_text("{")
-    done = command(env={"JAX_COMPILATION_CACHE_DIR": str(compiled)})
+    done = command()
     assert done.returncode == 0, done.stderr
     assert "3-vectors: done before" in done.stderr
     assert re.search(r"base model: 114 of 114 rows, ", done.stderr)
@@ -674,14 +666,12 @@ def test_sigkill_in_the_long_stages(fresh: Path, tiny_run: Path, compiled: Path)
 
 
 @pytest.mark.slow
-def test_sigkill_at_random_moments(fresh: Path, tiny_run: Path, compiled: Path) -> None:
+def test_sigkill_at_random_moments(fresh: Path, tiny_run: Path) -> None:
     rng = random.Random(0)
-    env = {**os.environ, **ENVIRONMENT, "JAX_COMPILATION_CACHE_DIR": str(compiled)}
     died_in = set()
     for _ in range(40):
         process = subprocess.Popen(
             [sys.executable, "-m", "backtrack_jax.run", f"--config={TINY}"],
-            env=env,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -693,7 +683,7 @@ def test_sigkill_at_random_moments(fresh: Path, tiny_run: Path, compiled: Path) 
             process.wait()
             died_in.add(sum(1 for name in pipeline.STAGES if (fresh / name / "DONE").exists()))
     else:
-        assert command(env={"JAX_COMPILATION_CACHE_DIR": str(compiled)}).returncode == 0
+        assert command().returncode == 0
     assert len(died_in) > 1
     whole = {name: content for name, content in contents(fresh).items() if not Path(name).name.startswith(".")}
     assert whole == contents(tiny_run / "results" / "tiny")
