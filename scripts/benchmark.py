@@ -21,6 +21,7 @@ Programs
   ours_*   this package: `generate_rows` in one batch, and `window_sums`.
   hf_*     transformers: `generate` in one batch with a hook that adds to each row its own vector; the model without
            its unembedding with `output_hidden_states`, in the same batches as ours.
+           Training: `train.make_step`; torch's autocast and AdamW, PEFT's adapters.
   nnsight  row by row, as in the paper's code, float32; only a few rows are run, and its speed is that of these.
 
 Every program runs every task in a fresh process, so that neither thread pools nor memory are shared; peak memory is
@@ -57,11 +58,13 @@ from backtrack_jax.models import checkpoint, gguf
 from backtrack_jax.models.config import LlamaConfig
 from backtrack_jax.models.tokenizer import Tokenizer
 
-TASKS = ("matmul", "sweep", "extract")
+TASKS = ("matmul", "sweep", "extract", "finetune", "lora")
+USUAL_TASKS = TASKS[:3]
 PROGRAMS = ("ours_bf16", "ours_f32", "hf_f32", "hf_bf16", "nnsight")
 REFERENCES = ("hf_f32", "ours_f32")  # run first, and the first of them is what others are compared with
 SECTIONS = 12  # per sequence of the extraction
 SUMS_LIMIT = 1e-3  # largest relative difference of a float32 window sum
+LOSSES_LIMIT = 1e-3  # largest relative difference of a float32 loss: of three steps, or of adapters' first
 SAME_ROWS_LIMIT = 0.9  # share of rows whose tokens are all the same in float32; near ties may go either way
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers", "nnsight")
 
@@ -78,7 +81,7 @@ flags.DEFINE_integer("sequence_tokens", 512, "Tokens of every sequence.", lower_
 flags.DEFINE_integer("batch", 8, "Sequences per batch of the extraction.", lower_bound=1)
 flags.DEFINE_integer("nnsight_rows", 4, "Rows and sequences that nnsight runs.", lower_bound=1)
 flags.DEFINE_integer("repeats", 2, "Timed runs of each program.", lower_bound=1)
-flags.DEFINE_list("tasks", ",".join(TASKS), "Tasks to run.")
+flags.DEFINE_list("tasks", ",".join(USUAL_TASKS), "Tasks to run.")
 flags.DEFINE_list("programs", ",".join(PROGRAMS), "Programs to run.")
 flags.DEFINE_string("json", "", "File that the JSON is written to as well.")
 flags.DEFINE_bool("judge", False, "Measure the online judge and nothing else, see scripts/benchmark_judge.py.")
@@ -239,6 +242,10 @@ def compare(task: str, results: dict[str, dict[str, Any]], folder: Path) -> list
             result["same_rows"] = 1 - len(first) / len(found)
             result["first_difference"] = int(first.min()) if len(first) else None
             agrees = result["same_rows"] >= SAME_ROWS_LIMIT
+        elif task in ("finetune", "lora"):
+            compared = slice(3 if task == "finetune" else 1)  # adapters start from random numbers of the program's own
+            result["losses_difference"] = float(np.abs(found / expected - 1)[compared].max())
+            agrees = result["losses_difference"] <= LOSSES_LIMIT
         else:
             norm = np.linalg.norm(expected, axis=-1)
             error = np.linalg.norm(found - expected, axis=-1) / np.where(norm == 0, 1.0, norm)
@@ -260,8 +267,12 @@ def floors(task: str, config: LlamaConfig, work: Work, products: Mapping[str, An
     found = {}
     measured = [result for result in products.values() if measured_only(result)]
     for dtype in DTYPES.values() if measured else ():
-        gflops = {shape: max(result[dtype][shape] for result in measured) for shape in (prefill, decode, extract)}
-        if task == "extract":
+        gflops = {shape: max(result[dtype][shape] for result in measured) for shape in measured[0][dtype]}
+        if task in ("finetune", "lora"):
+            T, passes = len(work.sequences[0]), {"finetune": 3, "lora": 2}[task]
+            speed = gflops[shape_name(work.products[-1], task == "finetune")]
+            found[dtype] = T * speed * 1e9 / (passes * operations(0, T, T))
+        elif task == "extract":
             T = len(work.sequences[0])
             found[dtype] = T * gflops[extract] * 1e9 / operations(0, T, 0)
         else:
@@ -301,10 +312,17 @@ def print_speeds(task: str, results: Mapping[str, Any]) -> None:
     title = {
         "sweep": f"sweep of {FLAGS.rows} rows x ({FLAGS.prompt_tokens} prompt + {FLAGS.new_tokens} new tokens)",
         "extract": f"extract from {FLAGS.sequences} x {FLAGS.sequence_tokens} tokens",
+        "finetune": f"finetune all weights on {FLAGS.batch} x {FLAGS.sequence_tokens} tokens a step",
+        "lora": f"finetune adapters of rank 8 on {FLAGS.batch} x {FLAGS.sequence_tokens} tokens a step",
     }[task]
     times = ("times_hf", "times_hf_same_dtype", "times_nnsight", "share_of_floor")
     amounts = ("floor_s", "warm_up_s", "load_s", "peak_gb", "busy_cores")
-    agreement = {"sweep": ("logits_difference", "same_rows"), "extract": ("sums_difference",)}[task]
+    agreement = {
+        "sweep": ("logits_difference", "same_rows"),
+        "extract": ("sums_difference",),
+        "finetune": ("losses_difference",),
+        "lora": ("losses_difference",),
+    }[task]
     numbers = ("tokens_per_s", *times, *amounts, *agreement)
     rows = [
         [

@@ -44,7 +44,7 @@ class Work:
       batch: sequences per batch.
       nnsight_rows: rows and sequences that nnsight runs.
       repeats: timed runs.
-      products: (rows, in, out) of the matrix products to time.
+      products: (rows, in, out) of the matrix products to time; the last one with its gradients too.
     """
 
     model: str
@@ -290,6 +290,65 @@ class NNsight(HuggingFace):
         return {"input_ids": row, "attention_mask": torch.ones_like(row)}
 
 
+LEARNING_RATE = 1e-4
+
+
+def ours_training(work: Work, dtype: str, rank: int) -> Callable[[], float]:
+    """A step of this package's training on the first batch, which returns the loss before it; rank 0: all weights."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from backtrack_jax import lora, train
+    from backtrack_jax.models import checkpoint
+
+    model, optimizer = checkpoint.load(work.model, "float32"), optax.adamw(LEARNING_RATE, weight_decay=0.0)
+    frozen: Any = ()
+    if rank:
+        params, frozen, build = lora.trainable(model, lora.Lora(rank), jax.random.key(0))
+    else:
+        params, build = train.trainable(model)
+    state = train.new_state(params, optimizer, frozen)
+    step = train.make_step(build, optimizer, jnp.dtype(dtype))
+    sequences = work.sequences[: work.batch]
+    rows = train.pack([train.Tokens(ids) for ids in sequences], len(sequences[0]))
+
+    def run() -> float:
+        nonlocal state
+        state, loss = step(state, rows)
+        return float(loss)
+
+    return run
+
+
+def hf_training(work: Work, dtype: str, rank: int) -> Callable[[], float]:
+    """The same with transformers' model, torch's AdamW and PEFT's adapters; 16 bits by autocast, weights in float32."""
+    import torch
+    import transformers
+
+    on = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(work.hf_folder, dtype=torch.float32)
+    model: Any = loaded.to(on)
+    if rank:
+        import peft
+
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        model = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=16, target_modules=targets))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, LEARNING_RATE, weight_decay=0.0)
+    ids = torch.tensor(work.sequences[: work.batch], device=on)
+
+    def run() -> float:
+        with torch.autocast(on, torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    return run
+
+
 def make(name: str, work: Work) -> Program:
     """The program called, for instance, `hf_bf16`."""
     if name == "nnsight":
@@ -338,17 +397,55 @@ def torch_product(m: int, k: int, n: int, dtype: str) -> Callable[[int], object]
     return run
 
 
+def jax_product_and_gradients(m: int, k: int, n: int, dtype: str) -> Callable[[int], object]:
+    """The same with the products that give the gradients of both factors."""
+    import jax
+    import jax.numpy as jnp
+
+    from backtrack_jax.models.llama import matmul
+
+    x, w = (jax.random.normal(jax.random.key(0), shape).astype(dtype) for shape in ((m, k), (k, n)))
+    y = jnp.ones((m, n))
+
+    @jax.jit
+    def product(x: jax.Array, w: jax.Array, y: jax.Array) -> Any:
+        found, gradients = jax.vjp(matmul, x, w)
+        return found, gradients(y)
+
+    return lambda times: jax.block_until_ready([product(x, w, y) for _ in range(times)])
+
+
+def torch_product_and_gradients(m: int, k: int, n: int, dtype: str) -> Callable[[int], object]:
+    """The same with the products that give the gradients of both factors."""
+    import torch
+
+    on = "cuda" if torch.cuda.is_available() else "cpu"
+    x, w = (torch.randn(s, device=on).to(getattr(torch, dtype)).requires_grad_() for s in ((m, k), (n, k)))
+    y = torch.ones(m, n, device=on, dtype=x.dtype)
+
+    def run(times: int) -> None:
+        for _ in range(times):
+            torch.autograd.grad(torch.nn.functional.linear(x, w), (x, w), y)
+        if on == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
 def cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-PRODUCTS = {"torch": torch_product, "jax": jax_product}
+PRODUCTS = {
+    "torch": (torch_product, torch_product_and_gradients),
+    "jax": (jax_product, jax_product_and_gradients),
+}
 
 
-def shape_name(shape: Sequence[int]) -> str:
-    """Such as 64x576x1536."""
-    return "x".join(map(str, shape))
+def shape_name(shape: Sequence[int], gradients: bool = False) -> str:
+    """Such as 64x576x1536, or 64x576x1536+gradients."""
+    return "x".join(map(str, shape)) + ("+gradients" if gradients else "")
 
 
 def measure(task: str, name: str, folder: Path) -> None:
@@ -357,7 +454,9 @@ def measure(task: str, name: str, folder: Path) -> None:
     start = time.perf_counter()
     try:
         if task == "matmul":
-            result = measure_products(PRODUCTS[name], work)
+            result = measure_products(*PRODUCTS[name], work)
+        elif task in RANKS:
+            result = measure_training(task, name, work, folder) | {"peak_gb": peak_gb()}
         else:
             program = make(name, work)
             loaded = {"dtype": program.dtype, "load_s": time.perf_counter() - start}
@@ -368,16 +467,39 @@ def measure(task: str, name: str, folder: Path) -> None:
     (folder / f"{task}.{name}.json").write_text(json.dumps(result))
 
 
-def measure_products(multiplier: Callable[..., Callable[[int], object]], work: Work) -> dict[str, dict[str, float]]:
+def measure_products(
+    multiplier: Callable[..., Callable[[int], object]], trainer: Callable[..., Callable[[int], object]], work: Work
+) -> dict[str, dict[str, float]]:
     """GFLOP/s by dtype and shape, of the fastest of five runs of about a tenth of a second."""
     found: dict[str, dict[str, float]] = {dtype: {} for dtype in DTYPES.values()}
-    for dtype, shape in itertools.product(found, {tuple(shape) for shape in work.products}):
-        multiply = multiplier(*shape, dtype)
+    shapes = [(tuple(shape), False) for shape in work.products] + [(tuple(work.products[-1]), True)]
+    for dtype, (shape, gradients) in itertools.product(found, dict.fromkeys(shapes)):
+        multiply = (trainer if gradients else multiplier)(*shape, dtype)
         multiply(1)
         times = int(np.clip(0.1 / timed(lambda m=multiply: m(1))["s"], 1, 100))
         best = min(timed(lambda m=multiply, t=times: m(t))["s"] for _ in range(5))
-        found[dtype][shape_name(shape)] = times * 2 * np.prod(shape) / best / 1e9
+        operations = times * (6 if gradients else 2) * np.prod(shape)
+        found[dtype][shape_name(shape, gradients)] = operations / best / 1e9
     return found
+
+
+RANKS = {"finetune": 0, "lora": 8}
+
+
+def measure_training(task: str, name: str, work: Work, folder: Path) -> dict[str, Any]:
+    """Times steps on the first batch; the losses of the first steps are what is compared."""
+    if name == "nnsight":
+        raise ModuleNotFoundError("nnsight does not train")
+    kind, dtype = name.split("_")
+    start = time.perf_counter()
+    step = {"ours": ours_training, "hf": hf_training}[kind](work, DTYPES[dtype], RANKS[task])
+    loaded = {"dtype": DTYPES[dtype], "load_s": time.perf_counter() - start, "device": kind, "threads": cores()}
+    losses: list[float] = []
+    warm_up = timed(lambda: losses.append(step()))
+    runs = [timed(lambda: losses.append(step())) for _ in range(max(2, work.repeats))]
+    np.save(folder / f"{task}.{name}.npy", losses[:3])
+    tokens = work.batch * len(work.sequences[0])
+    return loaded | {"rows": list(range(work.batch)), "losses": losses} | summary(warm_up, runs, tokens)
 
 
 def measure_sweep(program: Program, folder: Path, name: str) -> dict[str, Any]:

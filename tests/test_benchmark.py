@@ -41,6 +41,7 @@ def test_programs_agree_and_are_reported(tmp_path: Path) -> None:
         "--batch=2",
         "--nnsight_rows=2",
         "--repeats=1",
+        "--tasks=matmul,sweep,extract,finetune,lora",
         f"--json={tmp_path / 'report.json'}",
     ]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -64,6 +65,12 @@ def test_programs_agree_and_are_reported(tmp_path: Path) -> None:
     assert sweep["ours_f32"]["same_rows"] == 1 and sweep["ours_f32"]["logits_difference"] < 1e-4
     assert extract["ours_f32"]["sums_difference"] < 1e-4
     assert 1e-4 < extract["ours_bf16"]["sums_difference"] < 0.1  # another precision is seen, and not taken for a fault
+    for results in (report["finetune"], report["lora"]):
+        for name in ("ours_f32", "hf_f32", "ours_bf16"):
+            assert results[name]["tokens"] == 2 * 64 and results[name].keys() >= set(MEASURED)
+            assert results[name]["losses"] == sorted(results[name]["losses"], reverse=True)
+        assert results["ours_f32"]["losses_difference"] < 1e-4
+        assert results["nnsight"]["absent"] == "nnsight does not train"
     if importlib.util.find_spec("nnsight") is None:
         assert "nnsight" in sweep["nnsight"]["absent"] and "nnsight" in extract["nnsight"]["absent"]
     else:
