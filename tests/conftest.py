@@ -13,6 +13,15 @@ from jax.experimental.compilation_cache import compilation_cache
 from backtrack_jax import pipeline
 
 
+# A file is one process's; those that take longest come first, so that no process is left alone with one at the end.
+LONGEST = ("test_pipeline.py", "test_readme.py", "test_label_stage.py", "test_train.py", "test_generate.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sorts the files, not the tests in them."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def ward2025() -> Path:
     """Folder of the artifacts that the authors of the paper released; tests that need them skip where it is absent."""
