@@ -5,8 +5,9 @@ from random weights, `scripts/finetune.py` any loaded checkpoint on traces.
 """
 
 import dataclasses
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax import lax
 
+from backtrack_jax import store
 from backtrack_jax.models.llama import PAD, Llama
 from backtrack_jax.progress import Progress
 
@@ -209,6 +211,30 @@ def trainable(model: Llama) -> tuple[Any, Callable[..., Llama]]:
     graphdef, state = nnx.split(model)
     params = jax.tree.map(lambda weight: jnp.array(weight, jnp.float32), state)
     return params, lambda params, frozen=(): nnx.merge(graphdef, params)
+
+
+def keep_to(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Makes a folder for one training; what it then holds is never taken for the result of another.
+
+    Args:
+      folder: made here; the settings are written into it.
+      settings: all that the result depends on, as JSON values.
+
+    Raises:
+      ValueError: the folder was made with other settings; names those that differ.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "settings.json"
+    if not path.exists():
+        store.write_text(path, json.dumps(settings, indent=1) + "\n")
+    before = json.loads(path.read_text())
+    differing = [
+        f"{name}={before.get(name)!r}, not {settings.get(name)!r}"
+        for name in sorted(before.keys() | settings.keys())
+        if before.get(name) != settings.get(name)
+    ]
+    if differing:
+        raise ValueError(f"{folder} holds a training with {'; '.join(differing)}. Name another folder, or remove it")
 
 
 def fit(

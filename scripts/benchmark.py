@@ -18,10 +18,10 @@ Tasks
            make a plain forward pass that keeps the hidden states and reduces nothing. Speeds are tokens per second.
 
 Programs
-  ours_*   this package: `generate_rows` in one batch, and `window_sums`.
+  ours_*   this package: `generate_rows` in one batch, `window_sums`, `train.make_step`.
   hf_*     transformers: `generate` in one batch with a hook that adds to each row its own vector; the model without
-           its unembedding with `output_hidden_states`, in the same batches as ours.
-           Training: `train.make_step`; torch's autocast and AdamW, PEFT's adapters.
+           its unembedding with `output_hidden_states`, in the same batches as ours; torch's
+           autocast and AdamW, PEFT's adapters.
   nnsight  row by row, as in the paper's code, float32; only a few rows are run, and its speed is that of these.
 
 Every program runs every task in a fresh process, so that neither thread pools nor memory are shared; peak memory is

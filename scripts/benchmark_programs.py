@@ -22,6 +22,8 @@ import numpy as np
 
 REPLY_START = 1  # of every sequence
 DTYPES = {"f32": "float32", "bf16": "bfloat16"}
+RANKS = {"finetune": 0, "lora": 8}  # tasks that train: all weights, or adapters of this rank
+LEARNING_RATE = 1e-4
 LOGITS_LIMITS = {"float32": 1e-3, "bfloat16": 0.5}  # largest difference, in standard deviations of the logits
 
 
@@ -290,11 +292,11 @@ class NNsight(HuggingFace):
         return {"input_ids": row, "attention_mask": torch.ones_like(row)}
 
 
-LEARNING_RATE = 1e-4
+def ours_training(work: Work, dtype: str, rank: int) -> tuple[Callable[[], float], str]:
+    """A step of this package's training on the first batch, which returns the loss before it, and the device.
 
-
-def ours_training(work: Work, dtype: str, rank: int) -> Callable[[], float]:
-    """A step of this package's training on the first batch, which returns the loss before it; rank 0: all weights."""
+    Rank 0 trains all weights.
+    """
     import jax
     import jax.numpy as jnp
     import optax
@@ -318,10 +320,10 @@ def ours_training(work: Work, dtype: str, rank: int) -> Callable[[], float]:
         state, loss = step(state, rows)
         return float(loss)
 
-    return run
+    return run, jax.local_devices()[0].device_kind
 
 
-def hf_training(work: Work, dtype: str, rank: int) -> Callable[[], float]:
+def hf_training(work: Work, dtype: str, rank: int) -> tuple[Callable[[], float], str]:
     """The same with transformers' model, torch's AdamW and PEFT's adapters; 16 bits by autocast, weights in float32."""
     import torch
     import transformers
@@ -332,8 +334,7 @@ def hf_training(work: Work, dtype: str, rank: int) -> Callable[[], float]:
     if rank:
         import peft
 
-        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-        model = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=16, target_modules=targets))
+        model = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear"))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, LEARNING_RATE, weight_decay=0.0)
     ids = torch.tensor(work.sequences[: work.batch], device=on)
@@ -346,7 +347,7 @@ def hf_training(work: Work, dtype: str, rank: int) -> Callable[[], float]:
         optimizer.zero_grad()
         return float(loss.detach())
 
-    return run
+    return run, on
 
 
 def make(name: str, work: Work) -> Program:
@@ -483,17 +484,14 @@ def measure_products(
     return found
 
 
-RANKS = {"finetune": 0, "lora": 8}
-
-
 def measure_training(task: str, name: str, work: Work, folder: Path) -> dict[str, Any]:
     """Times steps on the first batch; the losses of the first steps are what is compared."""
     if name == "nnsight":
         raise ModuleNotFoundError("nnsight does not train")
     kind, dtype = name.split("_")
     start = time.perf_counter()
-    step = {"ours": ours_training, "hf": hf_training}[kind](work, DTYPES[dtype], RANKS[task])
-    loaded = {"dtype": DTYPES[dtype], "load_s": time.perf_counter() - start, "device": kind, "threads": cores()}
+    step, device = {"ours": ours_training, "hf": hf_training}[kind](work, DTYPES[dtype], RANKS[task])
+    loaded = {"dtype": DTYPES[dtype], "load_s": time.perf_counter() - start, "device": device, "threads": cores()}
     losses: list[float] = []
     warm_up = timed(lambda: losses.append(step()))
     runs = [timed(lambda: losses.append(step())) for _ in range(max(2, work.repeats))]

@@ -6,10 +6,11 @@
 TRACES is a JSONL of traces as stage 1 of a run writes it, or a file or folder of annotated chains in the released
 format. The prompt is only read, the reply is learned. OUT/model is the finetuned model as a Hugging Face folder with
 its tokenizer (adapters merged), ready for `--config.reasoning.path=OUT/model`; OUT/adapter holds the adapters as PEFT
-reads them. Checkpoints are in OUT/checkpoints: the same command goes on where a killed one was.
+reads them. Checkpoints are in OUT/checkpoints: the same command goes on where a killed one was, another one is refused.
 """
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,6 +96,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(
         f"{len(traces)} traces, {learned} tokens to learn, {room} places, {100 * filled:.0f} % filled", file=sys.stderr
     )
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("out", "save_every", "traces")}
+    settings["rows"] = hashlib.sha256(b"".join(np.asarray(array).tobytes() for array in rows)).hexdigest()
+    train.keep_to(arguments.out, settings)
     made = arguments.out / "model"
     if not made.exists():
         # Weights that are not trained need no more than the products' precision.

@@ -106,7 +106,7 @@ def train_model(
 
 def train_pair(recipe: Recipe, out: Path, seed: int) -> None:
     """Trains and writes tokenizer, base and reasoning model, going on where a killed run was."""
-    out.mkdir(parents=True, exist_ok=True)
+    train.keep_to(out, dataclasses.asdict(recipe) | {"seed": seed})
     vocabulary.write(out)
     tokenizer = Tokenizer.load(out)
     model = Llama(architecture(tokenizer.vocab_size), rngs=nnx.Rngs(seed))

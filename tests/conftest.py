@@ -31,7 +31,7 @@ def ward2025() -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Folder of compiled programs: what one test, or a process that it starts, has compiled, others find there."""
     options = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
@@ -43,7 +43,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             patch.setenv(name.upper(), str(value))
             jax.config.update(name, value)
         compilation_cache.reset_cache()  # whether there is a cache is looked up once
-        yield Path(options["jax_compilation_cache_dir"])
+        yield
 
 
 @pytest.fixture(scope="session")

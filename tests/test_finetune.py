@@ -60,6 +60,12 @@ def test_finetuned_model_is_read_like_any_other(
     capsys.readouterr()
     script("finetune").main([*command, *options])  # done before: nothing is trained
     assert "finetuning" not in capsys.readouterr().err
+    with pytest.raises(ValueError, match=rf"holds a training with lora_rank={rank}, not 5\. Name another folder"):
+        script("finetune").main([*command, *options, "--lora_rank=5"])
+    lines = (folder / "traces.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "fewer.jsonl").write_text("".join(lines[:-1]))
+    with pytest.raises(ValueError, match="holds a training with rows="):
+        script("finetune").main([*command, *options, f"--traces={tmp_path / 'fewer.jsonl'}"])
 
 
 def test_replies_are_learned_and_prompts_only_read(folder: Path) -> None:

