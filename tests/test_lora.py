@@ -1,13 +1,17 @@
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
 from helpers import hf_llama, relative_error, save
+from torch_reference import CONFIG
 
 from backtrack_jax import lora as lora_
 from backtrack_jax import train
@@ -117,6 +121,19 @@ def test_adapters_train_beside_16_bit_weights_that_stay_as_they_are(folder: Path
     for a, b in zip(before, jax.tree.leaves(state.frozen), strict=True):
         np.testing.assert_array_equal(a, np.asarray(b))
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype("float32")}
+
+
+def test_a_step_holds_no_second_copy_of_the_16_bit_weights() -> None:
+    config = dataclasses.replace(CONFIG, d_model=64, d_mlp=512, n_layers=12)
+    model = nnx.eval_shape(lambda: Llama(config, jnp.dtype(jnp.bfloat16), rngs=nnx.Rngs(0)))
+    params, frozen, build = lora_.trainable(model, Lora(rank=1), jax.random.key(0))
+    optimizer = optax.sgd(0.01)
+    batch = train.pack([train.Tokens([1, 2, 3, 4])], 4)
+    step = train.make_step(build, optimizer).lower(train.new_state(params, optimizer, frozen), batch).compile()
+    memory: Any = step.memory_analysis()
+    assert memory.temp_size_in_bytes < 0.5 * sum(
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.layers)
+    )
 
 
 @pytest.mark.hf

@@ -339,13 +339,11 @@ class Llama(nnx.Module):
 
         values = None if intervention is None else intervention.per_layer()
         past = None if cache is None else (cache.k, cache.v)
-        if remat:
-            body = jax.checkpoint(body, prevent_cse=layers is not None)  # a scan keeps the two computations apart
         others = (jnp.arange(self.config.n_layers), past, values)
         if layers is not None:
-            x, (kept, captured) = _loop_blocks(body, x, layers, others)
+            x, (kept, captured) = _loop_blocks(body, x, layers, others, remat)
         else:
-            x, (kept, captured) = _scan_blocks(body, x, self.layers, others)
+            x, (kept, captured) = _scan_blocks(body, x, self.layers, others, remat)
             if cache is not None:
                 kept = _write((cache.k, cache.v), kept, filled)
         k, v = kept
@@ -418,30 +416,39 @@ def cache_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else jnp.dtype(dtype)
 
 
-def _scan_blocks(body: Callable, x: jax.Array, blocks: Block, others: tuple[Any, ...]) -> tuple[jax.Array, Any]:
+def _scan_blocks(
+    body: Callable, x: jax.Array, blocks: Block, others: tuple[Any, ...], remat: bool
+) -> tuple[jax.Array, Any]:
     """`lax.scan` of body(x, (block, *others)) over the stacked blocks and what is scanned beside them.
 
     Left to itself, XLA's CPU backend widens all 16-bit weights to float32 before the loop, 32 GB for an 8B model. There
-    the weights of one layer are taken out in the loop's body, and the barrier keeps that where it is.
+    the weights of one layer are taken out in the loop's body, and the barrier keeps that where it is. A gradient takes
+    them out again; else it would keep a second copy of them all.
     """
-    if jax.default_backend() != "cpu" or blocks.self_attn.q_proj.dtype.itemsize != 2:
-        return lax.scan(body, x, (blocks, *others))
+    step, scanned = body, (blocks, *others)
+    if jax.default_backend() == "cpu" and blocks.self_attn.q_proj.dtype.itemsize == 2:
 
-    def body_on_cpu(x, scanned):
-        stacked, layer = lax.optimization_barrier((blocks, scanned[0]))
-        return body(x, (_block_at(stacked, layer), *scanned))
+        def step(x, others):
+            stacked, layer = lax.optimization_barrier((blocks, others[0]))
+            return body(x, (_block_at(stacked, layer), *others))
 
-    return lax.scan(body_on_cpu, x, others)
+        scanned = others
+    if remat:
+        step = jax.checkpoint(step, prevent_cse=False)  # a scan keeps the two computations apart
+    return lax.scan(step, x, scanned)
 
 
-def _loop_blocks(body: Callable, x: jax.Array, blocks: tuple[Block, ...], others: tuple[Any, ...]) -> tuple[Any, Any]:
+def _loop_blocks(
+    body: Callable, x: jax.Array, blocks: tuple[Block, ...], others: tuple[Any, ...], remat: bool
+) -> tuple[Any, Any]:
     """What `_scan_blocks` does, one block after the other; keys and values come back as one array per layer."""
+    step = jax.checkpoint(body) if remat else body
     numbers, past, values = others
     outs = []
     for layer, block in enumerate(blocks):
         kept = None if past is None else (past[0][layer], past[1][layer])
         edits = None if values is None else {name: value[layer] for name, value in values.items()}
-        x, out = body(x, (block, numbers[layer], kept, edits))
+        x, out = step(x, (block, numbers[layer], kept, edits))
         outs.append(out)
     kept, captured = zip(*outs, strict=True)
     return x, (tuple(zip(*kept, strict=True)), jax.tree.map(lambda *leaves: jnp.stack(leaves), *captured))
