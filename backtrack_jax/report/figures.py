@@ -334,7 +334,7 @@ def probe(r: Results) -> Plot | None:
         found = [row for row in mine if (row["role"], row["horizon"]) == (role, horizon)]
         x = [methods.index(row["method"]) + 0.24 * (i - (len(keys) - 1) / 2) / max(1, len(keys) - 1) for row in found]
         label = f"{role} model, next {horizon} tokens"
-        line: dict[str, Any] = {"colour": COLOURS[i % 7], "style": "", "marker": MARKERS[i % 4]}
+        line: dict[str, Any] = {"colour": COLOURS[i % len(COLOURS)], "style": "", "marker": MARKERS[i % 4]}
         ends = ([row["low"] for row in found], [row["high"] for row in found])
         series["auc"].append(Series(label, x, [row["auc"] for row in found], *ends, **line))
         series["average_precision"].append(Series(label, x, [row["average_precision"] for row in found], **line))
