@@ -304,7 +304,8 @@ def ours_training(work: Work, dtype: str, rank: int) -> tuple[Callable[[], float
     from backtrack_jax import lora, train
     from backtrack_jax.models import checkpoint
 
-    model, optimizer = checkpoint.load(work.model, "float32"), optax.adamw(LEARNING_RATE, weight_decay=0.0)
+    model = checkpoint.load(work.model, dtype if rank else "float32")  # as scripts/finetune.py does
+    optimizer = optax.adamw(LEARNING_RATE, weight_decay=0.0)
     frozen: Any = ()
     if rank:
         params, frozen, build = lora.trainable(model, lora.Lora(rank), jax.random.key(0))
