@@ -221,11 +221,12 @@ def keep_to(folder: Path, settings: Mapping[str, Any]) -> None:
       settings: all that the result depends on, as JSON values.
 
     Raises:
-      ValueError: the folder was made with other settings; names those that differ.
+      ValueError: the folder holds files of a training with other settings; names those that differ.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "settings.json"
-    if not path.exists():
+    begun = any(file.is_file() and file != path for file in folder.rglob("*"))  # a mistyped setting stops before that
+    if not (begun and path.exists()):
         store.write_text(path, json.dumps(settings, indent=1) + "\n")
     before = json.loads(path.read_text())
     differing = [

@@ -82,6 +82,19 @@ def test_a_gradient_computed_again_is_that_of_what_was_kept() -> None:
     assert memory[0].temp_size_in_bytes < 0.8 * memory[1].temp_size_in_bytes
 
 
+def test_a_folder_belongs_to_one_training_once_that_has_begun(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "folder"
+    train.keep_to(folder, {"dtype": "bfloat17", "rate": 1e-3})
+    train.keep_to(folder, {"dtype": "bfloat16", "rate": 1e-3})  # the mistyped one stopped before it wrote anything
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "0").write_text("")
+    train.keep_to(folder, {"dtype": "bfloat16", "rate": 1e-3})
+    with pytest.raises(
+        ValueError, match=r"training with rank=None, not 8; rate=0.001, not 0.002\. Name another folder"
+    ):
+        train.keep_to(folder, {"dtype": "bfloat16", "rate": 2e-3, "rank": 8})
+
+
 @pytest.mark.parametrize("vocabulary", ["small", "large"])
 def test_packed_loss_is_that_of_the_sequences_one_by_one(vocabulary: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if vocabulary == "large":
