@@ -1,7 +1,7 @@
 # Each target makes the virtual environment $(VENV) when there is none and installs there what it needs, once, and
 # again when the requirements change. No other set-up: only Python >= 3.11 and make.
 #   make test PYTEST_ARGS="-m slow"              other pytest options
-#   make test XLA_FLAGS=                         programs compiled as users run them; twice as long
+#   make test XLA_FLAGS=                         programs compiled as users run them; half as long again
 #   make test PYTHON=python3.12 VENV=.venv312    another interpreter
 #   make test CONSTRAINTS= VENV=.venv_latest     newest versions instead of the pinned ones
 

@@ -20,8 +20,8 @@ Tasks
 Programs
   ours_*   this package: `generate_rows` in one batch, `window_sums`, `train.make_step`.
   hf_*     transformers: `generate` in one batch with a hook that adds to each row its own vector; the model without
-           its unembedding with `output_hidden_states`, in the same batches as ours; torch's
-           autocast and AdamW, PEFT's adapters.
+           its unembedding with `output_hidden_states`, in the same batches as ours; training with torch's autocast and
+           AdamW, and PEFT's adapters.
   nnsight  row by row, as in the paper's code, float32; only a few rows are run, and its speed is that of these.
 
 Every program runs every task in a fresh process, so that neither thread pools nor memory are shared; peak memory is
@@ -78,7 +78,7 @@ flags.DEFINE_list("magnitudes", "0,5,10,15,20,25,30,35", "Norms added; SmolLM2's
 flags.DEFINE_integer("layer", None, "Block that is steered; default: a third of the way, as 10 of 32 in the paper.")
 flags.DEFINE_integer("sequences", 16, "Sequences of the extraction.", lower_bound=1)
 flags.DEFINE_integer("sequence_tokens", 512, "Tokens of every sequence.", lower_bound=64)
-flags.DEFINE_integer("batch", 8, "Sequences per batch of the extraction.", lower_bound=1)
+flags.DEFINE_integer("batch", 8, "Sequences per batch of the extraction and per step of training.", lower_bound=1)
 flags.DEFINE_integer("nnsight_rows", 4, "Rows and sequences that nnsight runs.", lower_bound=1)
 flags.DEFINE_integer("repeats", 2, "Timed runs of each program.", lower_bound=1)
 flags.DEFINE_list("tasks", ",".join(USUAL_TASKS), "Tasks to run.")

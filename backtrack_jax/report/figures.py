@@ -373,7 +373,7 @@ def metrics(r: Results) -> Plot | None:
     ]
     panel = Panel("", unit_label(r, author), "% of words, tokens, sentences", series, from_zero=True)
     caption = (
-        f"The same replies by four counters: {author}-derived vector on the {author} model, {_where(r)}; "
+        f"The same replies, counted in {len(names)} ways: {author}-derived vector on the {author} model, {_where(r)}; "
         f"{counted(cells)}."
     )
     return Plot("metrics", "The metric and its variants", caption, [[panel]], cells)
