@@ -8,8 +8,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Okabe and Ito's, told apart by the colour-blind too; grey instead of their yellow, which is faint on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
+# Okabe and Ito's, told apart by the colour-blind too; brown instead of their yellow, which is faint on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C510A")
 MARKERS = ("o", "s", "^", "D")
 STYLES = {"base": "-", "reasoning": "--", "": ":"}
 
