@@ -315,7 +315,8 @@ class Llama(nnx.Module):
           The final residual stream, the cache and the captures.
         """
         x = _take(self.embed_tokens[...], ids).astype(jnp.float32)
-        rope = rope_tables(jnp.maximum(positions, 0), self.config)
+        # Behind the barrier, or XLA's CPU backend would compute sines anew in every block of a decode step.
+        rope = lax.optimization_barrier(rope_tables(jnp.maximum(positions, 0), self.config))
         filled = jnp.zeros((), jnp.int32) if cache is None else cache.filled
         of_keys = positions
         if cache is not None:
