@@ -160,19 +160,19 @@ compiled_generate = jax.jit(generate, static_argnames="max_new_tokens")
 def sample(logits: jax.Array, sampling: Sampling, keys: jax.Array, step: jax.Array) -> jax.Array:
     """Draws one token per row from [B, V] float32 logits; [B] int32.
 
-    One uniform number per row and step, `uniform(fold_in(key, step))`, is looked up in the row's cumulative
-    distribution. Rows of different conditions but equal key thus meet the same random numbers, and a step costs one
-    number per row, not one per vocabulary item.
+    A uniform number per row, `uniform(fold_in(key, step))`, is looked up in the row's cumulative distribution; a token
+    outside the top-p set is drawn again. Rows of different conditions but equal key thus meet the same random numbers,
+    and a step costs one or two numbers per row, not one per vocabulary item.
     """
-    B = logits.shape[0]
-    temperature = jnp.broadcast_to(jnp.asarray(sampling.temperature, jnp.float32), (B,))
+    temperature = jnp.broadcast_to(jnp.asarray(sampling.temperature, jnp.float32), logits.shape[:1])
     most_likely = _first_maximum(logits)
 
     def draw() -> jax.Array:
         scaled = logits / jnp.where(temperature == 0, 1.0, temperature)[:, None]
-        weights = _filtered_weights(scaled, sampling)
-        u = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, step)))(keys)
-        return jnp.where(temperature == 0, most_likely, _inverse_cdf(weights, u))
+        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+        return jnp.where(
+            temperature == 0, most_likely, _draw(_weights(scaled, sampling.top_k), sampling.top_p, step_keys)
+        )
 
     return lax.cond(jnp.all(temperature == 0), lambda: most_likely, draw)
 
@@ -184,42 +184,54 @@ def _first_maximum(x: jax.Array) -> jax.Array:
     return jnp.min(jnp.where(is_maximum, jnp.arange(V), V - 1), axis=-1).astype(jnp.int32)
 
 
-def _filtered_weights(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """[B, V] unnormalised probabilities, zero outside the top-k and then the top-p set."""
-    B = logits.shape[0]
-    top_k = jnp.broadcast_to(jnp.asarray(sampling.top_k, jnp.int32), (B,))[:, None]
-    top_p = jnp.broadcast_to(jnp.asarray(sampling.top_p, jnp.float32), (B,))[:, None]
-    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+def _weights(logits: jax.Array, top_k: jax.Array | int) -> jax.Array:
+    """[B, V] probabilities up to a factor per row, zero outside the top-k tokens.
 
-    def keep_top_k(w: jax.Array) -> jax.Array:
-        kept = _largest(logits, jnp.ones_like(w), top_k.astype(jnp.float32))
-        return jnp.where(kept | (top_k == 0), w, 0.0)
-
-    def keep_top_p(w: jax.Array) -> jax.Array:
-        target = jnp.maximum(top_p * jnp.sum(w, axis=-1, keepdims=True), jnp.finfo(w.dtype).tiny)  # at least one token
-        kept = _largest(logits, w, target)
-        return jnp.where(kept | (top_p >= 1), w, 0.0)
-
-    weights = lax.cond(jnp.any(top_k > 0), keep_top_k, lambda w: w, weights)
-    return lax.cond(jnp.any(top_p < 1), keep_top_p, lambda w: w, weights)
-
-
-def _largest(x: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
-    """[B, V] bool: the smallest set {x >= threshold} per row whose weights sum to at least `target` [B, 1].
-
-    The threshold is found bit by bit on integers ordered like the floats: 32 passes over the row are exact, take k and
-    p as traced values, and cost a fraction of sorting a vocabulary.
+    The k-th largest logit is found bit by bit on integers ordered like the floats: 32 passes over the row are exact,
+    take k as a traced value, and cost a fraction of sorting a vocabulary.
     """
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    top_k = jnp.broadcast_to(jnp.asarray(top_k, jnp.int32), logits.shape[:1])[:, None]
+    bits = lax.bitcast_convert_type(logits, jnp.uint32)
     ordered = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
     def set_bit(i: jax.Array, threshold: jax.Array) -> jax.Array:
         candidate = threshold | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
-        mass = jnp.sum(jnp.where(ordered >= candidate, weights, 0.0), axis=-1, keepdims=True)
-        return jnp.where(mass >= target, candidate, threshold)
+        return jnp.where(jnp.sum(ordered >= candidate, axis=-1, keepdims=True) >= top_k, candidate, threshold)
 
-    threshold = lax.fori_loop(0, 32, set_bit, jnp.zeros((x.shape[0], 1), jnp.uint32))
-    return ordered >= threshold
+    def keep_top_k() -> jax.Array:
+        threshold = lax.fori_loop(0, 32, set_bit, jnp.zeros_like(top_k, jnp.uint32))
+        return jnp.where((ordered >= threshold) | (top_k == 0), weights, 0.0)
+
+    return lax.cond(jnp.any(top_k > 0), keep_top_k, lambda: weights)
+
+
+def _draw(weights: jax.Array, top_p: jax.Array | float, keys: jax.Array) -> jax.Array:
+    """One token per row of [B, V] weights, from the smallest set of most likely ones that holds `top_p` of the weight.
+
+    The set is not looked for, which would take a pass over the row per bit. A token drawn from all is in it if what is
+    more likely weighs less than `top_p`; else neither it nor anything less likely is, and the row draws again from the
+    others. There are as many rounds as the unluckiest row needs: two or three for 64 rows and a top-p of 0.95.
+    """
+    top_p = jnp.broadcast_to(jnp.asarray(top_p, jnp.float32), weights.shape[:1])
+    target = jnp.maximum(top_p * jnp.sum(weights, axis=-1), jnp.finfo(jnp.float32).tiny)  # the first token is always in
+
+    def more_likely(token: jax.Array) -> jax.Array:
+        return jnp.where(weights > jnp.take_along_axis(weights, token[:, None], axis=1), weights, 0.0)
+
+    def outside(token: jax.Array) -> jax.Array:
+        return (top_p < 1) & (jnp.sum(more_likely(token), axis=-1) >= target)
+
+    def draw_again(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        token, rejected, keys = state
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
+        drawn = _inverse_cdf(more_likely(token), jax.vmap(jax.random.uniform)(keys))
+        token = jnp.where(rejected, drawn, token)
+        return token, outside(token), keys
+
+    token = _inverse_cdf(weights, jax.vmap(jax.random.uniform)(keys))
+    rejected = lax.cond(jnp.any(top_p < 1), outside, lambda token: token < 0, token)
+    return lax.while_loop(lambda state: jnp.any(state[1]), draw_again, (token, rejected, keys))[0]
 
 
 def _inverse_cdf(weights: jax.Array, u: jax.Array) -> jax.Array:

@@ -408,14 +408,13 @@ def test_no_token_at_all_is_refused(n):
 def test_a_row_without_finite_logits_stops_the_run(rows):
     """Whatever is sampled from NaN is no reply, and may not even be a token."""
     broken = [*rows[:2], dataclasses.replace(rows[2], intervention=steered(1, np.inf)), *rows[3:]]
-    for sampling in (GREEDY, Sampling(1.0)):
+    for sampling in (GREEDY, Sampling(1.0), Sampling(1.0, top_p=0.9), Sampling(1.0, top_k=3)):
         with pytest.raises(FloatingPointError, match="row 2: "):
             replies_of(broken, sampling=sampling)
 
 
 # Sampling
 
-filtered_weights = jax.jit(generate_module._filtered_weights)
 inverse_cdf = jax.jit(generate_module._inverse_cdf)
 compiled_sample = jax.jit(sample)
 N = 200
@@ -432,20 +431,27 @@ def draw(logits: np.ndarray, temperature: np.ndarray, top_p: np.ndarray, top_k: 
 
 @jax.jit
 def uniforms(keys: jax.Array, step: int) -> jax.Array:
-    """The number in [0, 1) that each row draws with at a step."""
-    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, step)))(keys)
+    """The numbers in [0, 1) that each row draws with at a step, [rows, 8]; the first one, unless it meets top-p."""
+    rounds = [jax.vmap(jax.random.fold_in, (0, None))(keys, step)]
+    for _ in range(7):
+        rounds.append(jax.vmap(jax.random.fold_in, (0, None))(rounds[-1], 1))
+    return jnp.stack([jax.vmap(jax.random.uniform)(keys) for keys in rounds], axis=1)
 
 
-def draw_by_hand(logits: np.ndarray, temperature: float, top_p: float, top_k: int, u: float) -> int:
-    """One token from [V], in float64: sort, filter, walk up the cumulative distribution."""
+def draw_by_hand(logits: np.ndarray, temperature: float, top_p: float, top_k: int, u: Sequence[float]) -> int:
+    """One token from [V], in float64: sort, find the top-p set, walk up the cumulative distribution until inside it."""
     logits = logits.astype(np.float64) / temperature
     order = np.argsort(-logits)
     probabilities = np.exp(logits - logits.max())
     probabilities[order[top_k or len(order) :]] = 0
     probabilities /= probabilities.sum()
-    n_kept = int(np.searchsorted(np.cumsum(probabilities[order]), top_p)) + 1
-    probabilities[order[n_kept:]] = 0
-    return int(np.searchsorted(np.cumsum(probabilities / probabilities.sum()), u, side="right"))
+    kept = order[: int(np.searchsorted(np.cumsum(probabilities[order]), top_p)) + 1]
+    for number in u:
+        token = int(np.searchsorted(np.cumsum(probabilities) / probabilities.sum(), number, side="right"))
+        if token in kept:
+            return token
+        probabilities[logits <= logits[token]] = 0
+    raise AssertionError("more rounds than numbers")
 
 
 def test_every_sampled_token_by_hand(recorder):
@@ -475,25 +481,36 @@ def test_filtered_samples_by_hand():
 
 @pytest.mark.parametrize("top_k", [0, 1, 2, 17, V - 1, V, V + 5])
 @pytest.mark.parametrize("top_p", [1.0, 0.999, 0.9, 0.5, 0.01])
-def test_kept_tokens_are_those_of_hugging_face(top_k, top_p):
-    logits = 2 * torch.randn((8, V), generator=torch.Generator().manual_seed(top_k))
+def test_filtered_samples_follow_the_distribution_of_hugging_face(top_k, top_p):
+    """4,000 draws: none outside the tokens kept by its warpers, and Pearson's chi-square against their softmax."""
+    logits = 2 * torch.randn((1, V), generator=torch.Generator().manual_seed(top_k))
     kept = logits
     if top_k:
         kept = transformers.TopKLogitsWarper(min(top_k, V))(torch.zeros(1), kept)  # type: ignore[arg-type]
     if top_p < 1:
         kept = transformers.TopPLogitsWarper(top_p)(torch.zeros(1), kept)  # type: ignore[arg-type]
-    weights = filtered_weights(jnp.array(logits.numpy()), Sampling(1.0, top_p, top_k))
-    np.testing.assert_array_equal(weights > 0, torch.isfinite(kept).numpy())
-    probabilities = weights / jnp.sum(weights, -1, keepdims=True)
-    np.testing.assert_allclose(probabilities, torch.softmax(kept, -1).numpy(), rtol=2e-5)
+    probabilities = torch.softmax(kept, -1)[0].double().numpy()
+    tokens = [draw(np.tile(logits.numpy(), (N, 1)), *settings_of_rows(1.0, top_p, top_k), step=i) for i in range(20)]
+    counts = np.bincount(np.concatenate(tokens), minlength=V)
+    assert counts[probabilities == 0].sum() == 0
+    means = counts.sum() * probabilities
+    common = means > 5
+    degrees = common.sum() - 1
+    if degrees:
+        chi_square = np.sum((counts - means)[common] ** 2 / means[common])
+        assert scipy.stats.chi2.sf(chi_square, degrees) > 1e-3
+
+
+def settings_of_rows(*settings: float) -> list[np.ndarray]:
+    """The same settings for N rows."""
+    return [np.full(N, value) for value in settings]
 
 
 @pytest.mark.parametrize("top_p", [0.0, 1e-30])
 def test_top_p_of_nothing_keeps_the_most_likely_token(top_p):
-    logits = jax.random.normal(jax.random.key(0), (8, V))
-    weights = filtered_weights(logits, Sampling(1.0, top_p, 0))
-    np.testing.assert_array_equal(jnp.sum(weights > 0, axis=-1), 1)
-    np.testing.assert_array_equal(jnp.argmax(weights, axis=-1), jnp.argmax(logits, axis=-1))
+    logits = np.asarray(jax.random.normal(jax.random.key(0), (N, V)))
+    tokens = draw(logits, *settings_of_rows(1.0, top_p, 0), step=0)
+    np.testing.assert_array_equal(tokens, np.argmax(logits, axis=-1))
 
 
 def test_samples_follow_the_softmax():
