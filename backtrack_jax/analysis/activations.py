@@ -1,6 +1,7 @@
 """Activations of single tokens, at a few positions of each trace and a few layers."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import jax
 import numpy as np
@@ -45,15 +46,17 @@ def read(
         at = np.zeros((batch_size, most), np.int32)
         for row, i in enumerate(members):
             at[row, : len(positions[i])] = positions[i]
-        out = np.asarray(_gather(model, ids, places, at, np.array(layers, np.int32)))
+        out = np.asarray(_gather(model, ids, places, at, np.array(layers, np.int32), stop_at_layer=max(layers) + 1))
         yield [(i, np.moveaxis(out[:, row, : len(positions[i])], 0, 1)) for row, i in enumerate(members)]
 
 
-@jax.jit
-def _gather(model: Llama, ids: jax.Array, places: jax.Array, at: jax.Array, layers: jax.Array) -> jax.Array:
+@partial(jax.jit, static_argnames="stop_at_layer")
+def _gather(
+    model: Llama, ids: jax.Array, places: jax.Array, at: jax.Array, layers: jax.Array, stop_at_layer: int
+) -> jax.Array:
     """[layers, B, positions, D]; only the chosen positions of every layer are kept inside the scan."""
 
     def capture(out):
         return jax.vmap(lambda x, index: x[index])(out.resid_post, at)
 
-    return model(ids, places, capture=capture).captured[layers]
+    return model(ids, places, capture=capture, stop_at_layer=stop_at_layer).captured[layers]

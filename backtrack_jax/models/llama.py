@@ -247,7 +247,7 @@ class Output(NamedTuple):
     """What a forward pass returns.
 
     Attributes:
-      resid: [B, T, D] float32, the residual stream after the last block, before the final norm.
+      resid: [B, T, D] float32, the residual stream after the last block that ran, before the final norm.
       cache: the given cache with the input tokens written in; without one, a cache that is full of the input tokens.
       captured: what `capture` returned in each block, with a leading axis L.
     """
@@ -289,6 +289,7 @@ class Llama(nnx.Module):
         intervention: Intervention | None = None,
         capture: Capture = lambda out: None,
         layers: tuple[Block, ...] | None = None,
+        stop_at_layer: int | None = None,
         segments: jax.Array | None = None,
         dtype: jnp.dtype | None = None,
         remat: bool = False,
@@ -304,6 +305,8 @@ class Llama(nnx.Module):
             [L, B, T, D] of a large model does not fit.
           layers: the blocks as `unstacked_layers` gives them, to run them one by one instead of under a scan; the
             cache is then an `unstacked` one.
+          stop_at_layer: run only the blocks before this one, for who needs no later activation; None for all. Without a
+            cache only. Static.
           segments: [B, T] int32, which of several packed sequences a token belongs to; it sees no other. Without a
             cache only. None where a row holds one sequence.
           dtype: of matrix-product inputs, where it is not that of the weights: training keeps float32 weights and may
@@ -312,7 +315,7 @@ class Llama(nnx.Module):
             on the way. Static.
 
         Returns:
-          The final residual stream, the cache and the captures.
+          The residual stream after the last block that ran, the cache and the captures.
         """
         x = _take(self.embed_tokens[...], ids).astype(jnp.float32)
         # Behind the barrier, or XLA's CPU backend would compute sines anew in every block of a decode step.
@@ -341,6 +344,8 @@ class Llama(nnx.Module):
         values = None if intervention is None else intervention.per_layer()
         past = None if cache is None else (cache.k, cache.v)
         others = (jnp.arange(self.config.n_layers), past, values)
+        if stop_at_layer is not None:
+            others = jax.tree.map(lambda a: a[:stop_at_layer], others)
         if layers is not None:
             x, (kept, captured) = _loop_blocks(body, x, layers, others, remat)
         else:
@@ -424,10 +429,12 @@ def _scan_blocks(
 
     Left to itself, XLA's CPU backend widens all 16-bit weights to float32 before the loop, 32 GB for an 8B model. There
     the weights of one layer are taken out in the loop's body, and the barrier keeps that where it is. A gradient takes
-    them out again; else it would keep a second copy of them all.
+    them out again; else it would keep a second copy of them all. The same where the scan ends before the last block,
+    since a part of the stack would be a copy.
     """
     step, scanned = body, (blocks, *others)
-    if jax.default_backend() == "cpu" and blocks.self_attn.q_proj.dtype.itemsize == 2:
+    widened = jax.default_backend() == "cpu" and blocks.self_attn.q_proj.dtype.itemsize == 2
+    if widened or len(others[0]) < len(blocks.input_layernorm.weight[...]):
 
         def step(x, others):
             stacked, layer = lax.optimization_barrier((blocks, others[0]))

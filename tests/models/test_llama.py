@@ -295,6 +295,22 @@ def test_cached_decoding_equals_the_full_pass(pad, intervened, loop):
         np.testing.assert_array_equal(changed, (np.arange(length) >= span[0]) & (np.arange(length) < span[1]))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_pass_that_stops_at_a_layer_is_the_beginning_of_the_whole(stop, dtype):
+    _, model = pair()
+    model = jax.tree.map(lambda leaf: leaf.astype(dtype), model)
+    positions = np.broadcast_to(np.arange(T), IDS.shape)
+    rows = stack_rows([add_vector(jnp.linspace(-1, 1, 40), layer, 2.0, n_layers=3) for layer in range(3)])
+    whole, _ = RUN(model, IDS, positions, None, rows)
+    part = jax.jit(
+        lambda m: m(IDS, positions, intervention=rows, capture=lambda block: block.resid_post, stop_at_layer=stop)
+    )(model)
+    assert part.captured.shape[0] == stop
+    assert relative_error(part.captured, whole.captured[:stop]) < TOLERANCE
+    np.testing.assert_array_equal(part.resid, part.captured[-1])
+
+
 @pytest.fixture(params=["nnx_graph_mode", "nnx_graph_updates"], ids=["tree mode", "simple graph mode"])
 def other_nnx_mode(request):
     """NNX is moving from graph to tree mode."""
