@@ -118,7 +118,7 @@ def measure_pair(pair: Pair) -> dict[str, Any]:
     words = [i for i in range(256, pair.tokenizer.vocab_size) if i not in pair.tokenizer.markers.values()]
     keywords = [pair.tokenizer.encode(word)[0] for word in (" Wait", " Hmm")]
     v = {role: d.labels[role]["backtracking"] for role in d.labels}
-    lens = {role: measure.lens_z(pair.models[role], v[role], keywords, words).tolist() for role in v}
+    lens = {role: measure.keyword_lens(pair.models[role], v[role], keywords, words) for role in v}
     return {
         "layer": layer,
         "magnitude": magnitude,
@@ -129,7 +129,7 @@ def measure_pair(pair: Pair) -> dict[str, Any]:
         "choosing offsets": {name: dataclasses.asdict(c) for name, c in chosen["offset cells"].items()},
         "reasoning model": {name: dataclasses.asdict(c) for name, c in cells.items()},
         "base model": {name: dataclasses.asdict(c) for name, c in base_cells.items()},
-        "lens z": lens,
+        "lens": {role: {"excess": e.tolist(), "spread": s.tolist()} for role, (e, s) in lens.items()},
         "cosine of the two vectors": cosines(v["base"], v["reasoning"]).tolist(),
         "cosine with true belief": {role: cosines(v[role], d.belief[role].direction).tolist() for role in v},
         "offset cosine with true belief": {
@@ -162,8 +162,8 @@ def claims(found: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
     best_layer = int(np.argmax(by_layer))
     at = {offset: on[f"offset {offset}"] for offset in OFFSETS}
     best, zero = at[found["offset"]], at[0]
-    lens = {role: np.array(z) for role, z in found["lens z"].items()}
-    rising = lens["reasoning"]
+    z = {role: np.array(lens["excess"]) / np.array(lens["spread"]) for role, lens in found["lens"].items()}
+    excess = np.array(found["lens"]["reasoning"]["excess"])
     cosine = found["cosine of the two vectors"][layer]
     truth = {role: found["cosine with true belief"][role][layer] for role in ("base", "reasoning")}
     return [
@@ -203,14 +203,11 @@ def claims(found: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
         ),
         (
             "logit lens: base-derived z within -1.5 and 1.5 at every layer",
-            ", ".join(f"{z:.1f}" for z in lens["base"]),
-            bool(np.abs(lens["base"]).max() < 1.5),
+            values(z["base"]),
+            bool(np.abs(z["base"]).max() < 1.5),
         ),
-        (
-            "logit lens: reasoning-derived rises with the layer",
-            ", ".join(f"{z:.1f}" for z in rising),
-            bool(rising[-3:].min() > rising[:3].max()),
-        ),
+        ("logit lens: reasoning-derived z rises with the layer", values(z["reasoning"]), rises(z["reasoning"])),
+        ("logit lens: the same before it is divided by the words' spread (Eq. 2)", values(excess), rises(excess)),
         ("cosine of the two vectors 0.6 to 0.95", f"{cosine:.3f}", 0.6 <= cosine <= 0.95),
         (
             "cosine with the true belief direction at least 0.8",
@@ -218,6 +215,15 @@ def claims(found: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
             min(truth.values()) >= 0.8,
         ),
     ]
+
+
+def values(per_layer: np.ndarray) -> str:
+    return ", ".join(f"{value:.1f}" for value in per_layer)
+
+
+def rises(per_layer: np.ndarray) -> bool:
+    """Whether each of the last three layers is above all of the first three."""
+    return bool(per_layer[-3:].min() > per_layer[:3].max())
 
 
 def overview(pairs: Mapping[str, Mapping[str, Any]]) -> str:
@@ -251,13 +257,15 @@ def markdown(found: Mapping[str, Any], name: str) -> str:
     lines += [f"| {name} | {show(c)} | {100 * c.fitting:.1f} |" for name, c in cells.items()]
     lines += [
         "",
-        "| layer | cosine of the two | base v, belief | reasoning v, belief | R2 base | R2 reasoning |",
-        "|---|---|---|---|---|---|",
+        "| layer | cosine of the two | base v, belief | reasoning v, belief | R2 base | R2 reasoning "
+        "| base lens, excess | spread | reasoning lens, excess | spread |",
+        "|---" * 10 + "|",
     ]
     columns = (
         found["cosine of the two vectors"],
         *(found["cosine with true belief"][role] for role in ("base", "reasoning")),
         *(found["probe R2"][role] for role in ("base", "reasoning")),
+        *(found["lens"][role][what] for role in ("base", "reasoning") for what in ("excess", "spread")),
     )
     for layer, row in enumerate(zip(*columns, strict=True)):
         lines.append(f"| {layer} | " + " | ".join(f"{value:.2f}" for value in row) + " |")

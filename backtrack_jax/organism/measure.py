@@ -246,11 +246,16 @@ def r_squared(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarr
     return float(probe.fit(x.astype(np.float64), y).score(x_test.astype(np.float64), y_test))
 
 
-def lens_z(model: Llama, directions: np.ndarray, ids: Sequence[int], among: Sequence[int]) -> np.ndarray:
-    """z of some tokens' mean logit W_U v among those of all words, per layer: [L]."""
+def keyword_lens(
+    model: Llama, directions: np.ndarray, ids: Sequence[int], among: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean logit W_U v of some tokens above that of all words, and the spread of the latter, per layer: [L], [L].
+
+    The first is Eq. 2 of the paper against its background, the quotient of both a z score.
+    """
     logits = np.asarray(model.unembed(jnp.asarray(directions)))
     words = logits[:, list(among)]
-    return (logits[:, list(ids)].mean(1) - words.mean(1)) / words.std(1)
+    return logits[:, list(ids)].mean(1) - words.mean(1), words.std(1)
 
 
 def unit(direction: np.ndarray) -> np.ndarray:
