@@ -93,8 +93,9 @@ class WindowSums:
         end of the trace.
       norm_sum: [L] float64, sum over reply tokens of the residual stream's norm.
       n_tokens: reply tokens.
-      trace_ids: the traces summed, in order.
-      trace_means: [n, len(plan.layers), G, D] float32, each trace's mean over the first window; NaN where it has none.
+      trace_ids: the traces summed, in the order of their batches, which is not that in which they were given.
+      trace_means: [n, len(plan.layers), G, D] float32, each trace's mean over the first window, in the order of
+        `trace_ids`; NaN where it has none. `means_by_trace` takes them out in another order.
     """
 
     plan: WindowPlan
@@ -138,6 +139,19 @@ class WindowSums:
         if self.counts[e, g, w] == 0:
             raise ValueError(f"no window {window} of group {group!r} was read ({self.dropped[g, w]} were dropped)")
         return self.sums[e, :, g, w] / self.counts[e, g, w]
+
+    def means_by_trace(self, trace_ids: Sequence[str], group: str, layer: int) -> np.ndarray:
+        """Each trace's mean over the first window, [n, D] float32 in the order of `trace_ids`; NaN where it has none.
+
+        Raises:
+          ValueError: if a trace, the group or the means of the layer were not summed.
+        """
+        g = _index("group", group, tuple(self.plan.groups))
+        at_layer = _index("layer", layer, self.plan.layers)
+        row = {trace_id: number for number, trace_id in enumerate(self.trace_ids)}
+        if unknown := [trace_id for trace_id in trace_ids if trace_id not in row]:
+            raise ValueError(f"trace {unknown[0]!r} was not summed")
+        return self.trace_means[[row[trace_id] for trace_id in trace_ids], at_layer, g]
 
     @property
     def mean_norm(self) -> np.ndarray:

@@ -21,8 +21,10 @@ import numpy as np
 import pytest
 import tiny
 from safetensors.numpy import load_file
+from sklearn import metrics
 
 from backtrack_jax import conditions, extract, generate, pipeline, store
+from backtrack_jax.analysis import activations, probe
 from backtrack_jax.config import Experiment
 from backtrack_jax.data import records
 from backtrack_jax.models import checkpoint, prompts
@@ -288,6 +290,41 @@ def test_rates_follow_from_the_generations(tiny_run: Path) -> None:
         assert (rate["n_replies"], rate["n_problems"]) in (("6", "3"), ("4", "2"))
         assert float(rate["low"]) <= float(rate["rate"]) <= float(rate["high"])
     assert len({rate["rate"] for rate in rates}) > 10
+
+
+@pytest.mark.parametrize("source", ROLES)
+def test_the_direction_is_scored_on_problems_that_it_was_not_read_from(finished: Path, source: str) -> None:
+    """T30, from the chains on: each fold's direction is read anew from the other folds' chains alone."""
+    made = pipeline.Run(tiny.get_config())
+    e, layer = made.experiment, made.experiment.steering.layer
+    traces = records.read_traces(finished / "1-traces" / "traces.jsonl")
+    pairs = records.pair_annotations(traces, annotations(finished.parents[1]))
+    sums = extract.load_sums(finished / "3-vectors" / f"{source}.sums.safetensors")
+    if source == "reasoning":  # else a mistaken order would not be seen
+        assert sums.trace_ids != [trace.id for trace, _ in pairs]
+    fold = probe.folds([trace.problem_id for trace, _ in pairs], e.analysis.folds, e.seed)
+    tokens = {role: [stage_vectors.token_trace(made, role, *pair) for pair in pairs] for role in ROLES}
+    rng = np.random.default_rng(e.seed)
+    replies = [np.arange(trace.reply_start, len(trace.ids)) for trace in tokens["reasoning"]]
+    at = [np.sort(rng.choice(reply, min(e.analysis.positions, len(reply)), replace=False)) for reply in replies]
+    batches = activations.read(made.model("reasoning"), tokens["reasoning"], at, [layer], batch_size=len(pairs))
+    states = dict(pair for batch in batches for pair in batch)
+    scores, soon = [], []
+    for held_out in range(e.analysis.folds):
+        inside = np.flatnonzero(fold == held_out)
+        others = [tokens[source][i] for i in np.flatnonzero(fold != held_out)]
+        read = extract.window_sums(made.model(source), others, sums.plan, batch_size=3)
+        v = read.mean("backtracking", e.vectors.window)[layer] - read.mean("all", e.vectors.window)[layer]
+        centre = np.concatenate([states[i] for i in np.flatnonzero(fold != held_out)])[:, 0].mean(0)
+        for i in inside:
+            starts = [s for label, s in tokens["reasoning"][i].starts if label == "backtracking"]
+            scores += ((states[i][:, 0] - centre) @ v / np.linalg.norm(v)).tolist()
+            soon += [any(1 <= s - t <= e.analysis.horizons[0] for s in starts) for t in at[i]]
+    with (finished / "5-analysis" / "reasoning.probe.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["method"] == f"{source}-derived direction"]
+    (row,) = (r for r in rows if (int(r["layer"]), int(r["horizon"])) == (layer, e.analysis.horizons[0]))
+    assert float(row["auc"]) == pytest.approx(metrics.roc_auc_score(soon, scores), abs=1e-4)
+    assert float(row["average_precision"]) == pytest.approx(metrics.average_precision_score(soon, scores), abs=1e-3)
 
 
 def test_every_stage_keeps_what_it_was_computed_with(tiny_run: Path) -> None:
@@ -828,6 +865,18 @@ def test_a_chain_that_the_judge_left_unlabelled_is_counted_not_fatal(fresh: Path
     Path(tiny.CHAINS).write_text(json.dumps(chains))
     run(tiny.get_config(), "1", "2")
     assert "no_sections" in (fresh / "2-annotations" / "summary.txt").read_text()
+
+
+def test_a_single_trace_goes_all_the_way(fresh: Path) -> None:
+    """A first try; what takes a second problem, as a probe does, is empty."""
+    e = tiny.get_config()
+    e.traces.limit = 1
+    e.steering.limit = 1
+    run(e)
+    with (fresh / "5-analysis" / "reasoning.probe.csv").open() as file:
+        aucs = [row["auc"] for row in csv.DictReader(file) if row["method"] != "random direction"]
+    assert aucs and set(aucs) <= {"", "nan"}
+    assert (fresh / "6-report" / "report.html").exists()
 
 
 def test_traces_without_labels_need_a_judge(fresh: Path) -> None:

@@ -87,7 +87,9 @@ def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
 def score(
     scores: np.ndarray, positive: np.ndarray, problems: Sequence[str], *, n_resamples: int = 500, seed: int = 0
 ) -> Score:
-    """AUC with its bootstrap interval over problems ([N] each), and average precision."""
+    """AUC with its bootstrap interval over problems ([N] each), and average precision; nan where nothing is scored."""
+    if not len(scores):
+        return Score(*[float("nan")] * 4)
     names, group = np.unique(np.asarray(problems, str), return_inverse=True)
     draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), n_resamples)
     resampled = np.concatenate([roc_auc(scores, positive, part[:, group]) for part in np.array_split(draws, 10)])

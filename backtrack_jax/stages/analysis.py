@@ -54,7 +54,7 @@ def analyse(run: "Run", folder: Path) -> None:
     tables.write(folder / "effects.csv", replies.effects(rows))
     tables.write(folder / "similarity.csv", _similarity(run, sums))
     tables.write(folder / "label_cosines.csv", _label_cosines(run, sums))
-    tables.write(folder / "reliability.csv", _reliability(run, sums, traces))
+    tables.write(folder / "reliability.csv", _reliability(run, sums, [trace for trace, _ in pairs]))
     tables.write(folder / "windows.csv", _windows(sums))
     tables.write(folder / "agreement.csv", _agreement(run, traces, annotated))
 
@@ -204,7 +204,7 @@ def _probe(run: "Run", role: str, folder: Path, pairs: Pairs, sums: dict[str, ex
             starts = [[at for label, at in trace.starts if label == e.vectors.label] for trace in read]
             soon = [probe.starts_soon(s, at, horizon) for s, at in zip(starts, chosen, strict=True)]
             tokens = probe.Tokens(at, traces, np.concatenate(soon))
-            rows += _probe_rows(run, role, layer, horizon, tokens, [trace.problem_id for trace, _ in pairs], sums)
+            rows += _probe_rows(run, role, layer, horizon, tokens, [trace for trace, _ in pairs], sums)
     tables.write(folder / f"{role}.probe.csv", rows)
 
 
@@ -232,11 +232,13 @@ def _probe_rows(
     layer: int,
     horizon: int,
     tokens: probe.Tokens,
-    problems: Sequence[str],
+    traces: Sequence[records.Trace],
     sums: dict[str, extract.WindowSums],
 ) -> Rows:
     """Scores of the directions, a random one, and a logistic regression at the steered layer, on the same tokens."""
     e, spec = run.experiment, run.experiment.analysis
+    problems = [trace.problem_id for trace in traces]
+    ids = [trace.id for trace in traces]
     fold = probe.folds(problems, spec.folds, e.seed)
     of_token = np.array(problems)[tokens.traces]
     scored = {
@@ -244,7 +246,8 @@ def _probe_rows(
         @ np.random.default_rng(e.seed).standard_normal(tokens.activations.shape[1])
     }
     for source, total in sums.items():
-        positive, contrast = (_trace_means(total, layer, group) for group in (e.vectors.label, e.vectors.contrast))
+        groups = (e.vectors.label, e.vectors.contrast)
+        positive, contrast = (total.means_by_trace(ids, group, layer) for group in groups)
         scored[f"{source}-derived direction"] = probe.direction_scores(tokens, positive, contrast, fold)
     if layer == e.steering.layer:
         scored["logistic regression"] = probe.logistic_scores(tokens, fold)
@@ -259,11 +262,6 @@ def _probe_rows(
             | {"n_problems": len(set(of_token))}
         )
     return rows
-
-
-def _trace_means(sums: extract.WindowSums, layer: int, group: str) -> np.ndarray:
-    """[n, D]: each trace's mean over the experiment's windows of a group of labels."""
-    return sums.trace_means[:, sums.plan.layers.index(layer), list(sums.plan.groups).index(group)]
 
 
 def _shown(run: "Run", read: Sequence[extract.TokenTrace]) -> list[int]:
@@ -362,13 +360,15 @@ def _label_cosines(run: "Run", sums: dict[str, extract.WindowSums]) -> Rows:
 
 def _reliability(run: "Run", sums: dict[str, extract.WindowSums], traces: Sequence[records.Trace]) -> Rows:
     """Split-half cosine of every label's vector at the layers whose trace means were kept."""
-    problem = {trace.id: trace.problem_id for trace in traces}
+    spec = run.experiment.vectors
+    problems = [trace.problem_id for trace in traces]
+    ids = [trace.id for trace in traces]
     rows = []
     for role, total in sums.items():
-        problems = [problem[i] for i in total.trace_ids]
         for layer in total.plan.layers:
             for label in (name for name in total.plan.groups if name not in ("all", "rest")):
-                positive, contrast = (_trace_means(total, layer, group) for group in (label, "all"))
+                groups = (label, spec.contrast if label == spec.label else "all")
+                positive, contrast = (total.means_by_trace(ids, group, layer) for group in groups)
                 found = similarity.split_half(positive, contrast, problems, seed=run.experiment.seed)
                 rows.append({"role": role, "layer": layer, "label": label} | found._asdict())
     return rows

@@ -35,6 +35,12 @@ def test_one_kind_of_token_has_no_auc() -> None:
     assert np.isnan(probe.average_precision(scores, np.zeros(4, bool)))
 
 
+def test_nothing_scored_has_no_score() -> None:
+    """As where there is one problem: nothing is left to read a direction from."""
+    found = probe.score(np.zeros(0), np.zeros(0, bool), [])
+    assert np.isnan([found.auc, found.low, found.high, found.average_precision]).all()
+
+
 def test_the_interval_is_that_of_drawing_problems_one_by_one(ranking: tuple[np.ndarray, np.ndarray]) -> None:
     scores, positive = ranking
     problems = np.arange(300) // 30
