@@ -1,6 +1,7 @@
 """What a result was computed with: versions, device, source revision."""
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -12,14 +13,21 @@ _PACKAGES = ("backtrack-jax", "jax", "jaxlib", "flax", "numpy", "tokenizers", "s
 
 
 def describe() -> dict[str, Any]:
-    """Versions, device and git revision as JSON values; nothing in it identifies the machine or its user."""
+    """Versions, device, XLA's flags and git revision as JSON values; nothing identifies the machine or its user."""
     device = jax.devices()[0]
     return {
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}
-        | {"python": platform.python_version()},
+        "versions": {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         "device": {"kind": device.device_kind, "platform": device.platform, "count": jax.device_count()},
+        "xla_flags": [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "/" not in flag],  # no folder
         "git_revision": _git_revision(),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # this one, run from its folder
+        return "not installed"
 
 
 def _git_revision() -> str:

@@ -290,10 +290,11 @@ class Reply:
 
 
 def batches(lengths: Sequence[int], batch_size: int) -> list[tuple[int, list[int]]]:
-    """Groups rows into (padded length, row numbers) of at most `batch_size` rows of similar length.
+    """Groups rows into (padded length, row numbers) of at most `batch_size` rows of similar length, longest first.
 
     What does not fill a batch joins the next longer bucket, since an incomplete batch takes as long as a full one and
-    a bucket of its own takes a compilation.
+    a bucket of its own takes a compilation. The longest come first, so that what does not fit into memory fails at once
+    and not after hours.
     """
     order = sorted(range(len(lengths)), key=lambda row: bucket(lengths[row]))
     groups = []
@@ -303,7 +304,9 @@ def batches(lengths: Sequence[int], batch_size: int) -> list[tuple[int, list[int
         while len(waiting) >= batch_size:
             groups.append((padded, waiting[:batch_size]))
             waiting = waiting[batch_size:]
-    return groups + ([(bucket(lengths[waiting[-1]]), waiting)] if waiting else [])
+    if waiting:
+        groups.append((bucket(lengths[waiting[-1]]), waiting))
+    return sorted(groups, key=lambda group: -group[0])
 
 
 def generate_rows(

@@ -133,7 +133,11 @@ def check_vocabulary(role: str, config: LlamaConfig, tokenizer: Tokenizer, not_r
 
 
 def stage_inputs(e: Experiment) -> dict[str, dict[str, Any]]:
-    """What the results of each stage depend on besides those of the stages before: config, and files by content."""
+    """What the results of each stage depend on besides those of the stages before: config, and files by content.
+
+    Where replies are sampled or read one by one, the size of a batch is left out, so that a run which met the end of
+    memory goes on with smaller ones. Sums over traces can only be resumed in the same batches.
+    """
     models = {role: _without(e.model(role), "path") | {"weights": weights_id(e.model(role).path)} for role in e.roles}
     prompt = dataclasses.asdict(e.prompt) | {"tokenizer": weights_id(e.tokenizer_path)}
     traces: dict[str, Any]
@@ -141,14 +145,17 @@ def stage_inputs(e: Experiment) -> dict[str, dict[str, Any]]:
         traces = {"traces": {"file": store.file_hash(data_path(e.traces.path)), "limit": e.traces.limit}}
     else:
         asked = store.fingerprint({"problems": [dataclasses.asdict(problem) for problem in problems(e)]})
-        sampling = _without(e.traces, "path", "stand_in", "problems", "limit") | {"problems": asked}
+        sampling = _without(e.traces, "path", "stand_in", "problems", "limit", "batch_size") | {"problems": asked}
         traces = {"traces": sampling, "prompt": prompt, "model": models[e.author], "seed": e.seed}
     return {
         "1-traces": traces,
         "2-annotations": {"annotations": {"judge": e.judge} | _judge_inputs(e, e.judge)},
         "3-vectors": {"vectors": dataclasses.asdict(e.vectors), "models": models, "prompt": prompt},
-        "4-steering": {"steering": dataclasses.asdict(e.steering), "seed": e.seed},
-        "5-analysis": {"analysis": dataclasses.asdict(e.analysis), "judge": _judge_inputs(e, e.analysis.judge)},
+        "4-steering": {"steering": _without(e.steering, "batch_size"), "seed": e.seed},
+        "5-analysis": {
+            "analysis": _without(e.analysis, "batch_size"),
+            "judge": _judge_inputs(e, e.analysis.judge),
+        },
         "6-report": {"name": e.name},
     }
 

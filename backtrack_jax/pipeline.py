@@ -10,7 +10,8 @@
                    {role}.lens.csv, {role}.lens_tokens.csv      what vectors spell through each unembedding
                    {role}.probe.csv, {role}.projections.json    how far projections tell what comes
                    agreement.csv                                keyword judge against the labels of the run
-    6-report       steering.png .pdf .csv, summary.md
+                   judged.jsonl, judge_agreement.csv            labels of the replies, with analysis.judge
+    6-report       report.html, summary.md; every figure as .png, .pdf and .csv
 
 Every folder also holds inputs.json, what the stage's results depend on, and run.json, what they were computed with. A
 stage runs when the fingerprint of its inputs is not the one in its `DONE` file. Work inside a stage is kept batch by
@@ -37,7 +38,7 @@ from backtrack_jax.progress import say
 from backtrack_jax.stages import analysis, annotations, report, steering, traces, vectors
 
 STAGES = ("1-traces", "2-annotations", "3-vectors", "4-steering", "5-analysis", "6-report")
-_FORMAT = 1  # of the artifacts; a higher number makes every stage run again
+_FORMAT = 2  # of the artifacts and of what a seed draws; a higher number makes every stage run again
 
 
 def stage_names(wanted: Sequence[str]) -> tuple[str, ...]:
@@ -89,20 +90,33 @@ class Run:
         if any(not self.done(name) for name in with_models.intersection(self.stages)):
             self._check_models()
         self.workdir.mkdir(parents=True, exist_ok=True)
-        for name in needed:
-            folder = store.StageFolder(self.workdir, name, self.inputs[name])
-            if folder.done:
-                say(f"{name}: done before")
-                continue
-            if folder.changed:
-                say(f"{name}: runs again, since {', '.join(folder.changed)} changed; old results are in superseded/")
-            else:
-                say(f"{name}:")
-            described = {"config": dataclasses.asdict(self.experiment), **environment.describe()}
-            store.write_text(folder.path / "run.json", json.dumps(described, indent=1) + "\n")
-            _BODIES[name](self, folder.path)
-            folder.finish()
+        with store.locked(self.workdir):
+            for name in needed:
+                self._run_stage(name)
         say(f"results are in {self.workdir}")
+
+    def _run_stage(self, name: str) -> None:
+        folder = store.StageFolder(self.workdir, name, self.inputs[name])
+        if folder.done:
+            say(f"{name}: done before")
+            return
+        if folder.changed:
+            say(f"{name}: runs again, since {', '.join(folder.changed)} changed; old results are in superseded/")
+        else:
+            say(f"{name}:")
+        self._describe(folder.path / "run.json")
+        _BODIES[name](self, folder.path)
+        folder.finish()
+
+    def _describe(self, path: Path) -> None:
+        """Writes what a stage is computed with; what an interrupted run had computed its part with is kept."""
+        described = {"config": dataclasses.asdict(self.experiment), **environment.describe()}
+        if path.exists():
+            before = json.loads(path.read_text())
+            earlier = before.pop("earlier", [])
+            earlier += [before] * (before != json.loads(json.dumps(described)))
+            described |= {"earlier": earlier} if earlier else {}
+        store.write_text(path, json.dumps(described, indent=1) + "\n")
 
     def done(self, name: str) -> bool:
         """Whether a stage is complete under the present inputs."""

@@ -9,6 +9,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
+import jax
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -40,6 +41,11 @@ def main(argv: Sequence[str]) -> None:
             run.run()
     except (ValueError, OSError, FloatingPointError, JudgeStopped) as error:
         sys.exit(f"error: {error}")
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        first = str(error).splitlines()[0]
+        sys.exit(f"error: the device is out of memory; lower batch_size of this stage and run again ({first})")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on where this run was")
 

@@ -7,10 +7,12 @@ results/smollm2/3-vectors/inputs.json    what the stage's results depend on
 Equal results are equal files, byte for byte: no time, no address and no arbitrary order is written.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,23 @@ class StageFolder:
         write_text(self.path / "DONE", self.fingerprint + "\n")
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of a folder's stages, until it is left or the process dies.
+
+    Raises:
+      BlockingIOError: another process has locked it.
+    """
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"{folder} is in use by another run; wait for it, stop it, or take another") from None
+        except OSError:  # a network drive without locks, where two runs are the user's own affair
+            pass
+        yield
+
+
 def peek(workdir: Path, name: str, inputs: Mapping[str, Any]) -> Path | None:
     """Folder of a stage that is complete under these inputs, in place or aside; None if it is not. Writes nothing."""
     wanted = fingerprint(inputs)
@@ -93,10 +112,14 @@ def file_hash(path: Path) -> str:
 def weights_hash(path: Path) -> str:
     """Hash of a checkpoint's file names, sizes and contents; of a large file, of 16 MiB spread over it.
 
+    Hidden files and folders do not count: what git and the hub's cache keep there changes by itself.
+
     Reading 16 GB to compare them would take too long.
     """
     digest = hashlib.sha256()
     for file, name in _files(path):
+        if any(part.startswith(".") for part in Path(name).parts):
+            continue
         size = file.stat().st_size
         digest.update(f"{name} {size}".encode())
         with file.open("rb") as stream:

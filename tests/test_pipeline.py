@@ -48,7 +48,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 def contents(results: Path) -> dict[str, bytes]:
     """All artifacts by name. run.json is left out: the revision in it changes while one works on the source."""
-    files = (path for path in results.rglob("*") if path.is_file() and path.name != "run.json")
+    files = (path for path in results.rglob("*") if path.is_file() and path.name not in ("run.json", ".lock"))
     return {str(path.relative_to(results)): path.read_bytes() for path in files}
 
 
@@ -337,6 +337,8 @@ def test_every_stage_keeps_what_it_was_computed_with(tiny_run: Path) -> None:
         assert described["versions"]["jax"] == jax.__version__
         assert {"backtrack-jax", "numpy", "python", "safetensors"} <= described["versions"].keys()
         assert described["device"]["platform"] == jax.devices()[0].platform
+        assert described["xla_flags"] == os.environ.get("XLA_FLAGS", "").split()
+        assert "earlier" not in described
         assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?|unknown", described["git_revision"])
 
 
@@ -456,6 +458,38 @@ def test_a_file_with_other_content_is_another_input(finished: Path, name: str, s
     path.write_bytes(data)
     made = pipeline.Run(e)
     assert [name for name in pipeline.STAGES if made.done(name)] == [name for name in pipeline.STAGES if name < stage]
+
+
+def test_hidden_files_beside_a_model_do_not_matter(finished: Path) -> None:
+    """As `git fetch` in a cloned repository and the hub's cache change them."""
+    for name in ("base/.git/index", "base/.cache/huggingface/model.safetensors.metadata", "base/.gitattributes"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("changes by itself")
+    assert all(pipeline.Run(tiny.get_config()).done(name) for name in pipeline.STAGES)
+
+
+def test_smaller_batches_go_on_where_larger_ones_were(fresh: Path, tiny_run: Path) -> None:
+    """After two batches of 32 rows, batches of 7: rows that are there stay, and all come to the same texts."""
+    started = [sys.executable, "-c", KILLER, "append_lines", "2", f"--config={TINY}"]
+    assert subprocess.run(started, capture_output=True).returncode == -signal.SIGKILL
+    done = command("--config.steering.batch_size=7", "--config.analysis.batch_size=5")
+    assert done.returncode == 0, done.stderr
+    assert "3-vectors: done before" in done.stderr and "superseded" not in done.stderr
+    name = "4-steering/generations.jsonl"
+    assert lines_of(fresh / name) == lines_of(tiny_run / "results" / "tiny" / name)
+    described = json.loads((fresh / "4-steering" / "run.json").read_text())
+    assert described["config"]["steering"]["batch_size"] == 7
+    assert [before["config"]["steering"]["batch_size"] for before in described["earlier"]] == [32]
+
+
+def test_a_folder_is_one_runs_at_a_time(finished: Path) -> None:
+    e = tiny.get_config()
+    e.steering.limit = 2
+    with store.locked(finished):
+        with pytest.raises(BlockingIOError, match="results/tiny is in use by another run; wait for it"):
+            run(e)
+        assert pipeline.Run(tiny.get_config()).done("4-steering")  # nothing was moved
+    run(e, "4")
 
 
 def test_settings_of_sampling_do_not_matter_to_imported_traces(finished: Path) -> None:

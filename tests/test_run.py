@@ -8,11 +8,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import pytest
 import tiny
 from absl import flags
 
-from backtrack_jax import run
+from backtrack_jax import generate, run
 from backtrack_jax.models import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -175,6 +176,20 @@ def test_the_process_ends_with_a_code_and_no_traceback(fresh: Path) -> None:
         )
         assert done.returncode == 1 and done.stderr.startswith("error: ") and named in done.stderr
         assert "Traceback" not in done.stderr and not done.stdout
+
+
+def test_the_end_of_memory_names_the_way_out(
+    finished: Path, command: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes.\nmore")
+
+    monkeypatch.setattr(generate, "compiled_generate", full)
+    _, message = command(TINY, "--config.seed=5")
+    assert message == (
+        "error: the device is out of memory; lower batch_size of this stage and run again "
+        "(RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes.)"
+    )
 
 
 def test_workdir_and_overrides_reach_the_run(fresh: Path, command: Callable[..., tuple[str, str]]) -> None:
