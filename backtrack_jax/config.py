@@ -223,6 +223,8 @@ class Experiment:
       name: of the run; its results go to `workdir/name`.
       workdir: folder for results.
       seed: of all sampling.
+      data_parallel: copies of the model, among which the rows of a batch are divided.
+      model_parallel: devices that each copy is spread over. Both at 1 use the default device alone.
       roles: which models take part: `base`, `reasoning` or both.
       tokenizer: where the tokenizer is; empty for the reasoning model's path (the base model's, if it is alone). Traces
         are tokenised once, and both models read the same ids.
@@ -239,6 +241,8 @@ class Experiment:
     name: str = "experiment"
     workdir: str = "results"
     seed: int = 0
+    data_parallel: int = 1
+    model_parallel: int = 1
     roles: tuple[str, ...] = ROLES
     tokenizer: str = ""
     prompt: PromptSpec = dataclasses.field(default_factory=PromptSpec)
@@ -293,6 +297,7 @@ def check(experiment: Experiment) -> None:
         faults.append(_fault("name", e.name, "the name of a folder"))
     if not (isinstance(e.seed, int) and 0 <= e.seed < 2**32):
         faults.append(_fault("seed", e.seed, "0 to 2^32 - 1"))
+    faults += _device_faults(e)
     if faults:
         raise ValueError("the config cannot run:\n  " + "\n  ".join(faults))
 
@@ -320,6 +325,21 @@ def _not_one_of(field: str, value: str, accepted: Sequence[str]) -> list[str]:
 
 def _repeated(field: str, values: Sequence[object]) -> list[str]:
     return [] if len(set(values)) == len(values) else [_fault(field, values, "every entry once")]
+
+
+def _device_faults(e: Experiment) -> list[str]:
+    copies = e.data_parallel
+    faults = [
+        _fault(field, value, "at least 1")
+        for field, value in (("data_parallel", copies), ("model_parallel", e.model_parallel))
+        if value < 1
+    ]
+    sizes = {name: getattr(e, name).batch_size for name in ("traces", "vectors", "steering", "analysis")}
+    return faults + [
+        _fault(f"{name}.batch_size", size, f"a multiple of data_parallel={copies}")
+        for name, size in sizes.items()
+        if copies > 1 and size % copies
+    ]
 
 
 def _model_faults(e: Experiment) -> list[str]:

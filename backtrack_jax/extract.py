@@ -27,6 +27,7 @@ from backtrack_jax import store
 from backtrack_jax.generate import batches
 from backtrack_jax.models.batching import right_pad
 from backtrack_jax.models.llama import BlockOutput, Llama
+from backtrack_jax.models.sharding import place_rows
 
 ESTIMATORS = ("trace_mean", "token_mean")
 _ARRAYS = ("sums", "counts", "read", "dropped", "norm_sum", "trace_means")
@@ -263,7 +264,8 @@ def _add_batch(total: WindowSums, model: Llama, rows: Sequence[TokenTrace], padd
     for i, row in enumerate(rows):
         reply[i, row.reply_start : len(row.ids)] = 1
 
-    out = jax.device_get(_program(model)(model, ids, positions, reads, scale, reply, np.array(plan.layers, int)))
+    batch = place_rows(model, (ids, positions, reads, scale, reply))
+    out = jax.device_get(_program(model)(model, *batch, np.array(plan.layers, int)))
     _check_finite(out["finite"], rows)
     total.sums += out["sums"]
     total.counts += np.stack([(group_reads > 0).sum(0), group_reads.sum(0)])

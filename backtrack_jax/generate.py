@@ -17,6 +17,7 @@ from jax import lax
 from backtrack_jax.intervention import Intervention, stack_rows
 from backtrack_jax.models.batching import bucket, left_pad
 from backtrack_jax.models.llama import PAD, KVCache, Llama
+from backtrack_jax.models.sharding import place_rows
 
 _NOISE_STREAM = np.uint32(0xFFFFFFFF)  # sampling step numbers never get here
 _CDF_BLOCK = 128
@@ -333,12 +334,10 @@ def generate_rows(
             continue
         filled = [rows[i] for i in members] + [rows[members[-1]]] * (batch_size - len(members))
         ids, positions = left_pad([row.prompt for row in filled], padded)
+        keys, interventions = jnp.stack([row.key for row in filled]), stack_rows([row.intervention for row in filled])
         out = compiled_generate(
             model,
-            ids,
-            positions,
-            jnp.stack([row.key for row in filled]),
-            stack_rows([row.intervention for row in filled]),
+            *place_rows(model, (ids, positions, keys, interventions)),
             sampling,
             np.array(stop_ids, np.int32),
             max_new_tokens=max_new_tokens,

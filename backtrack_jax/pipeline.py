@@ -25,7 +25,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from backtrack_jax import environment, inputs, store
 from backtrack_jax.config import Experiment
@@ -33,6 +35,7 @@ from backtrack_jax.judges.settings import read_key
 from backtrack_jax.models import checkpoint, prompts
 from backtrack_jax.models.config import LlamaConfig
 from backtrack_jax.models.llama import Llama
+from backtrack_jax.models.sharding import make_mesh, shardings
 from backtrack_jax.models.tokenizer import Tokenizer
 from backtrack_jax.progress import say
 from backtrack_jax.stages import analysis, annotations, report, steering, traces, vectors
@@ -135,6 +138,22 @@ class Run:
         prompts.check_tokenizer(tokenizer)
         return tokenizer
 
+    @functools.cached_property
+    def mesh(self) -> Mesh | None:
+        """The devices of the run; None for the default one alone.
+
+        Raises:
+          ValueError: there are not so many.
+        """
+        copies, parts, there = self.experiment.data_parallel, self.experiment.model_parallel, jax.device_count()
+        if copies * parts > there:
+            raise ValueError(
+                f"data_parallel={copies} x model_parallel={parts} takes {copies * parts} devices, there are {there}"
+            )
+        if idle := there - copies * parts:
+            say(f"  {idle} of {there} devices idle; see data_parallel and model_parallel")
+        return make_mesh(parts, jax.devices()[: copies * parts]) if copies * parts > 1 else None
+
     def model(self, role: str) -> Llama:
         """The model of a role; only one checkpoint is held at a time."""
         spec = self.experiment.model(role)
@@ -142,7 +161,8 @@ class Run:
         if key not in self._models:
             self._models.clear()
             say(f"  loading the {role} model, {spec.path}")
-            self._models[key] = checkpoint.load(spec.path, revision=spec.revision or None, dtype=spec.dtype)
+            revision = spec.revision or None
+            self._models[key] = checkpoint.load(spec.path, revision=revision, dtype=spec.dtype, mesh=self.mesh)
         return self._models[key]
 
     def roles_by_need(self) -> list[str]:
@@ -170,6 +190,8 @@ class Run:
         for role in e.roles:
             not_read = () if e.model(role).markers == "keep" else prompts.r1_markers(self.tokenizer)
             inputs.check_vocabulary(role, self.architecture(role), self.tokenizer, not_read)
+            if self.mesh is not None:
+                shardings(self.architecture(role), self.mesh)  # refuses sizes that the devices do not divide
 
 
 def _chained(own: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

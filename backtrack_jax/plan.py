@@ -204,7 +204,8 @@ def _imported(e: Experiment) -> list[records.Trace]:
 
 
 def _weights(e: Experiment, role: str, config: LlamaConfig) -> str:
-    return _gigabytes(config.n_parameters * _BYTES[e.model(role).dtype])
+    size = config.n_parameters * _BYTES[e.model(role).dtype]
+    return _gigabytes(size) + (f" over {e.model_parallel} devices" if e.model_parallel > 1 else "")
 
 
 def _gigabytes(size: int) -> str:

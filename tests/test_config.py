@@ -108,6 +108,8 @@ def set_field(e: Experiment, name: str, value: object) -> Experiment:
         ("steering.samples", 0),
         ("steering.max_new_tokens", 0),
         ("steering.batch_size", 0),
+        ("data_parallel", 0),
+        ("model_parallel", 0),
     ],
 )
 def test_a_wrong_value_is_named(field: str, value: object) -> None:
@@ -123,6 +125,7 @@ def test_a_wrong_value_is_named(field: str, value: object) -> None:
     [
         ({"base.markers": "replace"}, "base.marker_replacement=-1"),
         ({"prompt.format": "alpaca"}, "prompt.format='alpaca'"),
+        ({"data_parallel": 8}, "vectors.batch_size=4, expected a multiple of data_parallel=8"),
         ({"prompt.format": "chat"}, "base.markers='drop'"),
         ({"prompt.format": "plain", "prompt.system": "Think.", "base.markers": "keep"}, "prompt.system='Think.'"),
         ({"annotations.judge": "keyword", "annotations.variant": "hmm"}, "annotations.variant='hmm'"),

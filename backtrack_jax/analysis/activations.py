@@ -10,6 +10,7 @@ from backtrack_jax.extract import TokenTrace
 from backtrack_jax.generate import batches
 from backtrack_jax.models.batching import bucket, right_pad
 from backtrack_jax.models.llama import Llama
+from backtrack_jax.models.sharding import place_rows
 
 
 def read(
@@ -46,7 +47,8 @@ def read(
         at = np.zeros((batch_size, most), np.int32)
         for row, i in enumerate(members):
             at[row, : len(positions[i])] = positions[i]
-        out = np.asarray(_gather(model, ids, places, at, np.array(layers, np.int32), stop_at_layer=max(layers) + 1))
+        batch = place_rows(model, (ids, places, at))
+        out = np.asarray(_gather(model, *batch, np.array(layers, np.int32), stop_at_layer=max(layers) + 1))
         yield [(i, np.moveaxis(out[:, row, : len(positions[i])], 0, 1)) for row, i in enumerate(members)]
 
 

@@ -14,6 +14,7 @@ from jax import lax
 from backtrack_jax.generate import batches
 from backtrack_jax.models.batching import right_pad
 from backtrack_jax.models.llama import Llama
+from backtrack_jax.models.sharding import place_rows
 
 _LOGITS_AT_ONCE = 1 << 27  # numbers; all of an 8B model's batch would be 16 GB
 
@@ -45,7 +46,7 @@ def log_likelihoods(
         filled = members + [members[-1]] * (batch_size - len(members))
         ids, positions = right_pad([sequences[row] for row in filled], padded)
         starts = np.array([len(prompts[row]) for row in filled])
-        sums = np.asarray(_reply_sums(model, ids, positions, starts), np.float64)
+        sums = np.asarray(_reply_sums(model, *place_rows(model, (ids, positions, starts))), np.float64)
         lengths = np.array([len(replies[row]) for row in members])
         means = np.divide(sums[: len(members)], lengths, out=np.full(len(members), np.nan), where=lengths > 0)
         yield list(zip(members, means.tolist(), strict=True))

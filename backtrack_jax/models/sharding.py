@@ -85,6 +85,17 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(DATA))
 
 
+def place_rows(model: Llama, rows: Any) -> Any:
+    """Arrays whose leading axis is the batch, divided among the copies of a model; as they are on a single device.
+
+    A batch that the copies do not divide is left to each of them whole.
+    """
+    sharding = model.embed_tokens[...].sharding
+    if not isinstance(sharding, NamedSharding) or len(jax.tree.leaves(rows)[0]) % sharding.mesh.shape[DATA]:
+        return rows
+    return jax.device_put(rows, batch_sharding(sharding.mesh))
+
+
 def _spec(name: str, n_axes: int) -> PartitionSpec:
     axes: list[str | None] = [None] * n_axes
     if name in _SPLIT_AXIS:

@@ -10,14 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 from helpers import hf_llama, relative_error, save
 
+from backtrack_jax import extract, generate, pipeline, store
+from backtrack_jax.analysis import activations, coherence
 from backtrack_jax.intervention import add_vector, stack_rows
 from backtrack_jax.models import checkpoint
 from backtrack_jax.models.config import LlamaConfig
 from backtrack_jax.models.llama import Llama
-from backtrack_jax.models.sharding import batch_sharding, make_mesh, shardings
+from backtrack_jax.models.sharding import batch_sharding, make_mesh, place_rows, shardings
 
 pytestmark = pytest.mark.hf
 
@@ -100,6 +103,71 @@ def test_the_forward_pass_is_the_same_on_a_mesh(devices, folder):
     for ours, expected in zip(split, plain, strict=True):
         assert relative_error(ours, expected) < 1e-5
     assert {shard.data.shape[0] for shard in split[1].addressable_shards} == {B // 2}
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_long_runs_come_to_the_same_on_a_mesh(devices, folder, parts):
+    """Steered sampling, window sums, single activations, likelihoods; the last batch of each is incomplete."""
+    rng = np.random.default_rng(0)
+    vector = jax.random.normal(jax.random.key(0), (40,))
+    prompts = [rng.integers(0, 131, n).tolist() for n in (5, 9, 3, 7, 8, 2)]
+    rows = [
+        generate.Row(prompt, generate.row_key(0, "p", n), add_vector(vector, 1, float(n), n_layers=3))
+        for n, prompt in enumerate(prompts)
+    ]
+    traces = [extract.TokenTrace(str(n), prompt, 1, [("a", 1)]) for n, prompt in enumerate(prompts)]
+    plan = extract.WindowPlan(("a",), {"a": ("a",)}, ((0, 0),), (1,))
+
+    def everything(model: Llama) -> tuple[list, ...]:
+        steered = generate.generate_rows(
+            model, rows, sampling=generate.Sampling(1.0, 0.9), stop_ids=(3,), max_new_tokens=6, batch_size=B
+        )
+        replies = [pair for batch in steered for pair in batch]
+        sums = extract.window_sums(model, traces, plan, batch_size=B).sums
+        at = [np.array([0, len(prompt) - 1]) for prompt in prompts]
+        states = [x for batch in activations.read(model, traces, at, (0, 1), batch_size=B) for _, x in batch]
+        likely = coherence.log_likelihoods(model, prompts, [reply.ids for _, reply in sorted(replies)], batch_size=B)
+        return replies, [sums, *states, np.array([x for batch in likely for _, x in batch])]
+
+    replies, numbers = everything(checkpoint.load(str(folder)))
+    model = checkpoint.load(str(folder), mesh=make_mesh(parts, devices))
+    placed = place_rows(model, (np.zeros((B, 7)), jnp.zeros(B)))
+    assert {shard.data.shape[0] for leaf in placed for shard in leaf.addressable_shards} == {B * parts // 4}
+    on_mesh, same = everything(model)
+    assert on_mesh == replies
+    for ours, expected in zip(same, numbers, strict=True):
+        assert relative_error(ours, expected) < 1e-5
+
+
+def test_an_experiment_on_four_devices_comes_to_the_same(devices, tmp_path, monkeypatch):
+    """But where a batch of one row cannot be divided, each device reads it whole."""
+    tiny.write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    e = tiny.get_config()
+    e.steering.offsets = e.steering.layers = ()
+    e.steering.kinds, e.steering.limit = ("backtracking", "noise"), 1
+    pipeline.Run(e).run()
+    e.name, e.data_parallel = "four", 4
+    pipeline.Run(e).run()
+    alone, four = (store.read_lines(Path("results", name, "4-steering/generations.jsonl")) for name in ("tiny", "four"))
+    assert [line["ids"] for line in four] == [line["ids"] for line in alone]  # vectors differ in their last bits
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("data_parallel", 8, "data_parallel=8 x model_parallel=1 takes 8 devices, there are 4"),
+        ("model_parallel", 2, "model axis of 2 devices does not divide num_key_value_heads=1"),
+    ],
+)
+def test_devices_that_an_experiment_cannot_use_stop_it(devices, tmp_path, monkeypatch, field, value, message):
+    tiny.write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    e = tiny.get_config()
+    setattr(e, field, value)
+    with pytest.raises(ValueError, match=message):
+        pipeline.Run(e).run()
+    assert not Path("results").exists()
 
 
 def test_sizes_that_the_mesh_does_not_divide_are_refused_together(devices, folder):
