@@ -24,19 +24,10 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from backtrack_jax.data.records import LABELS, Annotation, Note, Rejection, Section, Trace
+from backtrack_jax.models.prompts import END_MARKERS
 
 FUZZY_RATIO = 0.9
 """`difflib` ratio (2 x matching characters / characters of both) above which an altered text is still placed."""
-
-END_MARKERS = (
-    "</think>",
-    "<｜end▁of▁sentence｜>",
-    "<|end_of_text|>",
-    "<|eot_id|>",
-    "<|endoftext|>",
-    "<|im_end|>",
-)
-"""Text of the tokens that end the reasoning or the reply; what follows the first of them is not reasoning."""
 
 
 class Reason(StrEnum):

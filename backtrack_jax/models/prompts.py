@@ -80,8 +80,8 @@ _SAMPLES = ("Wait, no.\n\nHmm", "  two  spaces and\ta tab ", "naïve: ∑ x² �
 
 _R1_TEXTS = ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>")  # the bars are U+FF5C
 
-# Where the reasoning of a reply ends, when it is read by a tokenizer that has no such token too.
-_END_TEXTS = ("</think>", "<｜end▁of▁sentence｜>", "<|end_of_text|>", "<|eot_id|>", "<|endoftext|>", "<|im_end|>")
+END_MARKERS = ("</think>", "<｜end▁of▁sentence｜>", "<|end_of_text|>", "<|eot_id|>", "<|endoftext|>", "<|im_end|>")
+"""Texts that end the reasoning or the reply, for tokenizers that have no such token too; no reasoning follows."""
 
 
 @dataclass(frozen=True)
@@ -336,7 +336,7 @@ def _without_primed_think(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
 
 def _reasoning_end(tokenizer: Tokenizer, text: str) -> int:
     """Characters of `text` before the first `</think>` or end of sequence."""
-    ends = {*_END_TEXTS, *(tokenizer.decode([i]) for i in tokenizer.stop_ids)} - {""}
+    ends = {*END_MARKERS, *(tokenizer.decode([i]) for i in tokenizer.stop_ids)} - {""}
     return min((at for at in map(text.find, ends) if at >= 0), default=len(text))
 
 

@@ -9,9 +9,11 @@ import pytest
 from llama3_vocab import char_of_byte
 from tokenizers import pre_tokenizers
 
+from backtrack_jax.data.annotations import reasoning_end
 from backtrack_jax.data.records import Trace
 from backtrack_jax.judges.prompts import JudgePrompt
 from backtrack_jax.models.prompts import (
+    END_MARKERS,
     Format,
     PromptFormat,
     Think,
@@ -217,6 +219,14 @@ def test_trace_ends_with_the_reasoning(r1: Tokenizer, known: bool, rest: str) ->
     assert trace.position_of_char(5) is not None
     assert trace.position_of_char(6) is None
     assert trace.ids.count(END_THINK) == 0
+
+
+@pytest.mark.parametrize("marker", END_MARKERS)
+def test_labels_and_tokens_end_at_the_same_character(smollm2: Tokenizer, marker: str) -> None:
+    """A section that is labelled has its tokens, also where the tokenizer has no token of that text."""
+    text = f"Okay. {marker} 42"
+    trace = encode_trace(smollm2, "x", text, PromptFormat("plain"))
+    assert smollm2.decode(trace.ids[trace.reply_start :]) == text[: reasoning_end(text)] == "Okay. "
 
 
 def test_end_of_thinking_written_in_ordinary_tokens(r1: Tokenizer) -> None:
