@@ -11,6 +11,7 @@ reads them. Checkpoints are in OUT/checkpoints: the same command goes on where a
 
 import argparse
 import hashlib
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,12 +31,28 @@ from backtrack_jax.models.tokenizer import Tokenizer
 
 
 def tokens_of(tokenizer: Tokenizer, trace: Trace, prompt: prompts.PromptFormat, length: int) -> train.Tokens:
-    """A trace as the model is to learn it, cut at `length`; a reply that ended is followed by the end of sequence."""
-    start = prompts.prompt_ids(tokenizer, trace.problem, prompt)
-    reply = list(trace.token_ids or tokenizer.encode(trace.text))
-    if trace.finish_reason == "stop" and reply[-1:] != [tokenizer.stop_ids[0]]:
-        reply.append(tokenizer.stop_ids[0])
-    return train.Tokens([*start, *reply][:length], len(start))
+    """A trace as the model is to learn it, cut at `length`; a reply that ended is followed by the end of sequence.
+
+    Raises:
+      ValueError: names the trace that cannot be encoded, and why.
+    """
+    known = trace.token_ids if _spell(tokenizer, trace) else None
+    try:
+        read = prompts.encode_trace(tokenizer, trace.problem, trace.text, prompt, token_ids=known, answer=True)
+    except ValueError as error:
+        raise ValueError(f"trace {trace.id!r}: {error}") from error
+    ids = list(read.ids)
+    cut = trace.text != "" and read.position_of_char(len(trace.text) - 1) is None
+    if trace.finish_reason == "stop" or cut:
+        written = known or tokenizer.encode(trace.text)
+        ids.append(next((i for i in written if i in tokenizer.stop_ids), tokenizer.stop_ids[0]))
+    return train.Tokens(ids[:length], read.reply_start)
+
+
+def _spell(tokenizer: Tokenizer, trace: Trace) -> bool:
+    """Whether a trace's ids spell its text in this vocabulary; those that another model sampled are noise here."""
+    ids = list(itertools.takewhile(lambda i: i not in tokenizer.stop_ids, trace.token_ids or ()))
+    return max(ids, default=0) < tokenizer.vocab_size and tokenizer.decode(ids) == trace.text
 
 
 def finetune(model: Llama, rows: train.Batch, arguments: argparse.Namespace) -> Llama:

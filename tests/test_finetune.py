@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -12,11 +13,12 @@ import tiny
 from flax import nnx
 
 from backtrack_jax import lora
-from backtrack_jax.data.records import read_released, write_jsonl
+from backtrack_jax.data.records import Trace, read_released, write_jsonl
 from backtrack_jax.models import checkpoint, prompts
 from backtrack_jax.models.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
+R1 = prompts.PromptFormat("r1")
 
 
 def script(name: str) -> ModuleType:
@@ -70,12 +72,61 @@ def test_finetuned_model_is_read_like_any_other(
 
 def test_replies_are_learned_and_prompts_only_read(folder: Path) -> None:
     tokenizer = Tokenizer.load(folder / "base")
-    trace = read_released(folder / tiny.CHAINS)[0][0]
-    prompt = prompts.PromptFormat("r1")
-    tokens = script("finetune").tokens_of(tokenizer, trace, prompt, 4096)
-    assert list(tokens.ids[: tokens.start]) == prompts.prompt_ids(tokenizer, trace.problem, prompt)
+    trace = read_released(folder / tiny.CHAINS)[0][1]
+    tokens = script("finetune").tokens_of(tokenizer, trace, R1, 4096)
+    assert list(tokens.ids[: tokens.start]) == prompts.prompt_ids(tokenizer, trace.problem, R1)
     assert tokenizer.decode(tokens.ids[tokens.start :]) == trace.text
-    assert script("finetune").tokens_of(tokenizer, trace, prompt, 5).ids == tokens.ids[:5]
+    assert script("finetune").tokens_of(tokenizer, trace, R1, 5).ids == tokens.ids[:5]
+
+
+def reply_of(tokenizer: Tokenizer, text: str, token_ids: Sequence[int] | None, reason: str | None) -> list[int]:
+    """What is learned of a reply to "Add."."""
+    ids = None if token_ids is None else tuple(token_ids)
+    trace = Trace("p/0", "p", "verbal", "Add.", text, token_ids=ids, finish_reason=reason)
+    tokens = script("finetune").tokens_of(tokenizer, trace, R1, 4096)
+    return list(tokens.ids[tokens.start :])
+
+
+def test_ids_are_learned_only_where_they_spell_the_reply(folder: Path) -> None:
+    """Stage 1 keeps the ids of whatever model it sampled; in another vocabulary they are other words."""
+    tokenizer = Tokenizer.load(folder / "base")
+    (stop,) = tokenizer.stop_ids
+    text = " wait, no."
+    own = [*tokenizer.encode(" wa"), *tokenizer.encode("it, no.")]
+    assert own != tokenizer.encode(text)
+    assert reply_of(tokenizer, text, [*own, stop], "stop") == [*own, stop]
+    assert reply_of(tokenizer, text, own, "length") == own
+    pair = Tokenizer.load(ROOT / "backtrack_jax" / "organism" / "reasoning")
+    others = [*pair.encode("Wait"), *pair.stop_ids]
+    assert reply_of(tokenizer, "Wait", others, "stop") == [*tokenizer.encode("Wait"), stop]
+    assert reply_of(tokenizer, "", [tokenizer.vocab_size + 7], "stop") == [stop]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_nothing_is_learned_behind_the_end_of_sequence(folder: Path, known: bool) -> None:
+    """T8: a literal end ends the reply, whoever's it is; the answer behind `</think>` belongs to it."""
+    tokenizer = Tokenizer.load(folder / "base")
+    (stop,) = tokenizer.stop_ids
+    reply = " no.\n</think>\n\nTwo."
+    for end in (tiny.EOS, "<|eot_id|>"):
+        text = f"{reply}{end} So is two."
+        learned = reply_of(tokenizer, text, tokenizer.encode(text) if known else None, None)
+        assert learned == [*tokenizer.encode(reply), stop]
+
+
+def test_a_reply_that_opens_its_own_thinking_is_not_primed_twice(folder: Path) -> None:
+    tokenizer = Tokenizer.load(folder / "base")
+    trace = read_released(folder / tiny.CHAINS)[0][0]
+    assert trace.text.startswith("<think>\n")
+    tokens = script("finetune").tokens_of(tokenizer, trace, R1, 4096)
+    assert list(tokens.ids).count(prompts.r1_markers(tokenizer).think) == 1
+    assert tokenizer.decode(tokens.ids[tokens.start :]) == trace.text
+
+
+def test_a_trace_that_cannot_be_encoded_is_named(folder: Path) -> None:
+    tokenizer = Tokenizer.load(folder / "base")
+    with pytest.raises(ValueError, match="trace 'p/0': the reply holds the BOS text"):
+        reply_of(tokenizer, f"{tiny.BOS} wait", None, None)
 
 
 def test_adapter_folder_is_in_the_layout_of_peft(folder: Path, tmp_path: Path) -> None:

@@ -107,10 +107,10 @@ class PromptFormat:
 
 @dataclass(frozen=True)
 class EncodedTrace:
-    """A prompt and the reasoning of its reply as one sequence.
+    """A prompt and its reply, or the reasoning of it, as one sequence.
 
     Attributes:
-        ids: prompt and reply, cut before `</think>` or the end of the sequence.
+        ids: prompt and reply, cut before `</think>` (unless the answer is kept) or the end of the sequence.
         reply_start: position of the reply's first token.
         spans: half-open characters of the original reply text, one span per reply token.
     """
@@ -198,6 +198,7 @@ def encode_trace(
     *,
     token_ids: Sequence[int] | None = None,
     prefill: str = "",
+    answer: bool = False,
 ) -> EncodedTrace:
     """Prompt and reply as one sequence, with the reply's tokens tied to characters of its original text.
 
@@ -211,6 +212,7 @@ def encode_trace(
         prompt: the format under which it was generated.
         token_ids: the sampled reply ids, where known; they are used as they are.
         prefill: first words of the reply that were given to the model.
+        answer: keep what follows `</think>`; the end of sequence cuts all the same.
 
     Returns:
         The sequence, where the reply starts in it, and the spans.
@@ -220,11 +222,11 @@ def encode_trace(
     """
     if token_ids is None:
         _refuse_bos(tokenizer, text, "reply")
-        reply, spans = tokenizer.encode_with_spans(text[: _reasoning_end(tokenizer, text)])
+        reply, spans = tokenizer.encode_with_spans(text[: _end(tokenizer, text, answer)])
     else:
         decoded, spans = tokenizer.decode_with_spans(token_ids)
-        end = _reasoning_end(tokenizer, decoded)
-        if decoded[:end] != text[: _reasoning_end(tokenizer, text)]:
+        end = _end(tokenizer, decoded, answer)
+        if decoded[:end] != text[: _end(tokenizer, text, answer)]:
             at = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(decoded, text, strict=False)))
             raise ValueError(
                 f"the reply's token ids do not decode to its text: they part at character {at}, "
@@ -334,9 +336,9 @@ def _without_primed_think(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     return ids if tokenizer.decode(ids[last + 1 :]).strip() else ids[:last]
 
 
-def _reasoning_end(tokenizer: Tokenizer, text: str) -> int:
-    """Characters of `text` before the first `</think>` or end of sequence."""
-    ends = {*END_MARKERS, *(tokenizer.decode([i]) for i in tokenizer.stop_ids)} - {""}
+def _end(tokenizer: Tokenizer, text: str, answer: bool) -> int:
+    """Characters of `text` before the first end of sequence, or `</think>` unless the answer is kept."""
+    ends = {*END_MARKERS, *(tokenizer.decode([i]) for i in tokenizer.stop_ids)} - {"", "</think>" if answer else ""}
     return min((at for at in map(text.find, ends) if at >= 0), default=len(text))
 
 
