@@ -928,6 +928,33 @@ def test_traces_without_labels_need_a_judge(fresh: Path) -> None:
     assert (fresh / "2-annotations" / "annotations.jsonl").read_bytes() == Path("labels.jsonl").read_bytes()
 
 
+@pytest.mark.parametrize("source", ["chains", "traces", "sampled"])
+def test_imported_labels_under_a_limit(fresh: Path, source: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As with the labels that came with chains, those of traces that are not taken are left out; no other ones are."""
+    e = tiny.get_config()
+    if source == "traces":
+        records.write_jsonl("traces.jsonl", records.read_released(tiny.CHAINS)[0])
+        e.traces.path = "traces.jsonl"
+    elif source == "sampled":
+        problems = [{"id": task, "category": "verbal", "problem": f"Add {task}."} for task in tiny.TASKS]
+        Path("problems.json").write_text(json.dumps(problems))
+        e.traces.path, e.traces.problems, e.traces.max_new_tokens, e.traces.batch_size = "", "problems.json", 8, 32
+    e.annotations.judge = "keyword"
+    run(e, "1", "2")
+    shutil.copy(fresh / "2-annotations" / "annotations.jsonl", "labels.jsonl")
+    e.annotations.judge, e.annotations.path, e.traces.limit = "import", "labels.jsonl", 5
+    capsys.readouterr()
+    run(e, "1", "2")
+    assert "7 of 12 annotations left out" in capsys.readouterr().err
+    taken = [trace.id for trace in records.read_traces(fresh / "1-traces" / "traces.jsonl")]
+    kept = records.read_annotations(fresh / "2-annotations" / "annotations.jsonl")
+    assert [annotation.trace_id for annotation in kept] == taken and len(taken) == 5
+    text = Path("labels.jsonl").read_text().replace(f"{tiny.TASKS[1]}/0", "spatial_99/0")
+    Path("labels.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=r"labels\.jsonl: annotation of trace 'spatial_99/0'.* the 12 traces of"):
+        run(e, "1", "2")
+
+
 def test_spread() -> None:
     from backtrack_jax.inputs import spread
 

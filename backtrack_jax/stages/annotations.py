@@ -19,6 +19,7 @@ from backtrack_jax.judges import grammar, keyword
 from backtrack_jax.judges.prompts import failure
 from backtrack_jax.judges.settings import CallFault, JudgeStopped, Meter
 from backtrack_jax.progress import Progress, say
+from backtrack_jax.stages.traces import ids_at_source
 
 if TYPE_CHECKING:
     from backtrack_jax.pipeline import Run
@@ -35,7 +36,7 @@ def annotate(run: "Run", folder: Path) -> None:
     e, source = run.experiment, run.folder("1-traces")
     traces = records.read_traces(source / "traces.jsonl")
     if e.judge == "import":
-        annotated = records.read_annotations(data_path(e.annotations.path))
+        annotated = _imported(e, traces)
     elif e.judge == "released":
         annotated = _released(e, traces, source / "labelled.jsonl")
     else:
@@ -54,6 +55,25 @@ def judged(e: Experiment, judge: str, traces: Sequence[Trace]) -> list[Annotatio
     if judge == "grammar":
         return [grammar.annotate(trace) for trace in traces]
     return _ask(e, traces)
+
+
+def _imported(e: Experiment, traces: Sequence[Trace]) -> list[Annotation]:
+    """Labels of the file for the traces that `traces.limit` took; ValueError where a trace is not among its source."""
+    annotated = records.read_annotations(data_path(e.annotations.path))
+    taken = {trace.id for trace in traces}
+    kept = [annotation for annotation in annotated if annotation.trace_id in taken]
+    if len(kept) == len(annotated):
+        return kept
+    source = ids_at_source(e)
+    if unknown := [annotation.trace_id for annotation in annotated if annotation.trace_id not in source]:
+        raise ValueError(
+            f"{e.annotations.path}: annotation of trace {unknown[0]!r}, which is not among the {len(source)} traces of "
+            f"{e.traces.path or 'this sampling'}"
+        )
+    say(
+        f"  {len(annotated) - len(kept)} of {len(annotated)} annotations left out: of traces that traces.limit left out"
+    )
+    return kept
 
 
 def _released(e: Experiment, traces: Sequence[Trace], file: Path) -> list[Annotation]:

@@ -1,10 +1,12 @@
 """Stage 1: reasoning traces, imported or sampled."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from backtrack_jax import generate, inputs, store
+from backtrack_jax.config import Experiment
 from backtrack_jax.data import records
 from backtrack_jax.intervention import no_intervention
 from backtrack_jax.models import prompts
@@ -31,6 +33,18 @@ def make_traces(run: "Run", folder: Path) -> None:
         traces = [trace for trace, _ in pairs]
     records.write_jsonl(folder / "traces.jsonl", traces)
     say(f"  {len(traces)} traces imported")
+
+
+def ids_at_source(e: Experiment) -> set[str]:
+    """Ids of all traces that `traces.limit` takes from, those that it leaves out too."""
+    if not e.traces.path:
+        unlimited = dataclasses.replace(e, traces=dataclasses.replace(e.traces, limit=0))
+        return {
+            f"{problem.id}/{sample}" for problem in inputs.problems(unlimited) for sample in range(e.traces.samples)
+        }
+    path = inputs.data_path(e.traces.path)
+    traces = records.read_traces(path) if path.suffix == ".jsonl" else records.read_released(path)[0]
+    return {trace.id for trace in traces}
 
 
 def sample_traces(run: "Run", folder: Path) -> None:
