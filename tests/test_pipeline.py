@@ -881,7 +881,8 @@ def test_windows_that_nobody_can_read_stop_before_a_model_is_loaded(
     [
         ({"reasoning_chain": ""}, "entry 1.*'reasoning_chain' is empty"),
         ({"reasoning_chain": None}, "entry 1.*'reasoning_chain' must be a string"),
-        ({"problem": f"{tiny.BOS}Add."}, "BOS"),
+        ({"problem": f"{tiny.BOS}Add."}, "trace 'verbal_1/0': the problem holds the BOS text"),
+        ({"reasoning_chain": f"{tiny.BOS}Wait."}, "trace 'verbal_1/0': the reply holds the BOS text"),
     ],
 )
 def test_a_chain_that_cannot_be_read(fresh: Path, loaded: list[str], chain: dict[str, Any], message: str) -> None:

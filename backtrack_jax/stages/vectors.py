@@ -113,7 +113,10 @@ def token_trace(
     run: "Run", role: str, trace: records.Trace, annotation: records.Annotation, drawn: Collection[int] = ()
 ) -> extract.TokenTrace:
     """A trace as the model of a role reads it, with each section's first token, those drawn under a second label."""
-    encoded = prompts.encode_trace(run.tokenizer, trace.problem, trace.text, run.prompt, token_ids=trace.token_ids)
+    try:
+        encoded = prompts.encode_trace(run.tokenizer, trace.problem, trace.text, run.prompt, token_ids=trace.token_ids)
+    except ValueError as error:
+        raise ValueError(f"trace {trace.id!r}: {error}") from error
     ids, index = run.for_role(role, encoded.ids)
     places = [encoded.position_of_char(section.start) for section in annotation.sections]
     placed = [(section.label, at) for section, at in zip(annotation.sections, places, strict=True)]
