@@ -48,6 +48,12 @@ class Condition:
     magnitude: float
     length: float
 
+    @property
+    def name(self) -> str:
+        """The cell in words, for messages."""
+        source = f" of the {self.source} model (window {self.window})" if self.source else ""
+        return f"{self.kind}{source} at layer {self.layer} of the {self.target} model, magnitude {self.magnitude:g}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Readings:

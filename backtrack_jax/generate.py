@@ -275,11 +275,13 @@ class Row:
       prompt: token ids, BOS included.
       key: PRNG key (`row_key`).
       intervention: one row.
+      name: what an error calls it; empty for its number.
     """
 
     prompt: Sequence[int]
     key: jax.Array
     intervention: Intervention
+    name: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,7 +347,8 @@ def generate_rows(
         ids, lengths, stopped, finite = jax.device_get((out.ids, out.lengths, out.stopped, out.finite))
         for i, row in enumerate(members):
             if not finite[i]:
-                raise FloatingPointError(f"row {row}: logits are not finite within its first {lengths[i]} tokens")
+                name = rows[row].name or f"row {row}"
+                raise FloatingPointError(f"{name}: logits are not finite within its first {lengths[i]} tokens")
         yield [
             (row, Reply(tuple(ids[i, : lengths[i]].tolist()), "stop" if stopped[i] else "length"))
             for i, row in enumerate(members)

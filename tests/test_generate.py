@@ -411,6 +411,9 @@ def test_a_row_without_finite_logits_stops_the_run(rows):
     for sampling in (GREEDY, Sampling(1.0), Sampling(1.0, top_p=0.9), Sampling(1.0, top_k=3)):
         with pytest.raises(FloatingPointError, match="row 2: "):
             replies_of(broken, sampling=sampling)
+    broken[2] = dataclasses.replace(broken[2], name="the third")
+    with pytest.raises(FloatingPointError, match="the third: "):
+        replies_of(broken)
 
 
 # Sampling

@@ -834,6 +834,33 @@ def test_token_ids_beyond_the_embedding(fresh: Path, loaded: list[str]) -> None:
     assert loaded == ["base", "reasoning"]
 
 
+def overflow(model: str) -> None:
+    """Makes the logits of a model infinite, and nothing else of it."""
+    file = Path(model) / "model.safetensors"
+    weights = load_file(file)
+    weights["lm_head.weight"][:] = np.finfo(np.float32).max
+    store.write_safetensors(file, weights, {"format": "pt"})
+
+
+def test_a_sampled_row_without_finite_logits_is_named(fresh: Path) -> None:
+    Path("problems.json").write_text(json.dumps([{"id": "p0", "category": "verbal", "problem": "Add two."}]))
+    overflow("reasoning")
+    e = tiny.get_config()
+    e.annotations.judge, e.traces.path, e.traces.problems = "keyword", "", "problems.json"
+    with pytest.raises(FloatingPointError, match="problem 'p0', sample 0: logits are not finite"):
+        run(e, "1")
+
+
+def test_a_steered_row_without_finite_logits_is_named(finished: Path) -> None:
+    overflow("base")
+    e = tiny.get_config()
+    e.roles, e.steering.kinds, e.steering.magnitudes, e.steering.limit = ("base",), ("backtracking",), (-4.0,), 1
+    e.steering.baselines = e.steering.offsets = e.steering.layers = ()
+    condition = re.escape("backtracking of the base model (window -5..-2) at layer 1 of the base model, magnitude -4")
+    with pytest.raises(FloatingPointError, match=f"problem 'verbal_0', sample 0, {condition}: logits"):
+        run(e)
+
+
 def test_a_vector_of_the_wrong_width_or_depth(finished: Path, loaded: list[str]) -> None:
     e = tiny.get_config()
     e.steering.layer = 0

@@ -50,7 +50,8 @@ def _steer_model(
     for condition, trace, sample in todo:
         ids, _ = run.for_role(target, prompts.prompt_ids(run.tokenizer, trace.problem, run.prompt))
         key = generate.row_key(e.seed, trace.problem_id, sample)
-        rows.append(generate.Row(ids, key, built.row(condition, key)))
+        name = f"problem {trace.problem_id!r}, sample {sample}, {condition.name}"
+        rows.append(generate.Row(ids, key, built.row(condition, key), name))
     sampling = generate.Sampling(spec.temperature, spec.top_p, spec.top_k)
     replies = sample_rows(run, partial, target, rows, sampling, spec)
     return [

@@ -60,6 +60,7 @@ def sample_traces(run: "Run", folder: Path) -> None:
                 run.for_role(e.author, prompts.prompt_ids(run.tokenizer, problem.problem, run.prompt))[0],
                 generate.row_key(e.seed, problem.id, sample),
                 nothing,
+                f"problem {problem.id!r}, sample {sample}",
             )
             for problem, sample in asked
         ]
