@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 PROMPT_END = -1  # in `span`, stands for the row's prompt length until `resolve` puts the number there
 END = np.iinfo(np.int32).max  # in `span`, no upper limit
@@ -223,7 +224,8 @@ def _span_bounds(span: Span) -> tuple[int, int]:
 
 
 def _one_hot(layer: jax.Array | int, n_layers: int) -> jax.Array:
-    if isinstance(layer, int) and not 0 <= layer < n_layers:
+    # A traced layer has no value yet to be looked at.
+    if not isinstance(layer, Tracer) and np.asarray(layer).item() not in range(n_layers):
         raise ValueError(f"layer={layer} is outside 0..{n_layers - 1}")
     return (jnp.arange(n_layers) == layer).astype(jnp.float32)
 

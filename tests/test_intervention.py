@@ -232,12 +232,16 @@ def test_spans_resolve_per_row():
     assert PROMPT_END < 0  # no position, so an unresolved span cannot be mistaken for one
 
 
+@pytest.mark.parametrize("kind", [int, np.int64, np.int32, jnp.int32])
 @pytest.mark.parametrize("layer", [-1, L])
-def test_a_layer_that_is_not_there_is_refused(layer):
+def test_a_layer_that_is_not_there_is_refused(layer, kind):
+    """Whatever kind of integer it is, also beside traced values."""
+    concrete = kind(layer)
+    for compiled in (lambda f: f, jax.jit):
+        with pytest.raises(ValueError, match=rf"layer={layer} is outside 0..2"):
+            compiled(lambda magnitude: add_vector(VECTOR, concrete, magnitude, n_layers=L))(1.0)
     with pytest.raises(ValueError, match=rf"layer={layer} is outside 0..2"):
-        add_vector(VECTOR, layer, 1.0, n_layers=L)
-    with pytest.raises(ValueError, match=rf"layer={layer} is outside 0..2"):
-        ablate(VECTOR, [0, layer], n_layers=L)
+        ablate(VECTOR, [0, concrete], n_layers=L)
 
 
 @pytest.mark.parametrize("span", [(3, 3), (5, 2), (-2, 4), "reply"])
