@@ -50,7 +50,13 @@ class Intervention:
     key: jax.Array
 
     def __add__(self, other: "Intervention") -> "Intervention":
-        """Both changes at once, on the left operand's span and noise key; at most one of them may ablate in a layer."""
+        """Both changes at once, on the left operand's span and noise key.
+
+        Raises:
+          ValueError: if that is another thing than both: two ablations in one layer, or a right operand with a span or
+            a noise key of its own. Not under `jax.jit` or `jax.vmap`, where the values are not known.
+        """
+        _check_sum(self, other)
         return dataclasses.replace(
             self,
             add=self.add + other.add,
@@ -176,13 +182,17 @@ def intervene(x: jax.Array, at_layer: Intervention, layer: jax.Array, positions:
     """
     start, stop = at_layer.span[:, :1], at_layer.span[:, 1:]
     in_span = (positions >= jnp.maximum(start, 0)) & (positions < stop)
-    active = jnp.any(at_layer.add != 0, axis=-1) | (at_layer.amplify != 0) | (at_layer.noise != 0)
-    active |= at_layer.ablate != 0
+    active = _active(at_layer)
     changed = (in_span & active[:, None])[..., None]
     # Most layers of most experiments are left alone, and drawing noise costs more than a small model's block.
     return lax.cond(
         jnp.any(active), lambda: jnp.where(changed, x + _delta(x, at_layer, layer, positions), x), lambda: x
     )
+
+
+def _active(values: Intervention) -> jax.Array:
+    """Where any strength is not zero, with the axes of `noise`."""
+    return jnp.any(values.add != 0, axis=-1) | (values.amplify != 0) | (values.noise != 0) | (values.ablate != 0)
 
 
 def _delta(x: jax.Array, at_layer: Intervention, layer: jax.Array, positions: jax.Array) -> jax.Array:
@@ -209,6 +219,28 @@ def _noise_directions(key: jax.Array, layer: jax.Array, positions: jax.Array, d_
 
     row_keys = jax.vmap(lambda k: jax.random.fold_in(k, layer))(key)
     return jax.vmap(jax.vmap(draw, (None, 0)), (0, 0))(row_keys, positions)
+
+
+@jax.ensure_compile_time_eval()  # a program that is being traced may add concrete rows
+def _check_sum(left: Intervention, right: Intervention) -> None:
+    """ValueError where the sum of concrete rows would not be both changes."""
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((left, right))):
+        return
+    twice = (left.ablate != 0) & (right.ablate != 0)
+    if jnp.any(twice):
+        layers = np.unique(np.nonzero(twice)[-1]).tolist()
+        raise ValueError(f"both operands ablate in layers {layers}, but a row has one direction per layer")
+    if jnp.any(jnp.any(_active(right), axis=-1) & jnp.any(left.span != right.span, axis=-1)):
+        raise ValueError(
+            f"the operands have the spans {left.span.tolist()} and {right.span.tolist()} ({PROMPT_END} is the prompt's "
+            f"end, {END} no end), but the sum has the left one; expected the same span in both"
+        )
+    noisy = jnp.any(right.noise != 0, axis=-1)
+    if jnp.any(noisy) and jnp.any(noisy & (left.key != right.key)):
+        raise ValueError(
+            "the right operand's noise has a key of its own, but the sum draws from the left one's; expected the noise "
+            "on the left, or the same key in both"
+        )
 
 
 def _span_bounds(span: Span) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """What is done to the residual stream, against torch hooks of a few lines and against its own definition."""
 
 import functools
+import operator
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -204,6 +205,42 @@ def test_noise_depends_on_key_layer_and_position_and_on_nothing_else():
     assert relative_error(noise([gaussian_noise(2, 5.0, key, **SIZES)], layer=2)[0], first[0]) > 1
     shifted = states([row], IDS, POSITIONS + 3)[1] - states([NOTHING], IDS, POSITIONS + 3)[1]
     np.testing.assert_allclose(shifted[0, : T - 3], first[0, 3:], atol=1e-5)
+
+
+PLUS = add_vector(VECTOR, 1, 2.0, n_layers=L)
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "message"),
+    [
+        (ablate(VECTOR, [0, 1], n_layers=L), ablate(VECTOR, n_layers=L), r"both operands ablate in layers \[0, 1\]"),
+        (PLUS, self_amplify(1, 2.0, span=(2, 5), **SIZES), r"the operands have the spans .*\[2, 5\]"),
+        (NOTHING, add_vector(VECTOR, 1, 2.0, n_layers=L, span="generated"), r"the operands have the spans .*\[-1, "),
+        (PLUS, gaussian_noise(1, 2.0, jax.random.key(1), **SIZES), r"expected the noise on the left, or the same key"),
+    ],
+    ids=["ablations", "spans", "spans, nothing on the left", "noise"],
+)
+def test_a_sum_that_is_not_both_changes_is_refused(left, right, message):
+    """Of rows, of batches of them, and where they are constants of a program."""
+    with pytest.raises(ValueError, match=message):
+        operator.add(left, right)
+    with pytest.raises(ValueError, match=message):
+        operator.add(stack_rows([PLUS, left]), stack_rows([PLUS, right]))
+    with pytest.raises(ValueError, match=message):
+        jax.jit(lambda x: (left + right).add + x)(0.0)
+
+
+def test_a_sum_is_both_changes():
+    """Whatever span and key a right operand without a change has; noise of one key in two layers; traced values."""
+    quiet = no_intervention(**SIZES, span="generated", key=jax.random.key(2, impl="rbg"))
+    early, late = (ablate(VECTOR, [layer], n_layers=L) for layer in (0, 2))
+    np.testing.assert_array_equal((early + late + quiet).direction, ablate(VECTOR, [0, 2], n_layers=L).direction)
+    noisy, noisier = (gaussian_noise(layer, 2.0, jax.random.key(1), **SIZES) for layer in (0, 2))
+    batch = stack_rows([PLUS, noisy]) + stack_rows([early, noisier])
+    np.testing.assert_array_equal(batch.noise, [[0, 0, 0], [2, 0, 2]])
+    np.testing.assert_array_equal(batch.ablate, [[1, 0, 0], [0, 0, 0]])
+    swept = jax.jit(jax.vmap(lambda magnitude: PLUS + add_vector(VECTOR, 2, magnitude, n_layers=L)))(jnp.ones(2))
+    np.testing.assert_array_equal(swept.add, jnp.stack([jnp.array([[0.0], [2.0], [1.0]]) * VECTOR] * 2))
 
 
 def test_layer_magnitude_and_vector_are_traced():
