@@ -75,6 +75,16 @@ class Intervention:
         """Puts each row's prompt length ([B] int32, in tokens with BOS) where the span says `prompt` or `generated`."""
         return dataclasses.replace(self, span=jnp.where(self.span == PROMPT_END, prompt_length[..., None], self.span))
 
+    def check_resolved(self) -> None:
+        """ValueError if a concrete span waits for the prompt's length; a traced one that does changes nothing."""
+        if isinstance(self.span, Tracer):
+            return
+        if rows := np.flatnonzero(np.any(np.asarray(self.span) == PROMPT_END, axis=-1)).tolist():
+            raise ValueError(
+                f"the spans of rows {rows} are `prompt` or `generated`, and the prompt's length is not known here: "
+                "call `resolve` with it first, or `generate`, which does"
+            )
+
 
 def no_intervention(n_layers: int, d_model: int, span: Span = "all", key: jax.Array | None = None) -> Intervention:
     """The row that changes nothing, to the bit.
@@ -181,7 +191,7 @@ def intervene(x: jax.Array, at_layer: Intervention, layer: jax.Array, positions:
       [B, T, D] float32. Where a row's strengths are zero or the position is outside the span, x to the bit.
     """
     start, stop = at_layer.span[:, :1], at_layer.span[:, 1:]
-    in_span = (positions >= jnp.maximum(start, 0)) & (positions < stop)
+    in_span = (start >= 0) & (positions >= start) & (positions < stop)  # nowhere if the span is not resolved
     active = _active(at_layer)
     changed = (in_span & active[:, None])[..., None]
     # Most layers of most experiments are left alone, and drawing noise costs more than a small model's block.

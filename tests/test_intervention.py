@@ -269,6 +269,16 @@ def test_spans_resolve_per_row():
     assert PROMPT_END < 0  # no position, so an unresolved span cannot be mistaken for one
 
 
+@pytest.mark.parametrize("span", ["prompt", "generated"])
+def test_a_span_that_waits_for_the_prompts_length_is_refused_or_changes_nothing(span):
+    """The model knows no prompt: refused where the value is known, also in a program; traced, the plain program."""
+    model, rows = models()[1], stack_rows([NOTHING] * (B - 1) + [add_vector(VECTOR, 1, 2.0, n_layers=L, span=span)])
+    for compiled in (lambda f: f, jax.jit):
+        with pytest.raises(ValueError, match=r"spans of rows \[5\] are `prompt` or `generated`.* call `resolve`"):
+            compiled(lambda ids: model(ids, jnp.asarray(POSITIONS), intervention=rows))(IDS)
+    np.testing.assert_array_equal(_states(model, IDS, POSITIONS, rows), states(None))
+
+
 @pytest.mark.parametrize("kind", [int, np.int64, np.int32, jnp.int32])
 @pytest.mark.parametrize("layer", [-1, L])
 def test_a_layer_that_is_not_there_is_refused(layer, kind):

@@ -300,7 +300,7 @@ class Llama(nnx.Module):
           ids: [B, T] int32; any valid id at padding.
           positions: [B, T] int32, place of each token in its sequence, PAD at padding; they rise along a row.
           cache: tokens before these, with at least T slots free; None for none.
-          intervention: B rows, with `resolve`d spans; None for none.
+          intervention: B rows, with `resolve`d spans, since a row changes nothing before; None for none.
           capture: static function of a block's output; its results are stacked over layers. Reduce inside it:
             [L, B, T, D] of a large model does not fit.
           layers: the blocks as `unstacked_layers` gives them, to run them one by one instead of under a scan; the
@@ -316,7 +316,12 @@ class Llama(nnx.Module):
 
         Returns:
           The residual stream after the last block that ran, the cache and the captures.
+
+        Raises:
+          ValueError: if a concrete span is not resolved.
         """
+        if intervention is not None:
+            intervention.check_resolved()
         x = _take(self.embed_tokens[...], ids).astype(jnp.float32)
         # Behind the barrier, or XLA's CPU backend would compute sines anew in every block of a decode step.
         rope = lax.optimization_barrier(rope_tables(jnp.maximum(positions, 0), self.config))
