@@ -305,8 +305,8 @@ class Llama(nnx.Module):
             [L, B, T, D] of a large model does not fit.
           layers: the blocks as `unstacked_layers` gives them, to run them one by one instead of under a scan; the
             cache is then an `unstacked` one.
-          stop_at_layer: run only the blocks before this one, for who needs no later activation; None for all. Without a
-            cache only. Static.
+          stop_at_layer: run only the blocks before this one, 1..L, for who needs no later activation; None for all.
+            Without a cache and `layers` only. Static.
           segments: [B, T] int32, which of several packed sequences a token belongs to; it sees no other. Without a
             cache only. None where a row holds one sequence.
           dtype: of matrix-product inputs, where it is not that of the weights: training keeps float32 weights and may
@@ -318,8 +318,10 @@ class Llama(nnx.Module):
           The residual stream after the last block that ran, the cache and the captures.
 
         Raises:
-          ValueError: if a concrete span is not resolved.
+          ValueError: if a concrete span is not resolved, or if `stop_at_layer` is outside 1..L or cannot be had.
         """
+        if stop_at_layer is not None:
+            _check_stop(stop_at_layer, self.config.n_layers, cache, layers)
         if intervention is not None:
             intervention.check_resolved()
         x = _take(self.embed_tokens[...], ids).astype(jnp.float32)
@@ -376,6 +378,15 @@ class Llama(nnx.Module):
         """W_U x, without the final norm: [..., D] to [..., V] float32."""
         unembedding = (self.embed_tokens if self.lm_head is None else self.lm_head)[...]
         return matmul(x, unembedding.astype(dtype or unembedding.dtype), spec="...d,vd->...v")
+
+
+def _check_stop(stop_at_layer: int, n_layers: int, cache: KVCache | None, layers: tuple[Block, ...] | None) -> None:
+    """ValueError if a pass cannot end before block `stop_at_layer`."""
+    if not 1 <= stop_at_layer <= n_layers:
+        raise ValueError(f"stop_at_layer={stop_at_layer} is outside 1..{n_layers}")
+    if cache is not None or layers is not None:
+        given = " and ".join(name for name, value in (("cache", cache), ("layers", layers)) if value is not None)
+        raise ValueError(f"stop_at_layer={stop_at_layer} was given with {given}; expected it without both")
 
 
 def matmul(x: jax.Array, weight: jax.Array | Adapted, spec: str = "...d,df->...f") -> jax.Array:

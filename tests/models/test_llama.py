@@ -311,6 +311,19 @@ def test_a_pass_that_stops_at_a_layer_is_the_beginning_of_the_whole(stop, dtype)
     np.testing.assert_array_equal(part.resid, part.captured[-1])
 
 
+def test_a_stop_that_cannot_be_had_is_refused():
+    _, model = pair()
+    ids, positions = jnp.asarray(IDS), jnp.broadcast_to(jnp.arange(T), IDS.shape)
+    for stop in (-1, 0, 4):
+        with pytest.raises(ValueError, match=rf"stop_at_layer={stop} is outside 1\.\.3"):
+            model(ids, positions, stop_at_layer=stop)
+    cache = jax.eval_shape(lambda: model(ids, positions).cache.extended(T))
+    with pytest.raises(ValueError, match=r"stop_at_layer=2 was given with cache; expected it without both"):
+        model(ids, positions, stop_at_layer=2, cache=cache)
+    with pytest.raises(ValueError, match=r"stop_at_layer=2 was given with layers; expected it without both"):
+        model(ids, positions, stop_at_layer=2, layers=model.unstacked_layers())
+
+
 @pytest.fixture(params=["nnx_graph_mode", "nnx_graph_updates"], ids=["tree mode", "simple graph mode"])
 def other_nnx_mode(request):
     """NNX is moving from graph to tree mode."""
