@@ -23,6 +23,18 @@ from backtrack_jax.models.llama import Adapted, Llama
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# PEFT's options that make another change than alpha / rank * A B, or one of other weights.
+_OTHER_CHANGES = (
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "fan_in_fan_out",
+    "modules_to_save",
+    "bias",
+    "alora_invocation_tokens",
+)
+_OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that change W itself
 
 Adapters = dict[str, dict[str, jax.Array]]
 
@@ -133,16 +145,32 @@ def load(folder: Path, dtype: str | None = None) -> Llama:
 
     Raises:
       FileNotFoundError: there are no adapters, or their model is not there.
-      ValueError: the adapters do not fit the model.
+      ValueError: the adapters do not fit the model, or PEFT would apply them in another way than `attach`.
     """
     if not (folder / _CONFIG).is_file():
         raise FileNotFoundError(f"{folder} holds no adapters: it has no {_CONFIG}")
     config = json.loads((folder / _CONFIG).read_text())
+    _check_options(config, folder)
     lora = Lora(config["r"], config["lora_alpha"], tuple(config["target_modules"]))
     model = checkpoint.load(config["base_model_name_or_path"], dtype)
     with safe_open(folder / _WEIGHTS, "np") as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dictionary
     return fold(attach(model, _stacked(stored, model, lora, folder), lora))
+
+
+def _check_options(config: Mapping[str, Any], folder: Path) -> None:
+    """ValueError lists the options of PEFT that are not followed here."""
+    refused = [name for name in _OTHER_CHANGES if config.get(name) not in (None, False, "none", [], {})]
+    if str(config.get("init_lora_weights")).startswith(_OTHER_BASES):
+        refused.append("init_lora_weights")
+    if not isinstance(config["target_modules"], list):
+        refused.append("target_modules")
+    if refused:
+        listed = ", ".join(f"{name}={config[name]!r}" for name in refused)
+        raise ValueError(
+            f"{folder} holds adapters with {listed}; expected a list of names as target_modules, and PEFT's defaults "
+            "of the other options"
+        )
 
 
 def _stacked(stored: Mapping[str, np.ndarray], model: Llama, lora: Lora, folder: Path) -> Adapters:

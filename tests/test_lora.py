@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,28 @@ def test_unknown_targets_and_ranks_are_refused() -> None:
         Lora(rank=0)
 
 
-def test_saved_adapters_load_back_as_the_merged_model(model: Llama, folder: Path, tmp_path: Path) -> None:
+DEFAULTS = {  # as PEFT writes them
+    "use_rslora": False,
+    "use_dora": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "fan_in_fan_out": False,
+    "modules_to_save": None,
+    "bias": "none",
+    "alora_invocation_tokens": None,
+    "init_lora_weights": True,
+}
+
+
+@pytest.mark.parametrize("options", [{}, DEFAULTS], ids=["ours", "PEFT's"])
+def test_saved_adapters_load_back_as_the_merged_model(
+    options: dict[str, Any], model: Llama, folder: Path, tmp_path: Path
+) -> None:
     lora = Lora(rank=3, alpha=5.0)
     adapters = trained(model, lora)
     lora_.save(adapters, lora, tmp_path / "adapter", str(folder))
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | options))
     loaded = lora_.load(tmp_path / "adapter", "float32")
     for a, b in zip(weights(merged_with(model, adapters, lora)), weights(loaded), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -88,6 +107,35 @@ def test_adapters_of_another_model_are_refused(model: Llama, folder: Path, tmp_p
         lora_.load(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"holds no adapters: it has no adapter_config.json"):
         lora_.load(folder)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"rank_pattern": {"q_proj": 4}},
+        {"alpha_pattern": {"q_proj": 4}},
+        {"fan_in_fan_out": True},
+        {"modules_to_save": ["lm_head"]},
+        {"bias": "lora_only"},
+        {"alora_invocation_tokens": [1, 2]},
+        {"init_lora_weights": "pissa_niter_4"},
+        {"target_modules": "all-linear"},
+        {"use_rslora": True, "alpha_pattern": {"q_proj": 4}},
+    ],
+    ids=", ".join,
+)
+def test_options_of_peft_that_are_not_followed_are_refused(
+    options: dict[str, Any], model: Llama, folder: Path, tmp_path: Path
+) -> None:
+    lora = Lora(rank=3)
+    lora_.save(trained(model, lora), lora, tmp_path, str(folder))
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | options))
+    listed = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path} holds adapters with {listed}; expected")):
+        lora_.load(tmp_path, "float32")
 
 
 def test_adapters_beside_the_weights_compute_what_the_folded_model_does(model: Llama) -> None:
