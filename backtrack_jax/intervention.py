@@ -168,7 +168,7 @@ def ablate(
     direction = _checked_vector(direction)
     row = no_intervention(n_layers, direction.shape[0], span)
     chosen = range(n_layers) if layers is None else layers
-    mask = jnp.sum(jnp.stack([_one_hot(layer, n_layers) for layer in chosen]), axis=0)
+    mask = jnp.max(jnp.stack([_one_hot(layer, n_layers) for layer in chosen]), axis=0)
     unit = direction / jnp.linalg.norm(direction)
     return dataclasses.replace(row, ablate=mask, direction=mask[:, None] * unit)
 

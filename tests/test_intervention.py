@@ -153,7 +153,7 @@ def test_torch_with_a_hook_gives_the_same_logits():
             lambda x: x + 3 * x / x.norm(dim=-1, keepdim=True),
         ),
         (ablate(3 * VECTOR, n_layers=L, span=bounds), range(L), lambda x: x - (x @ unit)[..., None] * unit),
-        (ablate(VECTOR, [1], n_layers=L, span=bounds), range(1, 2), lambda x: x - (x @ unit)[..., None] * unit),
+        (ablate(VECTOR, [1, 1], n_layers=L, span=bounds), range(1, 2), lambda x: x - (x @ unit)[..., None] * unit),
         (
             add_vector(VECTOR, 1, 4.0, n_layers=L, span=bounds) + self_amplify(1, 3.0, span=bounds, **SIZES),
             range(1, 2),
