@@ -8,7 +8,9 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
+from backtrack_jax.data import records
 from backtrack_jax.data.records import LABELS, OTHER
 from backtrack_jax.judges import keyword
 from backtrack_jax.judges.settings import OpenAISpec
@@ -272,7 +274,7 @@ class Experiment:
     def judge(self) -> str:
         """Who labels the traces, `released-or-...` resolved: `released`, `keyword`, `openai` or `import`."""
         first, _, otherwise = self.annotations.judge.partition("-or-")
-        labelled = self.traces.path and not self.traces.path.endswith(".jsonl")
+        labelled = self.traces.path and records.is_released(Path(self.traces.path).expanduser())
         return otherwise if otherwise and not labelled else first
 
     @property

@@ -90,14 +90,14 @@ def generate(
     *,
     max_new_tokens: int,
 ) -> Generated:
-    """Samples up to `max_new_tokens` tokens for B left-padded prompts.
+    """Samples up to `max_new_tokens` tokens for B prompts.
 
     Generated position j is the forward pass whose *input* is generated token j. The intervention acts in prefill and in
     every decode step through the same code, on the positions of its span.
 
     Args:
       model: the model.
-      ids: [B, T] int32 left-padded prompts (`models.batching.left_pad`).
+      ids: [B, T] int32 prompts, padded on either side (`models.batching.left_pad`).
       positions: [B, T] int32, PAD at padding.
       keys: [B] typed PRNG keys. A row's text depends on its own key, prompt and intervention, not on its batch.
       intervention: B rows, or None.
@@ -109,18 +109,19 @@ def generate(
       The replies.
 
     Raises:
-      ValueError: if `max_new_tokens` is below 1.
+      ValueError: if `max_new_tokens` is below 1, or the intervention has other shapes than these rows and this model.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}, expected at least 1")
     stop_ids = jnp.asarray(stop_ids, jnp.int32).reshape(-1)
     prompt_length = jnp.max(positions, axis=1) + 1
     if intervention is not None:
+        intervention.check_shape(len(ids), model.config.n_layers, model.config.d_model)
         intervention = intervention.resolve(prompt_length)
 
     def record(state: DecodeState, resid: jax.Array) -> DecodeState:
         """Samples from the last position's residual stream [B, 1, D] and writes the tokens at `state.step`."""
-        logits = model.logits(resid[:, -1])
+        logits = model.logits(resid[:, 0])
         tokens = sample(logits, sampling, keys, state.step)
         written = lax.dynamic_update_slice(state.ids, tokens[:, None], (0, state.step))
         return dataclasses.replace(
@@ -151,7 +152,8 @@ def generate(
     nothing = jnp.zeros((B, max_new_tokens), jnp.int32)
     zeros = jnp.zeros(B, jnp.int32)
     start = DecodeState(cache, nothing, jnp.zeros((), jnp.int32), zeros > 0, zeros, zeros == 0)
-    last = lax.while_loop(unfinished, decode_step, record(start, out.resid))
+    at_last = jnp.argmax(positions, axis=1)[:, None, None]  # not the last column where padding stands behind
+    last = lax.while_loop(unfinished, decode_step, record(start, jnp.take_along_axis(out.resid, at_last, axis=1)))
     return Generated(last.ids, last.lengths, last.stopped, last.finite)
 
 

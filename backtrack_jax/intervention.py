@@ -75,6 +75,14 @@ class Intervention:
         """Puts each row's prompt length ([B] int32, in tokens with BOS) where the span says `prompt` or `generated`."""
         return dataclasses.replace(self, span=jnp.where(self.span == PROMPT_END, prompt_length[..., None], self.span))
 
+    def check_shape(self, n_rows: int, n_layers: int, d_model: int) -> None:
+        """ValueError if these are not rows for such a batch and model; some other shapes would broadcast."""
+        if self.add.shape != (n_rows, n_layers, d_model):
+            raise ValueError(
+                f"the intervention's `add` has shape {self.add.shape}, expected (rows, layers, width) = "
+                f"{(n_rows, n_layers, d_model)}; `stack_rows` makes a batch of rows"
+            )
+
     def check_resolved(self) -> None:
         """ValueError if a concrete span waits for the prompt's length; a traced one that does changes nothing."""
         if isinstance(self.span, Tracer):

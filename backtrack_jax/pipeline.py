@@ -94,9 +94,16 @@ class Run:
             self._check_models()
         self.workdir.mkdir(parents=True, exist_ok=True)
         with store.locked(self.workdir):
+            self._say_what_is_not_read()
             for name in needed:
                 self._run_stage(name)
-        say(f"results are in {self.workdir}")
+        page = "6-report/report.html" if self.stages[-1] == "6-report" else ""
+        say(f"results are in {self.workdir / page}")
+
+    def _say_what_is_not_read(self) -> None:
+        layer, kept = self.experiment.steering.layer, self.experiment.vectors.layers
+        if "5-analysis" in self.stages and kept and layer not in kept:
+            say(f"probe and reliability are of vectors.layers={kept}; add steering.layer={layer} there to have it")
 
     def _run_stage(self, name: str) -> None:
         folder = store.StageFolder(self.workdir, name, self.inputs[name])

@@ -199,7 +199,7 @@ def _trace_lengths(e: Experiment) -> list[int]:
 
 def _imported(e: Experiment) -> list[records.Trace]:
     path = data_path(e.traces.path)
-    traces = records.read_traces(path) if path.suffix == ".jsonl" else records.read_released(path)[0]
+    traces = records.read_released(path)[0] if records.is_released(path) else records.read_traces(path)
     return spread(traces, e.traces.limit)
 
 

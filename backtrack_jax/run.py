@@ -19,7 +19,7 @@ from backtrack_jax.judges.settings import JudgeStopped
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, for instance configs/smollm2.py.")
 _STAGES = flags.DEFINE_list("stages", [], f"Run only these stages: {', '.join(pipeline.STAGES)} (names or numbers).")
-_WORKDIR = flags.DEFINE_string("workdir", "", "Folder for results, in the place of the config's.")
+WORKDIR = flags.DEFINE_string("workdir", "", "Folder for results, in the place of the config's.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")
 
 
@@ -31,8 +31,8 @@ def main(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             raise ValueError(f"unexpected arguments {argv[1:]}; overrides look like --config.steering.layer=9")
         experiment: Experiment = CONFIG.value
-        if _WORKDIR.value:
-            experiment.workdir = _WORKDIR.value
+        if WORKDIR.value:
+            experiment.workdir = WORKDIR.value
         check(experiment)
         run = pipeline.Run(experiment, pipeline.stage_names(_STAGES.value))
         if _DRY_RUN.value:

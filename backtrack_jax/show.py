@@ -18,7 +18,7 @@ from backtrack_jax import pipeline
 from backtrack_jax.config import check
 from backtrack_jax.data import records
 from backtrack_jax.extract import TokenTrace
-from backtrack_jax.run import CONFIG, parse_flags
+from backtrack_jax.run import CONFIG, WORKDIR, parse_flags
 from backtrack_jax.stages.vectors import token_trace
 
 _GREEN, _RED, _DIM, _PLAIN = "\x1b[30;42m", "\x1b[1;97;41m", "\x1b[2m", "\x1b[0m"
@@ -28,10 +28,12 @@ def main(argv: Sequence[str]) -> None:
     """Prints the windows of the trace that is named on the command line."""
     try:
         experiment = CONFIG.value
+        if WORKDIR.value:
+            experiment.workdir = WORKDIR.value
         check(experiment)
         if len(argv) != 2:
             raise ValueError("name one trace: python -m backtrack_jax.show TRACE --config=FILE")
-        run = pipeline.Run(experiment, pipeline.stage_names(["1", "2"]))
+        run = pipeline.Run(experiment.for_vectors(), pipeline.stage_names(["1", "2"]))
         print(describe(run, argv[1], colour=sys.stdout.isatty()))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

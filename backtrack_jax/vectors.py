@@ -138,7 +138,7 @@ def cosine(a: SteeringVector, b: SteeringVector) -> np.ndarray:
         return np.sum(x * y, axis=-1) / (np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1))
 
 
-def save(vector: SteeringVector, path: Path) -> None:
+def save(vector: SteeringVector, path: Path | str) -> None:
     """Writes a vector; the suffix chooses the format.
 
     `.safetensors`: `direction.{layer}` float32, with provenance and raw norms in the metadata; `.npz`: `directions`
@@ -147,6 +147,7 @@ def save(vector: SteeringVector, path: Path) -> None:
     Raises:
       ValueError: if the suffix is another one, or a `.gguf` would hold no layer at all.
     """
+    path = Path(path)
     writers: dict[str, Callable[[SteeringVector, Path], None]] = {
         ".safetensors": _save_safetensors,
         ".npz": _save_npz,
@@ -161,7 +162,7 @@ def save(vector: SteeringVector, path: Path) -> None:
 
 
 def load(
-    path: Path, *, label: str = "backtracking", layer: int | None = None, n_layers: int | None = None
+    path: Path | str, *, label: str = "backtracking", layer: int | None = None, n_layers: int | None = None
 ) -> SteeringVector:
     """Reads a vector from `.safetensors`, `.npz`, `.gguf` or `.pt` (weights only, never a pickle; needs torch).
 
@@ -176,6 +177,7 @@ def load(
       FileNotFoundError: if there is no such file.
       ValueError: names the file and what is wrong with it, a number of layers other than `n_layers` included.
     """
+    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such vector file")
     readers: dict[str, Callable[[], SteeringVector]] = {

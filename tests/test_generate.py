@@ -4,6 +4,7 @@ Shapes are few on purpose: most tests run the one program that `generate_rows` c
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 import jax
@@ -414,6 +415,33 @@ def test_a_row_without_finite_logits_stops_the_run(rows):
     broken[2] = dataclasses.replace(broken[2], name="the third")
     with pytest.raises(FloatingPointError, match="the third: "):
         replies_of(broken)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0)])
+def test_padding_may_stand_behind_the_prompts(sampling):
+    """An answer to the padding behind a prompt would look like one to the prompt."""
+    expected = run(PROMPTS, STEERED, sampling)
+    ids, positions = right_pad(PROMPTS, T)
+    found = compiled_generate(
+        MODEL, ids, positions, jnp.stack(KEYS), stack_rows(STEERED), sampling, NEVER, max_new_tokens=G
+    )
+    np.testing.assert_array_equal(found.ids, expected.ids)
+
+
+@pytest.mark.parametrize(
+    ("interventions", "shape"),
+    [
+        (stack_rows([add_vector(jnp.ones(1), 1, 2.0, n_layers=L)] * B), (B, L, 1)),
+        (stack_rows([add_vector(VECTORS[1], 1, 2.0, n_layers=L + 1)] * B), (B, L + 1, D)),
+        (stack_rows([add_vector(VECTORS[1], 1, 2.0, n_layers=L)] * (B - 1)), (B - 1, L, D)),
+        (add_vector(VECTORS[1], 1, 2.0, n_layers=L), (L, D)),
+    ],
+    ids=["vector of width 1", "another depth", "too few rows", "a single row"],
+)
+def test_an_intervention_of_other_shapes_is_refused(interventions, shape):
+    ids, positions = left_pad(PROMPTS, T)
+    with pytest.raises(ValueError, match=re.escape(f"`add` has shape {shape}, expected (rows, layers, width) = ")):
+        compiled_generate(MODEL, ids, positions, jnp.stack(KEYS), interventions, max_new_tokens=2)
 
 
 # Sampling

@@ -311,11 +311,11 @@ def test_the_direction_is_scored_on_problems_that_it_was_not_read_from(finished:
     states = dict(pair for batch in batches for pair in batch)
     scores, soon = [], []
     for held_out in range(e.analysis.folds):
-        inside = np.flatnonzero(fold == held_out)
-        others = [tokens[source][i] for i in np.flatnonzero(fold != held_out)]
+        inside, outside = (np.flatnonzero(mask).tolist() for mask in (fold == held_out, fold != held_out))
+        others = [tokens[source][i] for i in outside]
         read = extract.window_sums(made.model(source), others, sums.plan, batch_size=3)
         v = read.mean("backtracking", e.vectors.window)[layer] - read.mean("all", e.vectors.window)[layer]
-        centre = np.concatenate([states[i] for i in np.flatnonzero(fold != held_out)])[:, 0].mean(0)
+        centre = np.concatenate([states[i] for i in outside])[:, 0].mean(0)
         for i in inside:
             starts = [s for label, s in tokens["reasoning"][i].starts if label == "backtracking"]
             scores += ((states[i][:, 0] - centre) @ v / np.linalg.norm(v)).tolist()
@@ -927,6 +927,27 @@ def test_a_chain_that_the_judge_left_unlabelled_is_counted_not_fatal(fresh: Path
     Path(tiny.CHAINS).write_text(json.dumps(chains))
     run(tiny.get_config(), "1", "2")
     assert "no_sections" in (fresh / "2-annotations" / "summary.txt").read_text()
+
+
+def test_what_would_mislead_is_said(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A magnitude in the wrong unit, and a layer at which no probe is fitted."""
+    e = tiny.get_config()
+    e.steering.kinds, e.steering.limit, e.steering.layer, e.steering.magnitudes = ("backtracking",), 1, 0, (0.0, 500.0)
+    e.steering.baselines = e.steering.offsets = e.steering.layers = ()
+    run(e)
+    said = capsys.readouterr().err
+    assert re.search(r"magnitude 500 adds \d+\.?\d* times the mean residual norm; see steering\.unit", said)
+    assert "probe and reliability are of vectors.layers=(1, 2); add steering.layer=0 there to have it" in said
+    assert said.rstrip().endswith("results are in results/tiny/6-report/report.html")
+
+
+def test_annotated_chains_may_stand_one_a_line(fresh: Path, tiny_run: Path) -> None:
+    Path("chains.jsonl").write_text("".join(json.dumps(chain) + "\n" for chain in tiny.chains()))
+    e = tiny.get_config()
+    e.traces.path, e.annotations.judge = "chains.jsonl", "released-or-keyword"
+    run(e, "1", "2")
+    for name in ("1-traces/traces.jsonl", "2-annotations/annotations.jsonl"):
+        assert (fresh / name).read_bytes() == (tiny_run / "results" / "tiny" / name).read_bytes()
 
 
 def test_a_single_trace_goes_all_the_way(fresh: Path) -> None:

@@ -201,6 +201,11 @@ def test_layer_0_is_kept(tmp_path, suffix):
     np.testing.assert_array_equal(load(tmp_path / f"vector{suffix}").directions, random_vector().directions)
 
 
+def test_a_path_may_be_a_string(tmp_path):
+    save(random_vector(), f"{tmp_path}/v.safetensors")
+    np.testing.assert_array_equal(load(f"{tmp_path}/v.safetensors").directions, random_vector().directions)
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_saving_again_replaces(tmp_path, suffix):
     path = tmp_path / f"vector{suffix}"

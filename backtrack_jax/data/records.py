@@ -171,6 +171,14 @@ class _Fields:
         return [_Fields(item, f"{self.where}, {key}[{index}]") for index, item in enumerate(value)]
 
 
+def is_released(path: Path) -> bool:
+    """Whether a file or folder holds annotated chains; a `.jsonl` may hold traces instead, so its content tells."""
+    if path.suffix != ".jsonl" or not path.is_file():
+        return path.suffix != ".jsonl"
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        return '"annotated_chain"' in file.readline()
+
+
 def _read_text(path: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")

@@ -318,11 +318,13 @@ class Llama(nnx.Module):
           The residual stream after the last block that ran, the cache and the captures.
 
         Raises:
-          ValueError: if a concrete span is not resolved, or if `stop_at_layer` is outside 1..L or cannot be had.
+          ValueError: if an intervention has other shapes than these rows and this model, or a concrete span that is not
+            resolved; or if `stop_at_layer` is outside 1..L or cannot be had.
         """
         if stop_at_layer is not None:
             _check_stop(stop_at_layer, self.config.n_layers, cache, layers)
         if intervention is not None:
+            intervention.check_shape(len(ids), self.config.n_layers, self.config.d_model)
             intervention.check_resolved()
         x = _take(self.embed_tokens[...], ids).astype(jnp.float32)
         # Behind the barrier, or XLA's CPU backend would compute sines anew in every block of a decode step.

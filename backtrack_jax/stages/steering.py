@@ -11,6 +11,7 @@ import numpy as np
 from backtrack_jax import conditions, extract, generate, inputs, store, vectors
 from backtrack_jax.data import records
 from backtrack_jax.models import prompts
+from backtrack_jax.progress import say
 from backtrack_jax.stages.sampling import sample_rows
 
 if TYPE_CHECKING:
@@ -32,6 +33,14 @@ def steer(run: "Run", folder: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
+def _say_what_is_long(target: str, planned: Sequence[conditions.Condition], readings: conditions.Readings) -> None:
+    """Names the longest that is added, if it is longer than the residual stream: replies will hardly be sentences."""
+    norm = readings.mean_norm[target]
+    if longest := max((c for c in planned if abs(c.length) > norm[c.layer]), key=lambda c: abs(c.length), default=None):
+        share = abs(longest.length) / norm[longest.layer]
+        say(f"  magnitude {longest.magnitude:g} adds {share:.3g} times the mean residual norm; see steering.unit")
+
+
 def _steer_model(
     run: "Run", target: str, partial: Path, readings: conditions.Readings, asked: Sequence[records.Trace]
 ) -> list[dict[str, Any]]:
@@ -46,6 +55,7 @@ def _steer_model(
         for trace in inputs.spread(asked, limit)
         for sample in range(spec.samples)
     ]
+    _say_what_is_long(target, [condition for condition, _, _ in todo], readings)
     rows = []
     for condition, trace, sample in todo:
         ids, _ = run.for_role(target, prompts.prompt_ids(run.tokenizer, trace.problem, run.prompt))

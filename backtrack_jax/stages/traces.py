@@ -24,7 +24,7 @@ def make_traces(run: "Run", folder: Path) -> None:
         sample_traces(run, folder)
         return
     path = inputs.data_path(spec.path)
-    if path.suffix == ".jsonl":
+    if not records.is_released(path):
         traces = inputs.spread(records.read_traces(path), spec.limit)
     else:
         pairs = inputs.spread(list(zip(*records.read_released(path), strict=True)), spec.limit)
@@ -43,7 +43,7 @@ def ids_at_source(e: Experiment) -> set[str]:
             f"{problem.id}/{sample}" for problem in inputs.problems(unlimited) for sample in range(e.traces.samples)
         }
     path = inputs.data_path(e.traces.path)
-    traces = records.read_traces(path) if path.suffix == ".jsonl" else records.read_released(path)[0]
+    traces = records.read_released(path)[0] if records.is_released(path) else records.read_traces(path)
     return {trace.id for trace in traces}
 
 
