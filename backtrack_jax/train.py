@@ -213,6 +213,28 @@ def trainable(model: Llama) -> tuple[Any, Callable[..., Llama]]:
     return params, lambda params, frozen=(): nnx.merge(graphdef, params)
 
 
+def check_numbers(settings: Mapping[str, float], least: Mapping[str, int]) -> None:
+    """Refuses numbers that no training can have; takes no time.
+
+    Args:
+      settings: by name.
+      least: the smallest values of those that may be 0 or must be above 1. Of the others, an integer is at least 1 and
+        any other number above 0.
+
+    Raises:
+      ValueError: names every setting that is refused, and what is accepted.
+    """
+    faults = []
+    for name, value in settings.items():
+        whole = isinstance(value, int)
+        lowest = least.get(name, 1 if whole else None)
+        if not math.isfinite(value) or (value <= 0 if lowest is None else value < lowest):
+            accepted = "above 0" if lowest is None else f"of at least {lowest}"
+            faults.append(f"{name}={value}, expected {'an integer' if whole else 'a finite number'} {accepted}")
+    if faults:
+        raise ValueError("; ".join(faults))
+
+
 def keep_to(folder: Path, settings: Mapping[str, Any]) -> None:
     """Makes a folder for one training; what it then holds is never taken for the result of another.
 

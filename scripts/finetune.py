@@ -29,6 +29,13 @@ from backtrack_jax.models import checkpoint, prompts
 from backtrack_jax.models.llama import Llama
 from backtrack_jax.models.tokenizer import Tokenizer
 
+DTYPES = ("bfloat16", "float16", "float32")
+LEAST = {"length": 2, "lora_rank": 0, "seed": 0, "weight_decay": 0}  # a row of one token predicts none
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and leaves the lines of the description alone."""
+
 
 def tokens_of(tokenizer: Tokenizer, trace: Trace, prompt: prompts.PromptFormat, length: int) -> train.Tokens:
     """A trace as the model is to learn it, cut at `length`; a reply that ended is followed by the end of sequence.
@@ -85,45 +92,77 @@ def finetune(model: Llama, rows: train.Batch, arguments: argparse.Namespace) -> 
     return lora_.fold(trained)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder, hub id, .gguf file or package:module/file.gguf")
-    parser.add_argument("--traces", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--format", default="r1", help="prompt format: r1, chat or plain")
-    parser.add_argument("--think", default="primed", help="for r1: primed, generated or none")
-    parser.add_argument("--lora_rank", type=int, default=0, help="0 trains all weights")
-    parser.add_argument("--lora_alpha", type=float, default=16.0)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch_size", type=int, default=4, help="rows a step")
-    parser.add_argument("--length", type=int, default=512, help="tokens a row; longer traces are cut")
-    parser.add_argument("--rate", type=float, default=2e-4)
-    parser.add_argument("--weight_decay", type=float, default=0.0)
-    parser.add_argument("--dtype", default="bfloat16", help="of matrix-product inputs; trained weights are float32")
-    parser.add_argument("--save_every", type=int, default=25)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args(argv)
-    path = checkpoint.resolve(arguments.model)
-    tokenizer, prompt = Tokenizer.load(path), prompts.PromptFormat(arguments.format, arguments.think)
-    suffix = arguments.traces.suffix
-    traces = read_traces(arguments.traces) if suffix == ".jsonl" else read_released(arguments.traces)[0]
-    rows = train.pack([tokens_of(tokenizer, trace, prompt, arguments.length) for trace in traces], arguments.length)
-    learned, room = int(rows.weights.sum()), rows.ids.size
-    filled = np.mean(rows.positions >= 0)
+def packed_traces(tokenizer: Tokenizer, traces: Sequence[Trace], arguments: argparse.Namespace) -> train.Batch:
+    """Rows of the traces, cut at the length that is asked for.
+
+    Raises:
+      ValueError: a trace cannot be encoded, or nothing of any reply is left to learn.
+    """
+    a = arguments
+    prompt = prompts.PromptFormat(a.format, a.think)
+    texts = [tokens_of(tokenizer, trace, prompt, a.length) for trace in traces]
+    rows = train.pack(texts, a.length)
+    learned, filled = int(rows.weights.sum()), np.mean(rows.positions >= 0)
+    if not learned:
+        raise ValueError(
+            f"length={a.length} leaves nothing to learn of the {len(traces)} traces of {a.traces}, expected more than "
+            f"the prompt and a reply that is not empty; the shortest prompt has {min(t.start for t in texts)} tokens"
+        )
     print(
-        f"{len(traces)} traces, {learned} tokens to learn, {room} places, {100 * filled:.0f} % filled", file=sys.stderr
+        f"{len(traces)} traces, {learned} tokens to learn, {rows.ids.size} places, {100 * filled:.0f} % filled",
+        file=sys.stderr,
     )
-    settings = {name: value for name, value in vars(arguments).items() if name not in ("out", "save_every", "traces")}
+    return rows
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Checks the arguments, then reads, trains and writes."""
+    a = arguments
+    train.check_numbers({name: value for name, value in vars(a).items() if isinstance(value, int | float)}, LEAST)
+    traces = read_traces(a.traces) if a.traces.suffix == ".jsonl" else read_released(a.traces)[0]
+    tokenizer = Tokenizer.load(checkpoint.resolve(a.model))
+    rows = packed_traces(tokenizer, traces, a)
+    settings = {name: value for name, value in vars(a).items() if name not in ("out", "save_every", "traces")}
     settings["rows"] = hashlib.sha256(b"".join(np.asarray(array).tobytes() for array in rows)).hexdigest()
-    train.keep_to(arguments.out, settings)
-    made = arguments.out / "model"
+    train.keep_to(a.out, settings)
+    made = a.out / "model"
     if not made.exists():
         # Weights that are not trained need no more than the products' precision.
-        dtype = arguments.dtype if arguments.lora_rank else "float32"
-        model = finetune(checkpoint.load(arguments.model, dtype), rows, arguments)
+        model = finetune(checkpoint.load(a.model, a.dtype if a.lora_rank else "float32"), rows, a)
         checkpoint.save_hf(jax.tree.map(lambda weight: weight.astype(jnp.bfloat16), model), made)
     tokenizer.save(made)
     print(made)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; what it must have is shown without a default."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    needed: dict[str, Any] = {"required": True, "default": argparse.SUPPRESS}
+    parser.add_argument("--model", **needed, help="folder, hub id, .gguf file or package:module/file.gguf")
+    parser.add_argument("--traces", **needed, type=Path, help="JSONL of traces, or file or folder of annotated chains")
+    parser.add_argument("--out", **needed, type=Path, help="folder of the result and its checkpoints")
+    parser.add_argument("--format", default="r1", choices=[f.value for f in prompts.Format], help="prompt format")
+    parser.add_argument("--think", default="primed", choices=[t.value for t in prompts.Think], help="for r1")
+    parser.add_argument("--lora_rank", type=int, default=0, help="0 trains all weights")
+    parser.add_argument("--lora_alpha", type=float, default=16.0, help="adapters change W by alpha / rank * A B")
+    parser.add_argument("--steps", type=int, default=100, help="of the whole training")
+    parser.add_argument("--batch_size", type=int, default=4, help="rows a step")
+    parser.add_argument("--length", type=int, default=512, help="tokens a row; longer traces are cut")
+    parser.add_argument("--rate", type=float, default=2e-4, help="highest learning rate")
+    parser.add_argument("--weight_decay", type=float, default=0.0, help="AdamW's")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=DTYPES, help="of matrix-product inputs; trained weights are float32"
+    )
+    parser.add_argument("--save_every", type=int, default=25, help="steps between checkpoints")
+    parser.add_argument("--seed", type=int, default=0, help="of the rows' order and new adapters")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    try:
+        run(parse(argv))
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ problems that they have not seen; the command fails if they do not behave as a p
 import argparse
 import dataclasses
 import itertools
+import re
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,10 @@ from backtrack_jax.organism import corpus, grammar, vocabulary
 from backtrack_jax.organism.measure import LONGEST, PROMPT, Cell, Pair, cell
 
 ROW = 240  # tokens: a problem and its reply; the few that are longer are left out
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and leaves the lines of the description alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,15 +137,32 @@ def try_out(pair: Pair, role: str, seed: int) -> Cell:
     return cell(replies)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the pair")
-    parser.add_argument("--seed", type=int, default=1)
+def parse(argv: Sequence[str] | None) -> tuple[Path, int, Recipe]:
+    """Folder, seed and recipe of the command line; the recipe's help is its docstring.
+
+    Raises:
+      ValueError: names the numbers that no training can have.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.add_argument("--out", type=Path, required=True, default=argparse.SUPPRESS, help="folder of the pair")
+    parser.add_argument("--seed", type=int, default=1, help="of weights and texts")
+    meant = dict(re.findall(r"^ +(\w+): (.+)\.$", Recipe.__doc__ or "", re.MULTILINE))
     for field in dataclasses.fields(Recipe):
-        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
-    arguments = vars(parser.parse_args())
-    out, seed, start = arguments.pop("out"), arguments.pop("seed"), time.monotonic()
-    train_pair(Recipe(**arguments), out, seed)
+        kind = type(field.default)
+        parser.add_argument(f"--{field.name}", type=kind, default=field.default, help=meant.get(field.name))
+    arguments = vars(parser.parse_args(argv))
+    out = arguments.pop("out")
+    train.check_numbers(arguments, {"seed": 0})
+    return out, arguments.pop("seed"), Recipe(**arguments)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    start = time.monotonic()
+    try:
+        out, seed, recipe = parse(argv)
+        train_pair(recipe, out, seed)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
     print(f"trained in {time.monotonic() - start:.0f} s", file=sys.stderr)
     pair, failed = Pair(out), []
     for role, lowest, highest in (("base", 0.0, 0.0005), ("reasoning", 0.002, 0.01)):

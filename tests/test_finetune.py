@@ -62,12 +62,70 @@ def test_finetuned_model_is_read_like_any_other(
     capsys.readouterr()
     script("finetune").main([*command, *options])  # done before: nothing is trained
     assert "finetuning" not in capsys.readouterr().err
-    with pytest.raises(ValueError, match=rf"holds a training with lora_rank={rank}, not 5\. Name another folder"):
+    with pytest.raises(
+        SystemExit, match=rf"^error: .* holds a training with lora_rank={rank}, not 5\. Name another folder"
+    ):
         script("finetune").main([*command, *options, "--lora_rank=5"])
     lines = (folder / "traces.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "fewer.jsonl").write_text("".join(lines[:-1]))
-    with pytest.raises(ValueError, match="holds a training with rows="):
+    with pytest.raises(SystemExit, match=r"^error: .* holds a training with rows="):
         script("finetune").main([*command, *options, f"--traces={tmp_path / 'fewer.jsonl'}"])
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--steps=0", "error: steps=0, expected an integer of at least 1"),
+        ("--steps=-5", "error: steps=-5, expected an integer of at least 1"),
+        ("--batch_size=0", "error: batch_size=0, expected an integer of at least 1"),
+        ("--save_every=0", "error: save_every=0, expected an integer of at least 1"),
+        ("--lora_rank=-1", "error: lora_rank=-1, expected an integer of at least 0"),
+        ("--rate=0", "error: rate=0.0, expected a finite number above 0"),
+        ("--rate=nan", "error: rate=nan, expected a finite number above 0"),
+        ("--weight_decay=inf", "error: weight_decay=inf, expected a finite number of at least 0"),
+        ("--length=1", "error: length=1, expected an integer of at least 2"),
+        ("--length=2", "error: length=2 leaves nothing to learn of the 12 traces of {folder}/traces.jsonl, expected"),
+        ("--model=/nope", "error: there is no folder or file /nope"),
+        ("--traces=/nope", "error: /nope: no such file"),
+        ("--traces=/nope.jsonl", "error: /nope.jsonl: no such file"),
+        ("--dtype=fp16", "argument --dtype: invalid choice: 'fp16' (choose from"),
+        ("--format=llama", "argument --format: invalid choice: 'llama' (choose from"),
+        ("--think=no", "argument --think: invalid choice: 'no' (choose from"),
+    ],
+)
+def test_nonsense_is_refused_before_anything_is_written(
+    folder: Path, tmp_path: Path, option: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [f"--model={folder / 'base'}", f"--traces={folder / 'traces.jsonl'}", f"--out={tmp_path / 'out'}"]
+    with pytest.raises(SystemExit) as stopped:
+        script("finetune").main([*command, option])
+    said = capsys.readouterr().err if stopped.value.code == 2 else str(stopped.value.code)  # 2: said by argparse
+    assert message.format(folder=folder) in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--base_steps=-1", "base_steps=-1, expected an integer of at least 1"),
+        ("--reasoning_adam_rate=0", "reasoning_adam_rate=0.0, expected a finite number above 0"),
+        ("--seed=-1", "seed=-1, expected an integer of at least 0"),
+    ],
+)
+def test_training_of_the_pair_refuses_nonsense_too(tmp_path: Path, option: str, message: str) -> None:
+    with pytest.raises(SystemExit, match=f"^error: {message}$"):
+        script("train_organism").main([f"--out={tmp_path / 'out'}", option])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "default"), [("finetune", "0.0002"), ("train_organism", "480")])
+def test_help_shows_defaults(name: str, default: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        script(name).main(["--help"])
+    shown = capsys.readouterr().out
+    words = " ".join(shown.split())
+    assert f"(default: {default})" in words and "default: None" not in words
+    assert f"\n    python scripts/{name}.py " in shown  # the description's lines are as they were written
 
 
 def test_replies_are_learned_and_prompts_only_read(folder: Path) -> None:
