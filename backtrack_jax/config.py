@@ -304,8 +304,15 @@ def check(experiment: Experiment) -> None:
         raise ValueError("the config cannot run:\n  " + "\n  ".join(faults))
 
 
-def check_override(argument: str) -> None:
-    """Refuses `--config.steering.layr=9`: ValueError names the fields that there are."""
+def check_overrides(arguments: Sequence[str]) -> None:
+    """Refuses what `check_override` does, and a list that is given twice: ValueError names it."""
+    lists = [argument.lstrip("-").partition("=")[0] for argument in arguments if check_override(argument) is tuple]
+    if twice := [name for name in lists if lists.count(name) > 1]:
+        raise ValueError(f"--{twice[0]} is given {lists.count(twice[0])} times, expected once, as one list: 1,2")
+
+
+def check_override(argument: str) -> type:
+    """Refuses `--config.steering.layr=9`: ValueError names the fields that there are. Returns the type of the field."""
     names = re.match(r"--?(?:no)?config\.([^=]+)", argument)
     kind: type = Experiment
     for name in names[1].split(".") if names else ():
@@ -313,8 +320,9 @@ def check_override(argument: str) -> None:
         if name not in fields:
             there = f"; there are {', '.join(fields)}" if fields else ""
             raise ValueError(f"{argument}: there is no field {name!r}{there}")
-        default = fields[name].default_factory
-        kind = default if isinstance(default, type) else object
+        made_by = fields[name].default_factory
+        kind = made_by if isinstance(made_by, type) else type(fields[name].default)
+    return kind
 
 
 def _fault(field: str, value: object, accepted: str) -> str:

@@ -5,18 +5,34 @@ not exist or a value of the wrong type stops the program. `--dry_run` prints row
 what is already done, and computes nothing.
 """
 
+import ast
 import logging
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from absl import app, flags
 from ml_collections import config_flags
 
 from backtrack_jax import pipeline, plan
-from backtrack_jax.config import Experiment, check, check_override
+from backtrack_jax.config import Experiment, check, check_overrides
 from backtrack_jax.judges.settings import JudgeStopped
 
+
+class _ListParser(flags.ArgumentParser):
+    """Lists of a config: `0,0.3`, or anything that Python reads; what it does not read is strings between commas."""
+
+    def parse(self, argument: Any) -> tuple[Any, ...]:
+        """The list; the default comes as it is."""
+        try:
+            value = ast.literal_eval(argument) if isinstance(argument, str) else argument
+        except (ValueError, SyntaxError):
+            value = [part.strip() for part in argument.split(",") if part.strip()]
+        return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+config_flags.register_flag_parser_for_type(tuple, _ListParser())
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, for instance configs/smollm2.py.")
 _STAGES = flags.DEFINE_list("stages", [], f"Run only these stages: {', '.join(pipeline.STAGES)} (names or numbers).")
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder for results, in the place of the config's.")
@@ -53,8 +69,7 @@ def main(argv: Sequence[str]) -> None:
 def parse_flags(argv: Sequence[str]) -> Sequence[str]:
     """Parses the command line; a wrong override ends the program with a message that names it."""
     try:
-        for argument in argv[1:]:
-            check_override(argument)
+        check_overrides(argv[1:])
         return app.parse_flags_with_usage(list(argv))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -184,6 +184,13 @@ def test_a_misspelt_override_names_the_fields_there_are(name: str) -> None:
         config.check_override("--config.steering.layr=9")
 
 
+def test_a_list_that_is_given_twice_is_named() -> None:
+    once = ["--config.steering.layers=1,2", "--config.vectors.layers=1", "--config.seed=1", "--config.seed=2"]
+    config.check_overrides(once)
+    with pytest.raises(ValueError, match=r"--config\.steering\.layers is given 2 times, expected once"):
+        config.check_overrides([*once, "-config.steering.layers", "5"])
+
+
 def test_overrides_that_exist() -> None:
     for argument in ("--config.steering.layer=9", "--noconfig.vectors.into_prompt", "--config.base.path=a.b"):
         config.check_override(argument)

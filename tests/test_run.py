@@ -142,6 +142,7 @@ def test_plan_of_smollm2(tmp_path: Path, command: Callable[..., tuple[str, str]]
         (["--config.steering.layer=3"], "steering.layer=3 is no block of the base model, base: it has blocks 0..2"),
         (["--config.vectors.window=-13"], "vectors.window=(-13,)"),
         (["--config.traces.path=nowhere.json"], "nowhere.json: no such file or folder"),
+        (["--config.steering.layers=1,2", "--config.steering.layers=5"], "--config.steering.layers is given 2 times"),
         (["--config.roles=teacher"], "roles=('teacher',), expected some of base, reasoning"),
         (["--stages=7"], "--stages: ['7'] unknown; there are 1-traces, 2-annotations"),
         (["--stages=4"], "4-steering builds on 1-traces, which is not done for this config"),
@@ -155,6 +156,30 @@ def test_a_mistake_ends_in_a_message(
     out, ended = command(TINY, *arguments)
     assert not out and message in ended
     assert not fresh.exists()
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("kinds=backtracking,noise", ("backtracking", "noise")),
+        ("kinds=overall-mean", ("overall-mean",)),
+        ("kinds=('noise', 'random')", ("noise", "random")),
+        ("baselines=noise, random,", ("noise", "random")),
+        ("layers=", ()),
+        ("layers=2", (2,)),
+        ("layers=[0, 2]", (0, 2)),
+        ("magnitudes=0,0.3", (0, 0.3)),
+    ],
+)
+def test_lists_on_the_command_line(command: Callable[..., tuple[str, str]], written: str, read: object) -> None:
+    command(TINY, f"--config.steering.{written}", "--stages=none")  # ends once the config is read
+    assert getattr(run.CONFIG.value.steering, written.partition("=")[0]) == read
+
+
+def test_words_of_python_are_words_of_a_list(command: Callable[..., tuple[str, str]]) -> None:
+    command(TINY, "--config.analysis.keywords=wait,or,is", "--config.roles=reasoning,base", "--stages=none")
+    assert run.CONFIG.value.analysis.keywords == ("wait", "or", "is")
+    assert run.CONFIG.value.roles == ("reasoning", "base")
 
 
 def test_a_config_file_that_is_not_there(tmp_path: Path, command: Callable[..., tuple[str, str]]) -> None:
