@@ -79,11 +79,7 @@ class Run:
 
     def run(self) -> None:
         """Runs the wanted stages that are not done, each after those it builds on."""
-        needed = STAGES[: STAGES.index(self.stages[-1]) + 1]
-        if absent := [name for name in needed if name not in self.stages and not self.done(name)]:
-            raise ValueError(
-                f"{self.stages[-1]} builds on {absent[0]}, which is not done for this config; add it to --stages"
-            )
+        needed = self.needed()
         asked = {"2-annotations": self.experiment.judge, "5-analysis": self.experiment.analysis.judge}
         if any(who == "openai" and name in self.stages and not self.done(name) for name, who in asked.items()):
             read_key(self.experiment.annotations.openai.settings())  # before the first stage, which may take hours
@@ -104,6 +100,15 @@ class Run:
         layer, kept = self.experiment.steering.layer, self.experiment.vectors.layers
         if "5-analysis" in self.stages and kept and layer not in kept:
             say(f"probe and reliability are of vectors.layers={kept}; add steering.layer={layer} there to have it")
+
+    def needed(self) -> tuple[str, ...]:
+        """The wanted stages and all that they build on; ValueError names one that is neither wanted nor done."""
+        needed = STAGES[: STAGES.index(self.stages[-1]) + 1]
+        if absent := [name for name in needed if name not in self.stages and not self.done(name)]:
+            raise ValueError(
+                f"{self.stages[-1]} builds on {absent[0]}, which is not done for this config; add it to --stages"
+            )
+        return needed
 
     def _run_stage(self, name: str) -> None:
         folder = store.StageFolder(self.workdir, name, self.inputs[name])

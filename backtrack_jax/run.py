@@ -8,7 +8,9 @@ what is already done, and computes nothing.
 import ast
 import logging
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -51,6 +53,8 @@ def main(argv: Sequence[str]) -> None:
             experiment.workdir = WORKDIR.value
         check(experiment)
         run = pipeline.Run(experiment, pipeline.stage_names(_STAGES.value))
+        run.needed()
+        _check_workdir(run.workdir)
         if _DRY_RUN.value:
             print(plan.describe(run))
         else:
@@ -64,6 +68,19 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(f"error: the device is out of memory; lower batch_size of this stage and run again ({first})")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on where this run was")
+
+
+def _check_workdir(workdir: Path) -> None:
+    """Refuses a folder for results that cannot be made or written to; leaves nothing behind."""
+    try:
+        there = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--workdir={workdir.parent}, expected a folder that can be made and written to: "
+            f"{workdir} is not one ({error.strerror})"
+        ) from error
 
 
 def parse_flags(argv: Sequence[str]) -> Sequence[str]:
