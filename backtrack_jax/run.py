@@ -7,11 +7,12 @@ what is already done, and computes nothing.
 
 import ast
 import logging
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags
@@ -67,7 +68,20 @@ def main(argv: Sequence[str]) -> None:
         first = str(error).splitlines()[0]
         sys.exit(f"error: the device is out of memory; lower batch_size of this stage and run again ({first})")
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on where this run was")
+        _leave("stopped; the same command goes on where this run was")
+
+
+def _leave(message: str) -> NoReturn:
+    """Ends the process at once, as Ctrl-C does: Python's shutdown crashes where XLA still compiles in its threads.
+
+    What is on disk is always whole, so nothing needs the shutdown.
+    """
+    try:
+        print(message, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:  # also if nobody reads them any more
+        os._exit(130)
 
 
 def _check_workdir(workdir: Path) -> None:

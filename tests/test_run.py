@@ -209,6 +209,27 @@ def test_the_process_ends_with_a_code_and_no_traceback(fresh: Path) -> None:
         assert "Traceback" not in done.stderr and not done.stdout
 
 
+def test_ctrl_c_leaves_without_the_shutdown_of_python(fresh: Path) -> None:
+    """A shutdown would wait for XLA's threads, or crash in them."""
+    code = """
+import atexit
+from absl import app
+from backtrack_jax import pipeline, run
+
+def interrupted(_):
+    print("a line of the run", end="")
+    raise KeyboardInterrupt
+
+atexit.register(print, "shut down")
+pipeline.Run.run = interrupted
+app.run(run.main, flags_parser=run.parse_flags)
+"""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code, TINY], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "a line of the run")
+    assert done.stderr == "stopped; the same command goes on where this run was\n"
+
+
 def test_the_end_of_memory_names_the_way_out(
     finished: Path, command: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
