@@ -1,7 +1,6 @@
 """What a run depends on: where its inputs are, what tells them apart, and whether they fit together."""
 
 import dataclasses
-import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -105,16 +104,11 @@ def check_planned(e: Experiment) -> None:
     """
     paths = {f"{role}.path": e.model(role).path for role in e.roles} | {"tokenizer": e.tokenizer_path}
     for field, path in paths.items():
-        if not (local_path(path).exists() or _may_be_hub_id(path)):
+        if not (local_path(path).exists() or checkpoint.is_hub_id(path)):
             raise FileNotFoundError(
                 f"{field}={path!r}, expected a folder or .gguf file that exists, or a hub id owner/name"
             )
     check_architectures(e, {role: config for role in e.roles if (config := architecture(e.model(role).path))})
-
-
-def _may_be_hub_id(path: str) -> bool:
-    """What `checkpoint.resolve` would ask the hub for."""
-    return bool(re.fullmatch(r"(?!\.)[\w.-]+/[\w.-]+", path)) and not path.endswith(".gguf")
 
 
 def check_fetched(e: Experiment) -> None:

@@ -74,7 +74,7 @@ def resolve(path_or_id: str, revision: str | None = None) -> Path:
     path = Path(path_or_id).expanduser()
     if path.exists():
         return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path_or_id) or path.suffix == ".gguf" or path_or_id.startswith("."):
+    if not is_hub_id(path_or_id):
         raise FileNotFoundError(f"there is no folder or file {path_or_id}")
     try:
         return Path(snapshot_download(path_or_id, revision=revision, allow_patterns=_HUB_FILES))
@@ -83,6 +83,11 @@ def resolve(path_or_id: str, revision: str | None = None) -> Path:
             f"{path_or_id} is no folder or file here, and the Hugging Face hub did not give it "
             f"(revision {revision or 'main'}): {error}"
         ) from error
+
+
+def is_hub_id(path_or_id: str) -> bool:
+    """Whether the hub is asked for it where no folder or file has this name: `owner/name`."""
+    return bool(re.fullmatch(r"(?!\.)[\w.-]+/[\w.-]+(?<!\.gguf)", path_or_id))
 
 
 def read_config(path: Path) -> LlamaConfig:

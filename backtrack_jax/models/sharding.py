@@ -80,7 +80,7 @@ def shardings(config: LlamaConfig, mesh: Mesh | AbstractMesh) -> dict[str, Any]:
     )
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Placement of arrays whose leading axis is the batch (ids, positions, rows of an intervention)."""
     return NamedSharding(mesh, PartitionSpec(DATA))
 
