@@ -1,5 +1,6 @@
 """The paper's figures, each a `Plot` made from the tables of stage 5; one whose sweep was not run is left out."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -162,11 +163,12 @@ def offsets(r: Results) -> Plot | None:
         )
         for i, (measure, y_label, factor) in enumerate(_MEASURES[:2])
     ]]  # fmt: skip
+    drawn = [cell for cell in cells if cell["magnitude"] in magnitudes]
     first, last = e.vectors.offset_window
     read = "single positions" if first == last == 0 else f"positions offset{first:+d} to offset{last:+d}"
     caption = (
         f"{author}-derived {e.vectors.label} vectors read at one offset each ({read}), added to the {author} model; "
-        f"layer {e.steering.layer}, span '{e.steering.span}'; {counted(cells)}. Right: mean log-likelihood under the "
+        f"layer {e.steering.layer}, span '{e.steering.span}'; {counted(drawn)}. Right: mean log-likelihood under the "
         "unsteered model."
     )
     return Plot("fig2_offsets", "Fig. 2: offset of the window", caption, panels, cells)
@@ -394,10 +396,19 @@ def effects(r: Results) -> Plot | None:
     ]
     if not rows:
         return None
+    problems = sorted({row["problem_id"] for row in rows})
+    magnitudes = sorted({row["magnitude"] for row in rows})
+    lane = 0.38 * min((b - a for a, b in itertools.pairwise(magnitudes)), default=1.0)  # of a source, at a magnitude
+    place = {problem: lane * (n + 0.5) / len(problems) for n, problem in enumerate(problems)}
+
     series = [
         Series(
             f"{source}-derived vector",
-            [row["magnitude"] for row in rows if row["source"] == source],
+            [
+                row["magnitude"] + lane * (i - len(r.roles) / 2) + place[row["problem_id"]]
+                for row in rows
+                if row["source"] == source
+            ],
             [100 * row["effect"] for row in rows if row["source"] == source],
             colour=COLOURS[i],
             style="",
@@ -406,8 +417,8 @@ def effects(r: Results) -> Plot | None:
         for i, source in enumerate(r.roles)
     ]
     panel = Panel("", unit_label(r, author), "change of the rate, % of words", series, level=0.0)
-    problems = len({row["problem_id"] for row in rows})
     caption = (
-        f"Rate under steering less the unsteered rate, one point per problem ({problems}); {author} model, {_where(r)}."
+        f"Rate under steering less the unsteered rate, one point per problem ({len(problems)}), side by side in one "
+        f"order at each magnitude; {author} model, {_where(r)}."
     )
     return Plot("effects", "Effect on single problems", caption, [[panel]], rows)

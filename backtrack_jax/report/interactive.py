@@ -77,10 +77,9 @@ def _curves(made: go.Figure, panel: Panel, row: int, column: int, named: set[str
             above = [_gap(high, y) for y, high in zip(s.y, s.high, strict=True)]
             below = [_gap(y, low) for y, low in zip(s.y, s.low, strict=True)]
             bars = {"type": "data", "array": above, "arrayminus": below, "thickness": 1, "width": 3}
-        x = [panel.categories[round(i)] for i in s.x] if panel.categories else list(s.x)
         made.add_trace(
             go.Scatter(
-                x=x,
+                x=list(s.x),
                 y=[None if math.isnan(y) else y for y in s.y],
                 error_y=bars,
                 name=html.escape(s.label),
@@ -95,6 +94,9 @@ def _curves(made: go.Figure, panel: Panel, row: int, column: int, named: set[str
             col=column,
         )
         named.add(s.label)
+    if panel.categories:  # as numbers, so that points side by side stay there
+        names = [html.escape(name) for name in panel.categories]
+        made.update_xaxes(tickvals=list(range(len(names))), ticktext=names, row=row, col=column)
     if panel.level is not None:
         line: dict[str, Any] = {"dash": "dash", "width": 1, "color": "gray"}
         made.add_shape(

@@ -44,6 +44,8 @@ def _baselines(r: Results) -> str:
     best = highest([cell for kind in others for source in (author, "") for cell in r.cells(author, kind, source)])
     if not best:
         return ""
+    if not best["rate"]:
+        return f"None of {len(others)} other directions of equal norm on the {author} model made it say so."
     return (
         f"Of {len(others)} other directions of equal norm on the {author} model, {best['kind']} reached most: "
         f"{percent(best)} % at magnitude {best['magnitude']:g}."

@@ -89,9 +89,11 @@ def test_paper_and_page_draw_the_same_numbers(drawn: dict[str, plots.Plot], name
         for series, line in zip(panel.series, curves, strict=True):
             assert line is not None
             np.testing.assert_allclose(np.asarray(line.get_ydata(), float), series.y)
+            np.testing.assert_allclose(np.asarray(line.get_xdata(), float), series.x)
             trace = next(traces)
             assert trace["name"] == series.label and trace["type"] == "scatter"
             np.testing.assert_allclose(numbers(trace["y"]), series.y)
+            np.testing.assert_allclose(numbers(trace["x"]), series.x)
         if panel.heat:
             np.testing.assert_allclose(np.asarray(axis.images[0].get_array()), panel.heat.values)
             np.testing.assert_allclose([numbers(row) for row in next(traces)["z"]], panel.heat.values)
