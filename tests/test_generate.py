@@ -521,8 +521,9 @@ def test_filtered_samples_follow_the_distribution_of_hugging_face(top_k, top_p):
     if top_p < 1:
         kept = transformers.TopPLogitsWarper(top_p)(torch.zeros(1), kept)  # type: ignore[arg-type]
     probabilities = torch.softmax(kept, -1)[0].double().numpy()
-    tokens = [draw(np.tile(logits.numpy(), (N, 1)), *settings_of_rows(1.0, top_p, top_k), step=i) for i in range(20)]
-    counts = np.bincount(np.concatenate(tokens), minlength=V)
+    sampling = Sampling(*(jnp.asarray(setting) for setting in settings_of_rows(1.0, top_p, top_k)))
+    tokens = draws(jnp.tile(jnp.array(logits.numpy()), (N, 1)), sampling, jnp.arange(20))
+    counts = np.bincount(np.ravel(tokens), minlength=V)
     assert counts[probabilities == 0].sum() == 0
     means = counts.sum() * probabilities
     common = means > 5
@@ -530,6 +531,12 @@ def test_filtered_samples_follow_the_distribution_of_hugging_face(top_k, top_p):
     if degrees:
         chi_square = np.sum((counts - means)[common] ** 2 / means[common])
         assert scipy.stats.chi2.sf(chi_square, degrees) > 1e-3
+
+
+@jax.jit
+def draws(logits: jax.Array, sampling: Sampling, steps: jax.Array) -> jax.Array:
+    """Tokens of N rows at each of some steps, [steps, N]."""
+    return jax.lax.map(lambda step: sample(logits, sampling, DRAW_KEYS, step), steps)
 
 
 def settings_of_rows(*settings: float) -> list[np.ndarray]:

@@ -140,15 +140,15 @@ def test_long_runs_come_to_the_same_on_a_mesh(devices, folder, parts):
 
 
 def test_an_experiment_on_four_devices_comes_to_the_same(devices, tmp_path, monkeypatch):
-    """But where a batch of one row cannot be divided, each device reads it whole."""
+    """Reading and steering, from the chains to the replies."""
     tiny.write(tmp_path)
     monkeypatch.chdir(tmp_path)
     e = tiny.get_config()
     e.steering.offsets = e.steering.layers = ()
     e.steering.kinds, e.steering.limit = ("backtracking", "noise"), 1
-    pipeline.Run(e).run()
+    pipeline.Run(e, pipeline.STAGES[:4]).run()
     e.name, e.data_parallel = "four", 4
-    pipeline.Run(e).run()
+    pipeline.Run(e, pipeline.STAGES[:4]).run()
     alone, four = (store.read_lines(Path("results", name, "4-steering/generations.jsonl")) for name in ("tiny", "four"))
     assert [line["ids"] for line in four] == [line["ids"] for line in alone]  # vectors differ in their last bits
 
