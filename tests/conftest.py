@@ -13,7 +13,14 @@ from jax.experimental.compilation_cache import compilation_cache
 from backtrack_jax import pipeline
 
 # A file is one process's; those that take longest come first, so that no process is left alone with one at the end.
-LONGEST = ("test_pipeline.py", "test_readme.py", "test_label_stage.py", "test_train.py", "test_generate.py")
+LONGEST = (
+    "test_pipeline.py",
+    "test_readme.py",
+    "test_label_stage.py",
+    "test_train.py",
+    "test_generate.py",
+    "test_sharding.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
