@@ -469,8 +469,7 @@ def _steering_faults(e: Experiment) -> list[str]:
 def _analysis_faults(e: Experiment) -> list[str]:
     a = e.analysis
     faults = _not_one_of("analysis.judge", a.judge, REPLY_JUDGES)
-    faults += [] if all(a.keywords) and a.keywords else [_fault("analysis.keywords", a.keywords, "lower-case words")]
-    if any(word != word.casefold() for word in a.keywords):
+    if not a.keywords or not all(isinstance(word, str) and word and word == word.casefold() for word in a.keywords):
         faults.append(_fault("analysis.keywords", a.keywords, "lower-case words"))
     if not a.horizons or not _integers(a.horizons) or min(a.horizons) < 1:
         faults.append(_fault("analysis.horizons", a.horizons, "integers >= 1"))

@@ -198,9 +198,7 @@ def _trace_lengths(e: Experiment) -> list[int]:
 
 
 def _imported(e: Experiment) -> list[records.Trace]:
-    path = data_path(e.traces.path)
-    traces = records.read_released(path)[0] if records.is_released(path) else records.read_traces(path)
-    return spread(traces, e.traces.limit)
+    return spread(records.read_any_traces(data_path(e.traces.path)), e.traces.limit)
 
 
 def _weights(e: Experiment, role: str, config: LlamaConfig) -> str:

@@ -24,7 +24,7 @@ import optax
 
 from backtrack_jax import lora as lora_
 from backtrack_jax import train
-from backtrack_jax.data.records import Trace, read_released, read_traces
+from backtrack_jax.data.records import Trace, read_any_traces
 from backtrack_jax.models import checkpoint, prompts
 from backtrack_jax.models.llama import Llama
 from backtrack_jax.models.tokenizer import Tokenizer
@@ -119,7 +119,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Checks the arguments, then reads, trains and writes."""
     a = arguments
     train.check_numbers({name: value for name, value in vars(a).items() if isinstance(value, int | float)}, LEAST)
-    traces = read_traces(a.traces) if a.traces.suffix == ".jsonl" else read_released(a.traces)[0]
+    traces = read_any_traces(a.traces)
     tokenizer = Tokenizer.load(checkpoint.resolve(a.model))
     rows = packed_traces(tokenizer, traces, a)
     settings = {name: value for name, value in vars(a).items() if name not in ("out", "save_every", "traces")}

@@ -108,6 +108,7 @@ def set_field(e: Experiment, name: str, value: object) -> Experiment:
         ("steering.samples", 0),
         ("steering.max_new_tokens", 0),
         ("steering.batch_size", 0),
+        ("analysis.keywords", (5,)),
         ("data_parallel", 0),
         ("model_parallel", 0),
     ],

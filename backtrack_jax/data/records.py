@@ -179,6 +179,11 @@ def is_released(path: Path) -> bool:
         return '"annotated_chain"' in file.readline()
 
 
+def read_any_traces(path: Path) -> list[Trace]:
+    """Traces of a file of traces, or of a file or folder of chains; errors of `read_traces` and `read_released`."""
+    return read_released(path)[0] if is_released(path) else read_traces(path)
+
+
 def _read_text(path: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")

@@ -42,9 +42,7 @@ def ids_at_source(e: Experiment) -> set[str]:
         return {
             f"{problem.id}/{sample}" for problem in inputs.problems(unlimited) for sample in range(e.traces.samples)
         }
-    path = inputs.data_path(e.traces.path)
-    traces = records.read_released(path)[0] if records.is_released(path) else records.read_traces(path)
-    return {trace.id for trace in traces}
+    return {trace.id for trace in records.read_any_traces(inputs.data_path(e.traces.path))}
 
 
 def sample_traces(run: "Run", folder: Path) -> None:

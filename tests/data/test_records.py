@@ -14,6 +14,7 @@ from backtrack_jax.data.records import (
     Trace,
     pair_annotations,
     read_annotations,
+    read_any_traces,
     read_problems,
     read_released,
     read_traces,
@@ -223,6 +224,18 @@ def test_released_chains_are_read_from_a_file_a_folder_and_several(tmp_path):
     assert annotated == [CHAIN["annotated_chain"], CHAIN["annotated_chain"], ""]
     assert read_released([first, second]) == (traces, annotated)
     assert read_released(first)[0] == traces[:2]
+
+
+def test_lines_of_chains_and_lines_of_traces_are_told_apart(tmp_path):
+    chains = tmp_path / "chains.jsonl"
+    chains.write_text(json.dumps(CHAIN) + "\n" + json.dumps(CHAIN | {"reasoning_chain": "No."}) + "\n")
+    assert (
+        read_any_traces(chains)
+        == read_released(write(tmp_path / "c.json", [CHAIN, CHAIN | {"reasoning_chain": "No."}]))[0]
+    )
+    quoting = trace(text='It says "annotated_chain": "x".')
+    write_jsonl(tmp_path / "traces.jsonl", [quoting])
+    assert read_any_traces(tmp_path / "traces.jsonl") == [quoting]
 
 
 @pytest.mark.parametrize(
