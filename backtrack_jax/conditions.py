@@ -1,6 +1,7 @@
 """The conditions of a steering experiment, as rows of compiled batches: which model, what is added, how strongly."""
 
 import dataclasses
+import functools
 import hashlib
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from backtrack_jax.config import CONTROLS, Experiment
+from backtrack_jax.config import CONTROLS, Experiment, is_vector_file
 from backtrack_jax.generate import noise_key
 from backtrack_jax.intervention import (
     Intervention,
@@ -22,8 +23,6 @@ from backtrack_jax.intervention import (
 from backtrack_jax.vectors import SteeringVector
 
 UNSTEERED = "unsteered"
-# Controls that come from no model's activations, and are therefore run once per steered model.
-_SOURCELESS = ("noise", "self-amplification", "random")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Condition:
 
     Attributes:
       target: role of the model that is steered.
-      kind: what is added: a label, a control, or `unsteered`.
+      kind: what is added: a label, a control, a vector file's path, or `unsteered`.
       source: role of the model whose activations the direction comes from; empty where there is none.
       layer: block whose output is changed, 0-based, and where the direction was read.
       window: offsets that the direction was read at, as `window_name` writes them; empty where there is no source.
@@ -63,14 +62,18 @@ class Readings:
       vectors: (role, kind) -> vector of every layer; kinds are labels, `overall-mean` and `shuffled`.
       mean_norm: role -> [L] mean norm of the residual stream over reply tokens.
       offsets: (role, window name) -> vector of the experiment's label at another window than the experiment's.
+      files: path, as in the config -> vector.
     """
 
     vectors: Mapping[tuple[str, str], SteeringVector]
     mean_norm: Mapping[str, np.ndarray]
     offsets: Mapping[tuple[str, str], SteeringVector] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, SteeringVector] = dataclasses.field(default_factory=dict)
 
     def vector(self, source: str, kind: str, window: str = "") -> SteeringVector:
         """The vector of a role, kind and window (empty: the experiment's); ValueError names what there is."""
+        if kind in self.files:
+            return self.files[kind]
         if (source, window) in self.offsets:
             return self.offsets[source, window]
         if (source, kind) not in self.vectors:
@@ -90,19 +93,19 @@ def make(experiment: Experiment, readings: Readings) -> dict[Condition, int]:
     Magnitude 0 becomes one `unsteered` condition per steered model. A condition that two sweeps share, such as the
     experiment's own layer in Fig. 3 and Fig. B.1, takes the larger number of problems.
     """
-    return _conditions(experiment, lambda target, source, layer: _scale(experiment, readings, target, source, layer))
+    return _conditions(experiment, functools.partial(_scale, experiment, readings))
 
 
 def planned(experiment: Experiment) -> dict[Condition, int]:
     """What `make` gives but for the lengths, known before anything was read."""
-    return _conditions(experiment, lambda target, source, layer: 1.0)
+    return _conditions(experiment, lambda target, kind, source, layer: 1.0)
 
 
-def _conditions(e: Experiment, scale: Callable[[str, str, int], float]) -> dict[Condition, int]:
+def _conditions(e: Experiment, scale: Callable[[str, str, str, int], float]) -> dict[Condition, int]:
     s, made = e.steering, {}
 
     def add(target: str, kind: str, source: str, layer: int, window: str, magnitudes: Iterable[float], limit: int):
-        length = scale(target, source, layer)
+        length = scale(target, kind, source, layer)
         for m in magnitudes:
             c = Condition(target, kind, source, layer, window, m, m * length)
             if m == 0:
@@ -110,7 +113,7 @@ def _conditions(e: Experiment, scale: Callable[[str, str, int], float]) -> dict[
             made[c] = max(made.get(c, limit), limit) if limit and made.get(c, limit) else 0
 
     def add_kind(target: str, kind: str, sources: Sequence[str]) -> None:
-        for source in ("",) if kind in _SOURCELESS else sources:
+        for source in sources if _has_source(kind) else ("",):
             add(target, kind, source, s.layer, own if source else "", s.magnitudes, s.limit)
 
     own = window_name(e.vectors.window)
@@ -130,12 +133,18 @@ def _conditions(e: Experiment, scale: Callable[[str, str, int], float]) -> dict[
     return made
 
 
-def _scale(experiment: Experiment, readings: Readings, target: str, source: str, layer: int) -> float:
+def _has_source(kind: str) -> bool:
+    """Whether a kind comes from a model's activations; what does not is run once per steered model."""
+    return kind not in ("noise", "self-amplification", "random") and not is_vector_file(kind)
+
+
+def _scale(experiment: Experiment, readings: Readings, target: str, kind: str, source: str, layer: int) -> float:
     """Length of magnitude 1. A control without a source takes the target's own vector as its measure."""
     if experiment.steering.unit == "relative":
         return float(readings.mean_norm[target][layer])
     if experiment.steering.unit == "raw":
-        return float(readings.vector(source or target, experiment.vectors.label).norms[layer])
+        measure = kind if is_vector_file(kind) else experiment.vectors.label
+        return float(readings.vector(source or target, measure).norms[layer])
     return 1.0
 
 
@@ -173,7 +182,7 @@ class Interventions:
         """Hash of the float32 direction at the condition's layer as its file holds it; empty where there is none."""
         if c.kind == "random":
             direction = random_direction(self._seed, "random", self._d_model)
-        elif c.source:
+        elif c.source or is_vector_file(c.kind):
             direction = self._readings.vector(c.source, c.kind, c.window).at(c.layer)
         else:
             return ""
@@ -196,4 +205,4 @@ def needed_labels(experiment: Experiment) -> set[str]:
     """Labels whose vectors the sweeps add."""
     s = experiment.steering
     swept = {experiment.vectors.label} if s.offsets or s.layers else set()
-    return swept | {kind for kind in s.all_kinds if kind not in CONTROLS}
+    return swept | {kind for kind in s.all_kinds if kind not in CONTROLS and not is_vector_file(kind)}

@@ -19,6 +19,7 @@ ROLES = ("base", "reasoning")
 ESTIMATORS = ("trace_mean", "token_mean")
 UNITS = ("absolute", "relative", "raw")
 CONTROLS = ("overall-mean", "noise", "self-amplification", "random", "shuffled")
+VECTOR_SUFFIXES = (".safetensors", ".npz", ".gguf", ".pt")
 REPLY_JUDGES = ("", "grammar", "openai")
 JUDGES = ("released", "keyword", "grammar", "openai", "import", "released-or-keyword", "released-or-openai")
 
@@ -147,8 +148,9 @@ class SteeringSpec:
     Attributes:
       kinds: what is added: a label's vector (D+ that label), or one of the controls `overall-mean`, `noise`,
         `self-amplification`, `random` (one fixed random direction), `shuffled` (D+ drawn at random from all sections,
-        as many as there are of `vectors.label`). Each is added to every model, from every model's activations (Fig. 3).
-        At one magnitude all that come from one model's activations are equally long, whatever the kind.
+        as many as there are of `vectors.label`), or a vector file that `vectors.load` reads, by its path. Each is added
+        to every model, from every model's activations (Fig. 3). At one magnitude all that come from one model's
+        activations are equally long, whatever the kind, and so are files, but for the unit `raw`.
       layer: output of which block (0-based) is changed, and where the vector was read.
       magnitudes: strengths; 0 is run once per model.
       baselines: further kinds, added only to the model that writes the traces, from its own activations (Fig. 4).
@@ -157,8 +159,8 @@ class SteeringSpec:
       grid_magnitudes: strengths at `offsets` and `layers`; empty for `magnitudes`.
       grid_limit: number of problems at `offsets` and `layers`; 0 for `limit`.
       unit: `absolute`: length of what is added; `relative`: share of the steered model's mean residual norm at that
-        layer; `raw`: share of the norm that the difference of means of `vectors.label` was found with, so that 1 adds
-        it as it is.
+        layer; `raw`: share of the norm that the difference of means of `vectors.label` was found with, or that a file's
+        vector has, so that 1 adds it as it is.
       span: `all` positions (paper), `prompt`, or `generated` ones.
       limit: number of problems, spread evenly over those of the traces; 0 takes all.
       samples: replies per problem and condition.
@@ -191,6 +193,11 @@ class SteeringSpec:
     def all_kinds(self) -> tuple[str, ...]:
         """Everything that is added anywhere."""
         return (*self.kinds, *self.baselines)
+
+    @property
+    def vector_files(self) -> tuple[str, ...]:
+        """The kinds that are files."""
+        return tuple(kind for kind in self.all_kinds if is_vector_file(kind))
 
 
 @dataclasses.dataclass
@@ -285,6 +292,11 @@ class Experiment:
     def shown_vectors(self, labels: Sequence[str]) -> list[str]:
         """Kinds of vectors that traces are shaded by: the experiment's label first, then the other labels."""
         return [self.vectors.label, *(label for label in labels if label != self.vectors.label)]
+
+
+def is_vector_file(kind: str) -> bool:
+    """Whether a kind of `steering.kinds` names a file, by its suffix."""
+    return kind.endswith(VECTOR_SUFFIXES)
 
 
 def check(experiment: Experiment) -> None:
@@ -446,7 +458,8 @@ def _steering_faults(e: Experiment) -> list[str]:
     faults += _repeated("steering.kinds and baselines", s.all_kinds)
     for field, kinds in (("steering.kinds", s.kinds), ("steering.baselines", s.baselines)):
         for kind in kinds:
-            faults += _not_one_of(field, kind, (*labels, *CONTROLS)) if labels else []
+            if labels and not is_vector_file(kind):
+                faults += _not_one_of(field, kind, (*labels, *CONTROLS, f"a file ({', '.join(VECTOR_SUFFIXES)})"))
     faults += _not_one_of("steering.unit", s.unit, UNITS)
     faults += _not_one_of("steering.span", s.span, ("all", "prompt", "generated"))
     if s.layer < 0:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from backtrack_jax import store
+from backtrack_jax import store, vectors
 from backtrack_jax.config import Experiment
 from backtrack_jax.data import records
 from backtrack_jax.data.problems import shipped_problems
@@ -83,12 +83,41 @@ def check_architectures(e: Experiment, known: Mapping[str, LlamaConfig]) -> None
                 f"{role}.marker_replacement={replacement} is no token of {e.model(role).path}: "
                 f"its vocabulary has {config.vocab_size}"
             )
+        _check_vector_files(e, role, config)
     shapes = {(config.n_layers, config.d_model) for config in known.values()}
     if len(shapes) > 1:
         raise ValueError(
             "vectors of one model are added to the other, but (layers, width) differ: "
             + ", ".join(f"{role} {(config.n_layers, config.d_model)}" for role, config in known.items())
         )
+
+
+def vector_files(e: Experiment, n_layers: int) -> dict[str, vectors.SteeringVector]:
+    """The vectors of `steering.kinds` and `baselines` that are files, by their paths as in the config.
+
+    Of a `.pt` dictionary the entry of `vectors.label` is taken; a single direction is that of `steering.layer`.
+
+    Raises:
+      FileNotFoundError, ValueError: names the file and what is wrong with it.
+    """
+    s = e.steering
+    return {
+        file: vectors.load(data_path(file), label=e.vectors.label, layer=s.layer, n_layers=n_layers)
+        for file in s.vector_files
+    }
+
+
+def _check_vector_files(e: Experiment, role: str, config: LlamaConfig) -> None:
+    """Refuses vector files that the model of a role cannot be steered with."""
+    for file, vector in vector_files(e, config.n_layers).items():
+        if vector.directions.shape[1] != config.d_model:
+            raise ValueError(
+                f"{file} has directions of width {vector.directions.shape[1]}; the {role} model takes {config.d_model}"
+            )
+        try:
+            vector.unit(e.steering.layer)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}, which is steering.layer") from error
 
 
 def _layer_fields(e: Experiment) -> dict[str, tuple[int, ...]]:
@@ -108,6 +137,8 @@ def check_planned(e: Experiment) -> None:
             raise FileNotFoundError(
                 f"{field}={path!r}, expected a folder or .gguf file that exists, or a hub id owner/name"
             )
+    for file in e.steering.vector_files:
+        data_path(file)  # of models that are not here yet, nothing else can be checked
     check_architectures(e, {role: config for role in e.roles if (config := architecture(e.model(role).path))})
 
 
@@ -161,7 +192,11 @@ def stage_inputs(e: Experiment) -> dict[str, dict[str, Any]]:
         "1-traces": traces,
         "2-annotations": {"annotations": {"judge": e.judge} | _judge_inputs(e, e.judge)},
         "3-vectors": {"vectors": dataclasses.asdict(e.vectors), "models": models, "prompt": prompt},
-        "4-steering": {"steering": _without(e.steering, "batch_size"), "seed": e.seed},
+        "4-steering": {
+            "steering": _without(e.steering, "batch_size"),
+            "vector_files": {file: store.file_hash(data_path(file)) for file in e.steering.vector_files},
+            "seed": e.seed,
+        },
         "5-analysis": {
             "analysis": _without(e.analysis, "batch_size"),
             "judge": _judge_inputs(e, e.analysis.judge),

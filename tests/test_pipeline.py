@@ -23,9 +23,9 @@ import tiny
 from safetensors.numpy import load_file
 from sklearn import metrics
 
-from backtrack_jax import conditions, extract, generate, pipeline, store
+from backtrack_jax import conditions, extract, generate, pipeline, store, vectors
 from backtrack_jax.analysis import activations, probe
-from backtrack_jax.config import Experiment
+from backtrack_jax.config import UNITS, Experiment
 from backtrack_jax.data import records
 from backtrack_jax.models import checkpoint, prompts
 from backtrack_jax.models.tokenizer import Tokenizer
@@ -77,14 +77,14 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_the_artifacts_are_these(tiny_run: Path) -> None:
     """And nothing else: no partial and no temporary file."""
-    vectors = [
+    files = [
         f"3-vectors/{role}.{kind}.safetensors" for role in ROLES for kind in (*READ, "overall-mean", "shuffled", "sums")
     ]
     stages = ["1-traces", "2-annotations", "3-vectors", "4-steering", "5-analysis", "6-report"]
     expected = [
         *(f"{stage}/{name}" for stage in stages for name in ("DONE", "inputs.json")),
         *("1-traces/traces.jsonl", "1-traces/labelled.jsonl", "2-annotations/annotations.jsonl"),
-        *("2-annotations/summary.txt", "3-vectors/summary.json", *vectors, "4-steering/generations.jsonl"),
+        *("2-annotations/summary.txt", "3-vectors/summary.json", *files, "4-steering/generations.jsonl"),
         *(f"5-analysis/{name}.csv" for name in TABLES),
         *(f"5-analysis/{role}.{name}" for role in ROLES for name in PER_MODEL),
         *(f"6-report/{name}.{suffix}" for name in FIGURES for suffix in ("csv", "pdf", "png")),
@@ -874,6 +874,56 @@ def test_a_vector_that_is_not_there(finished: Path, loaded: list[str]) -> None:
     with pytest.raises(ValueError, match=r"no 'initializing' vector of the base model was read; there are \['adding-"):
         run(e, "4")
     assert not loaded
+
+
+def test_a_vector_file_steers_like_the_vector_in_it(finished: Path) -> None:
+    """In any format, under every unit: the same replies as the kind that it was copied from."""
+    e = tiny.get_config()
+    vector = vectors.load(finished / "3-vectors" / "base.backtracking.safetensors")
+    vectors.save(vector, Path("mine.npz"))
+    e.steering = dataclasses.replace(
+        e.steering, kinds=("backtracking", "mine.npz"), baselines=(), offsets=(), layers=(), grid_limit=0
+    )
+    for unit in UNITS:
+        e.steering.unit = unit
+        lines = lines_of(run(e, "4").folder("4-steering") / "generations.jsonl")
+        found = {
+            name: [
+                (x["target"], x["magnitude"], x["problem_id"], x["sample"], x["length"], x["vector_hash"], x["ids"])
+                for x in lines
+                if (x["kind"], x["source"]) == of
+            ]
+            for name, of in (("kind", ("backtracking", "base")), ("file", ("mine.npz", "")))
+        }
+        assert found["file"] and found["file"] == found["kind"]
+    run(e)
+    assert "mine.npz" in (finished / "6-report" / "fig4_baselines.csv").read_text()
+    vectors.save(-vector, Path("mine.npz"))  # another content under the same name
+    assert not pipeline.Run(e).done("4-steering") and pipeline.Run(e).done("3-vectors")
+
+
+@pytest.mark.parametrize(
+    ("directions", "message"),
+    [
+        (None, r"mine\.npz: no such file"),
+        (np.ones((3, 15), np.float32), r"mine\.npz has directions of width 15; the base model takes 16"),
+        (np.ones((4, 16), np.float32), r"mine\.npz: 4 layers, expected 3"),
+        (
+            np.eye(3, 16, dtype=np.float32) * [[1], [0], [1]],
+            r"mine\.npz: the vector is zero at layer 1.*steering\.layer",
+        ),
+        (np.full((3, 16), np.nan, np.float32), r"mine\.npz: the vector has no finite direction at layer 1"),
+    ],
+)
+def test_a_vector_file_that_does_not_fit_stops_the_plan(
+    fresh: Path, directions: np.ndarray | None, message: str
+) -> None:
+    e = tiny.get_config()
+    e.steering.baselines = ("mine.npz",)
+    if directions is not None:
+        vectors.save(vectors.SteeringVector(directions), Path("mine.npz"))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        pipeline.Run(e)
 
 
 @pytest.mark.parametrize(

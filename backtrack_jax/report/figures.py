@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from backtrack_jax.conditions import UNSTEERED, window_name
@@ -95,7 +96,7 @@ def pairs(r: Results) -> Plot | None:
 
 
 def baselines(r: Results) -> Plot | None:
-    """Fig. 4: the backtracking vector against other directions of equal norm, on the model that writes the traces."""
+    """Fig. 4: the experiment's vector against other directions, on the model that writes the traces."""
     s, author = r.experiment.steering, r.author
     kinds = [kind for kind in s.all_kinds if r.cells(author, kind, author) or r.cells(author, kind, "")]
     found = {}
@@ -104,15 +105,16 @@ def baselines(r: Results) -> Plot | None:
         cells = r.cells(author, kind, author if own else "")
         if any(cell["kind"] == kind for cell in cells):
             found[kind] = cells
-    if len(found) < 2:
+    if not set(found) - {r.experiment.vectors.label}:
         return None
+    lines = [(Path(kind).name, cells, line_of(i, "base")) for i, (kind, cells) in enumerate(found.items())]
     panels = [
         [
             Panel(
                 "",
                 unit_label(r, author),
                 y_label,
-                [_curve(k, cells, measure, factor, line_of(i, "base")) for i, (k, cells) in enumerate(found.items())],
+                [_curve(name, cells, measure, factor, line) for name, cells, line in lines],
                 from_zero=measure == "rate",
             )
         ]
@@ -120,8 +122,9 @@ def baselines(r: Results) -> Plot | None:
     ]
     rows = [cell for cells in found.values() for cell in cells]
     rows = [row for i, row in enumerate(rows) if row not in rows[:i]]
+    lengths = "files in their own raw lengths" if s.unit == "raw" and s.vector_files else "all of equal norm"
     caption = (
-        f"{author} model, directions from its own activations, all of equal norm at a magnitude; {_where(r)}; "
+        f"{author} model, directions from its own activations, {lengths} at a magnitude; {_where(r)}; "
         f"{counted(rows)}. noise: fresh at every position and step; random: one fixed direction; shuffled: D+ drawn "
         f"from all sections. {_INTERVAL} {_COHERENCE}"
     )

@@ -39,15 +39,16 @@ def _steering(r: Results) -> list[str]:
 
 
 def _baselines(r: Results) -> str:
-    label, author = r.experiment.vectors.label, r.author
-    others = [kind for kind in r.experiment.steering.all_kinds if kind != label]
+    label, author, s = r.experiment.vectors.label, r.author, r.experiment.steering
+    others = [kind for kind in s.all_kinds if kind != label]
+    directions = "other directions" + ("" if s.unit == "raw" and s.vector_files else " of equal norm")
     best = highest([cell for kind in others for source in (author, "") for cell in r.cells(author, kind, source)])
     if not best:
         return ""
     if not best["rate"]:
-        return f"None of {len(others)} other directions of equal norm on the {author} model made it say so."
+        return f"None of {len(others)} {directions} on the {author} model made it say so."
     return (
-        f"Of {len(others)} other directions of equal norm on the {author} model, {best['kind']} reached most: "
+        f"Of {len(others)} {directions} on the {author} model, {best['kind']} reached most: "
         f"{percent(best)} % at magnitude {best['magnitude']:g}."
     )
 

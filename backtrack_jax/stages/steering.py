@@ -108,7 +108,8 @@ def load_readings(run: "Run") -> conditions.Readings:
                         f"the {target} model takes {shape}"
                     )
     norms = {role: np.array(summary[role]["mean_norm"]) for role in e.roles}
-    return conditions.Readings(found, norms, _offset_vectors(run, folder))
+    files = inputs.vector_files(e, max(n_layers for n_layers, _ in shapes.values()))
+    return conditions.Readings(found, norms, _offset_vectors(run, folder), files)
 
 
 def _offset_vectors(run: "Run", folder: Path) -> dict[tuple[str, str], vectors.SteeringVector]:
