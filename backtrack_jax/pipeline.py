@@ -126,6 +126,12 @@ class Run:
     def _describe(self, path: Path) -> None:
         """Writes what a stage is computed with; what an interrupted run had computed its part with is kept."""
         described = {"config": dataclasses.asdict(self.experiment), **environment.describe()}
+        models = {role: self.experiment.model(role) for role in self.experiment.roles}
+        described["hub_commits"] = {
+            role: commit
+            for role, spec in models.items()
+            if (commit := checkpoint.hub_commit(spec.path, spec.revision or None))
+        }
         if path.exists():
             before = json.loads(path.read_text())
             earlier = before.pop("earlier", [])

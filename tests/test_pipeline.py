@@ -994,7 +994,7 @@ def test_a_first_try_goes_all_the_way_and_what_would_mislead_is_said(
     assert "probe and reliability are of vectors.layers=(1, 2); add steering.layer=0 there to have it" in said
     assert said.rstrip().endswith("results are in results/tiny/6-report/report.html")
     with (fresh / "5-analysis" / "reasoning.probe.csv").open() as file:
-        aucs = [row["auc"] for row in csv.DictReader(file) if row["method"] != "random direction"]
+        aucs = [row["auc"] for row in csv.DictReader(file) if row["method"] != "random directions"]
     assert aucs and set(aucs) <= {"", "nan"}
 
 

@@ -7,6 +7,7 @@ matter. So "Wait," and "wait-and-see" hold the word *wait*; "waiting", "await", 
 such as `<think>` or `<|eot_id|>` hold no words.
 """
 
+import functools
 import re
 import zlib
 from collections.abc import Collection, Sequence
@@ -130,9 +131,14 @@ def bootstrap_interval(
     n = len(numerators)
     if n < 2:
         return float("nan"), float("nan")
-    # How often each problem is drawn, [n_resamples, P].
-    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples)
+    draws = _draws(n, n_resamples, seed)
     totals = draws @ denominators
     rates = np.divide(draws @ numerators, totals, out=np.zeros(n_resamples), where=totals > 0)
     low, high = np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+@functools.lru_cache(maxsize=4)
+def _draws(n: int, n_resamples: int, seed: int) -> np.ndarray:
+    """How often each of n problems is drawn, [n_resamples, n] float64; the same for all measures of all conditions."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples).astype(np.float64)

@@ -98,6 +98,21 @@ def score(
     return Score(float(roc_auc(scores, positive)), float(low), float(high), average_precision(scores, positive))
 
 
+def random_score(tokens: Tokens, *, n_directions: int = 50, seed: int = 0) -> Score:
+    """What directions that know nothing reach: means over Gaussian ones, and the middle 95 % of their AUCs.
+
+    One such direction may well have an AUC of .4 or .6, since activations lie along few directions.
+    """
+    drawn = np.random.default_rng(seed).standard_normal((n_directions, tokens.activations.shape[1]), np.float32)
+    scores = drawn @ tokens.activations.T
+    aucs = np.array([roc_auc(values, tokens.positive) for values in scores])
+    if not np.isfinite(aucs).all():
+        return Score(*[float("nan")] * 4)
+    low, high = np.quantile(aucs, [0.025, 0.975])
+    precision = np.mean([average_precision(values, tokens.positive) for values in scores])
+    return Score(float(aucs.mean()), float(low), float(high), float(precision))
+
+
 def folds(problems: Sequence[str], n_folds: int, seed: int = 0) -> np.ndarray:
     """[n] int: the fold of each entry, all entries of a problem in one; folds differ by at most one problem."""
     names, group = np.unique(np.asarray(problems, str), return_inverse=True)

@@ -118,12 +118,12 @@ def summarise(rows: Sequence[Row], *, seed: int = 0) -> list[dict[str, Any]]:
     """One row per condition.
 
     Returns:
-      The cell's columns; `rate` (Eq. 1, pooled over replies) with `low` and `high`, its 95 % bootstrap interval over
-      problems; `mean_rate` and `std_rate` of the single replies (the paper's bars); the variants `substring_rate`,
-      `token_rate`, `sentence_rate`, and `judge_rate`, the share of sentences that the other judge calls backtracking
-      (NaN where it labelled none); counts; the coherence, as means over replies; `effect` (mean over problems of the
-      difference from the unsteered model) with `effect_low` and `effect_high`, and `share_lowered`, the problems on
-      which the condition lowered the rate.
+      The cell's columns; `rate` (Eq. 1, pooled over replies); `mean_rate` and `std_rate` of the single replies (the
+      paper's bars); the variants `substring_rate`, `token_rate`, `sentence_rate`, and `judge_rate`, the share of
+      sentences that the other judge calls backtracking (NaN where it labelled none); counts; the coherence, as means
+      over replies; `effect` (mean over problems of the difference from the unsteered model), and `share_lowered`, the
+      problems on which the condition lowered the rate. `low` and `high` are the ends of the 95 % bootstrap interval
+      over problems of `rate`; those of another measure begin with its name, `effect_low`.
     """
     changed = by_cell(effects(rows))
     return [
@@ -133,34 +133,45 @@ def summarise(rows: Sequence[Row], *, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def _summary(members: Sequence[Row], seed: int) -> dict[str, Any]:
-    hits, words = (np.array([row[name] for row in members]) for name in ("hits", "words"))
     names, group = np.unique([row["problem_id"] for row in members], return_inverse=True)
-    low, high = backtracking.bootstrap_interval(np.bincount(group, hits), np.bincount(group, words), seed=seed)
+
+    def column(name: str) -> np.ndarray:
+        return np.array([row[name] for row in members], float)
+
+    def ratio(name: str, above: np.ndarray, below: np.ndarray, empty: float = 0.0) -> dict[str, float]:
+        """Sum over sum, with its interval over problems."""
+        if not below.any():
+            return {name: empty, f"{name}_low": float("nan"), f"{name}_high": float("nan")}
+        low, high = backtracking.bootstrap_interval(np.bincount(group, above), np.bincount(group, below), seed=seed)
+        return {name: float(above.sum() / below.sum()), f"{name}_low": low, f"{name}_high": high}
+
+    def mean(name: str) -> dict[str, float]:
+        values = column(name)
+        measured = np.isfinite(values)
+        return ratio(name, np.where(measured, values, 0.0), measured.astype(float), float("nan"))
+
+    hits, words = column("hits"), column("words")
+    rate = ratio("rate", hits, words)
     rates = np.divide(hits, words, out=np.zeros(len(members)), where=words > 0)
-
-    def pooled(numerator: str, denominator: str, empty: float = 0.0) -> float:
-        below = sum(row[denominator] for row in members)
-        return sum(row[numerator] for row in members) / below if below else empty
-
-    def mean(name: str) -> float:
-        values = np.array([row[name] for row in members], float)
-        return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
-
+    judged = column("judged_backtracking"), column("judged_sentences")
     return {
-        "rate": pooled("hits", "words"),
-        "low": low,
-        "high": high,
+        "rate": rate["rate"],
+        "low": rate["rate_low"],
+        "high": rate["rate_high"],
         "mean_rate": float(rates.mean()),
         "std_rate": float(rates.std()),
-        "substring_rate": pooled("substring_hits", "substring_words"),
-        "token_rate": mean("token_rate"),
-        "sentence_rate": pooled("keyword_sentences", "sentences"),
-        "judge_rate": pooled("judged_backtracking", "judged_sentences", float("nan")),
+        **ratio("substring_rate", column("substring_hits"), column("substring_words")),
+        **mean("token_rate"),
+        **ratio("sentence_rate", column("keyword_sentences"), column("sentences")),
+        **ratio("judge_rate", *judged, empty=float("nan")),
         "n_replies": len(members),
         "n_problems": len(names),
         "n_hits": int(hits.sum()),
         "n_words": int(words.sum()),
-        **{name: mean(name) for name in ("log_likelihood", "repeated_2grams", "repeated_3grams", "compression")},
+        **mean("log_likelihood"),
+        **mean("repeated_2grams"),
+        **mean("repeated_3grams"),
+        **mean("compression"),
     }
 
 

@@ -150,6 +150,13 @@ class _Fields:
             raise ValueError(f"{self.where}: field {key!r} is missing; found: {', '.join(self.value) or 'none'}")
         return self.value[key]
 
+    def require(self, *keys: str) -> "_Fields":
+        """Itself; ValueError names all of the keys that are missing."""
+        if missing := [repr(key) for key in keys if key not in self.value]:
+            named = f"field {missing[0]} is" if len(missing) == 1 else f"fields {', '.join(missing)} are"
+            raise ValueError(f"{self.where}: {named} missing; found: {', '.join(self.value) or 'none'}")
+        return self
+
     def text(self, key: str, *, empty: bool = False) -> str:
         value = self.get(key)
         if not isinstance(value, str):
@@ -247,7 +254,8 @@ def read_problems(path: Path | str) -> list[Problem]:
         ValueError: a fault, named by file, line or entry, and field; or an id that occurs twice.
     """
     path = Path(path)
-    problems = [Problem(f.text("id"), f.text("category"), f.text("problem")) for f in _json_objects(path)]
+    names = ("id", "category", "problem")
+    problems = [Problem(*(fields.require(*names).text(name) for name in names)) for fields in _json_objects(path)]
     return _unique(problems, path)
 
 

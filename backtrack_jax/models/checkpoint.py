@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from jax.sharding import Mesh, Sharding
 
 from backtrack_jax.models import gguf, safetensors
@@ -88,6 +88,14 @@ def resolve(path_or_id: str, revision: str | None = None) -> Path:
 def is_hub_id(path_or_id: str) -> bool:
     """Whether the hub is asked for it where no folder or file has this name: `owner/name`."""
     return bool(re.fullmatch(r"(?!\.)[\w.-]+/[\w.-]+(?<!\.gguf)", path_or_id))
+
+
+def hub_commit(path_or_id: str, revision: str | None = None) -> str | None:
+    """Commit that a hub id stood for when it was fetched; None for what is no hub id or was not fetched."""
+    if Path(path_or_id).expanduser().exists() or not is_hub_id(path_or_id):
+        return None
+    cached = try_to_load_from_cache(path_or_id, "config.json", revision=revision)
+    return Path(cached).parent.name if isinstance(cached, str) else None
 
 
 def read_config(path: Path) -> LlamaConfig:

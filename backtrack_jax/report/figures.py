@@ -66,7 +66,8 @@ _INTERVAL = "Bars: 95 % bootstrap interval over problems."
 
 
 def _curve(label: str, cells: Rows, measure: str, factor: float, line: dict[str, Any]) -> Series:
-    low, high = ([factor * cell[name] for cell in cells] if measure == "rate" else [] for name in ("low", "high"))
+    prefix = "" if measure == "rate" else f"{measure}_"
+    low, high = ([factor * cell[prefix + end] for cell in cells] for end in ("low", "high"))
     return Series(
         label, [cell["magnitude"] for cell in cells], [factor * cell[measure] for cell in cells], low, high, **line
     )
@@ -353,7 +354,8 @@ def probe(r: Results) -> Plot | None:
     caption = (
         f"Does a {r.experiment.vectors.label} section start within the next tokens? Layer {layer}; "
         f"{mine[0]['n_tokens']} tokens of {mine[0]['n_problems']} problems, {100 * share:.1f} % positive; every "
-        f"problem is scored by what was fitted on others. {_INTERVAL} Dashed: chance."
+        f"problem is scored by what was fitted on others. {_INTERVAL} Random directions: mean and middle 95 % of 50. "
+        "Dashed: chance."
     )
     return Plot("probe", "Section 4.2: the direction as a probe", caption, [panels], rows)
 
@@ -372,16 +374,16 @@ def metrics(r: Results) -> Plot | None:
     }
     if any(c["judge_rate"] == c["judge_rate"] for c in cells):
         names["judge_rate"] = f"sentences that backtrack, by {_reply_judge(r)}"
-    series = [
-        Series(text, [c["magnitude"] for c in cells], [100 * c[n] for c in cells], **line_of(i, "base"))
-        for i, (n, text) in enumerate(names.items())
+    curves = [_curve(text, cells, n, 100, line_of(i, "base")) for i, (n, text) in enumerate(names.items())]
+    panels = [
+        Panel("", unit_label(r, author), y_label, series, from_zero=True)
+        for y_label, series in (("% of words, tokens", curves[:3]), ("% of sentences", curves[3:]))
     ]
-    panel = Panel("", unit_label(r, author), "% of words, tokens, sentences", series, from_zero=True)
     caption = (
         f"The same replies, counted in {len(names)} ways: {author}-derived vector on the {author} model, {_where(r)}; "
-        f"{counted(cells)}."
+        f"{counted(cells)}. {_INTERVAL}"
     )
-    return Plot("metrics", "The metric and its variants", caption, [[panel]], cells)
+    return Plot("metrics", "The metric and its variants", caption, [panels], cells)
 
 
 def _reply_judge(r: Results) -> str:

@@ -137,7 +137,13 @@ def _readings(r: Results) -> dict[str, str]:
     for row in r.tables["probe"]:
         if (row["role"], row["layer"], row["method"]) == (r.author, layer, "base-derived direction"):
             found["probe"] = f"{row['auc']:.3f} ({row['low']:.3f} to {row['high']:.3f}), next {row['horizon']} tokens"
-    for row in r.tables.get("agreement", []):
-        if row["group"] == "all":
-            found["judge"] = " / ".join(f"{100 * row[name]:.2f}" for name in ("precision", "recall", "f1"))
+    compared = [(f"at magnitude {row['group']}", row) for row in r.tables.get("judge_agreement", [])]
+    compared = [(where, row) for where, row in compared if row["group"] != "all"]
+    if not compared:
+        compared = [("on the traces", row) for row in r.tables.get("agreement", []) if row["group"] == "all"]
+    if compared:
+        found["judge"] = ", ".join(
+            " / ".join(f"{100 * row[name]:.2f}" for name in ("precision", "recall", "f1")) + f" {where}"
+            for where, row in compared
+        )
     return found

@@ -1,5 +1,6 @@
 """Stage 5: what replies, vectors and activations show, as tables. Model by model, so that one is held at a time."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -235,33 +236,32 @@ def _probe_rows(
     traces: Sequence[records.Trace],
     sums: dict[str, extract.WindowSums],
 ) -> Rows:
-    """Scores of the directions, a random one, and a logistic regression at the steered layer, on the same tokens."""
+    """Scores of the directions, random ones, and a logistic regression at the steered layer, on the same tokens."""
     e, spec = run.experiment, run.experiment.analysis
     problems = [trace.problem_id for trace in traces]
     ids = [trace.id for trace in traces]
     fold = probe.folds(problems, spec.folds, e.seed)
     of_token = np.array(problems)[tokens.traces]
-    scored = {
-        "random direction": tokens.activations
-        @ np.random.default_rng(e.seed).standard_normal(tokens.activations.shape[1])
-    }
+    scored = {}
     for source, total in sums.items():
         groups = (e.vectors.label, e.vectors.contrast)
         positive, contrast = (total.means_by_trace(ids, group, layer) for group in groups)
         scored[f"{source}-derived direction"] = probe.direction_scores(tokens, positive, contrast, fold)
     if layer == e.steering.layer:
         scored["logistic regression"] = probe.logistic_scores(tokens, fold)
-    rows = []
+    everywhere = np.ones(len(of_token), bool)
+    found = [("random directions", everywhere, probe.random_score(tokens, seed=e.seed))]
     for method, values in scored.items():
         kept = np.isfinite(values)
-        found = probe.score(values[kept], tokens.positive[kept], of_token[kept].tolist())
-        rows.append(
-            {"role": role, "layer": layer, "horizon": horizon, "method": method}
-            | {"auc": found.auc, "low": found.low, "high": found.high, "average_precision": found.average_precision}
-            | {"n_tokens": int(kept.sum()), "n_positive": int(tokens.positive[kept].sum())}
-            | {"n_problems": len(set(of_token))}
-        )
-    return rows
+        score = probe.score(values[kept], tokens.positive[kept], of_token[kept].tolist())
+        found.append((method, kept, score))
+    return [
+        {"role": role, "layer": layer, "horizon": horizon, "method": method}
+        | dataclasses.asdict(score)
+        | {"n_tokens": int(kept.sum()), "n_positive": int(tokens.positive[kept].sum())}
+        | {"n_problems": len(set(of_token))}
+        for method, kept, score in found
+    ]
 
 
 def _shown(run: "Run", read: Sequence[extract.TokenTrace]) -> list[int]:

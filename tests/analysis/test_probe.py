@@ -112,3 +112,19 @@ def test_a_shared_direction_is_found_by_both() -> None:
     for scores in (direction, logistic):
         assert metrics.roc_auc_score(positive, scores) > 0.95
     assert abs(direction.mean()) < 0.5  # centred: activations lie 5 away from the origin in every coordinate
+
+
+def test_random_directions_tell_what_chance_reaches() -> None:
+    """Around one half, but as far from it as the tokens' few directions allow; the mean over single ones."""
+    rng = np.random.default_rng(5)
+    positive = rng.random(400) < 0.3
+    shifted = rng.standard_normal((400, 8)) + positive[:, None] * [4, 0, 0, 0, 0, 0, 0, 0]
+    tokens = probe.Tokens(shifted.astype(np.float32), np.zeros(400, int), positive)
+    single = probe.random_score(tokens, n_directions=1, seed=3)
+    direction = np.random.default_rng(3).standard_normal((1, 8), np.float32)[0]
+    assert single.auc == pytest.approx(metrics.roc_auc_score(positive, tokens.activations @ direction), abs=1e-6)
+    found = probe.random_score(tokens, n_directions=400)
+    assert found.auc == pytest.approx(0.5, abs=0.05)
+    assert found.low < 0.2 and found.high > 0.8
+    unshifted = probe.random_score(probe.Tokens(rng.standard_normal((400, 8), np.float32), tokens.traces, positive))
+    assert 0.35 < unshifted.low < unshifted.high < 0.65

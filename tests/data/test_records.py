@@ -122,6 +122,7 @@ def test_problems_are_read_from_json_and_jsonl_and_may_hold_other_keys(tmp_path)
         ("a.json", ["text"], r"a\.json, entry 0: expected a JSON object, got str"),
         ("a.txt", "x", r"unknown suffix '\.txt'; accepted: \.json"),
         ("a.json", [PROBLEM, {"id": "b", "problem": "?"}], r"entry 1: field 'category' is missing; found: id, problem"),
+        ("a.json", [{"problem": "?"}], r"entry 0: fields 'id', 'category' are missing; found: problem"),
         ("a.json", [PROBLEM | {"id": 3}], r"entry 0: field 'id' must be a string, got int 3"),
         ("a.json", [PROBLEM | {"problem": " \n"}], r"entry 0: field 'problem' is empty"),
         ("a.json", [PROBLEM, PROBLEM], r"a\.json: id 'logic_1' occurs more than once"),

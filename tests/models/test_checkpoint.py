@@ -372,6 +372,8 @@ def test_a_hub_id_is_found_in_the_hub_s_cache_without_network(original, tmp_path
 from backtrack_jax.models import checkpoint
 print(checkpoint.resolve("owner/name"))
 print(checkpoint.resolve("owner/name", revision="v1"))
+print(checkpoint.hub_commit("owner/name"), checkpoint.hub_commit("owner/name", "v1"))
+print(checkpoint.hub_commit("owner/other"), checkpoint.hub_commit("owner/name", "v2"), checkpoint.hub_commit("."))
 for name, revision in (("owner/other", None), ("owner/name", "v2")):
     try:
         checkpoint.resolve(name, revision)
@@ -380,8 +382,9 @@ for name, revision in (("owner/other", None), ("owner/name", "v2")):
 """
     lines = run(code, HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(tmp_path))
     assert lines[:2] == [str(repository / "snapshots" / commit)] * 2
-    assert lines[2].startswith("owner/other is no folder or file here, and the Hugging Face hub did not give it")
-    assert "(revision v2)" in lines[3]
+    assert lines[2:4] == [f"{commit} {commit}", "None None None"]
+    assert lines[4].startswith("owner/other is no folder or file here, and the Hugging Face hub did not give it")
+    assert "(revision v2)" in lines[5]
 
 
 def test_a_written_folder_is_read_by_transformers_and_here(original, tmp_path, reference):
