@@ -7,20 +7,18 @@ what is already done, and computes nothing.
 
 import ast
 import logging
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jax
 from absl import app, flags
 from ml_collections import config_flags
 
 from backtrack_jax import pipeline, plan
+from backtrack_jax.command_line import ends_in_one_line
 from backtrack_jax.config import Experiment, check, check_overrides
-from backtrack_jax.judges.settings import JudgeStopped
 
 
 class _ListParser(flags.ArgumentParser):
@@ -46,7 +44,9 @@ def main(argv: Sequence[str]) -> None:
     """Runs the stages of the experiment that the flags describe."""
     for name in ("jax", "httpx", "httpx2"):  # which accelerators are absent, and every request, is no news
         logging.getLogger(name).setLevel(logging.WARNING)
-    try:
+    with ends_in_one_line(
+        remedy="lower batch_size of this stage and run again", resumed="the same command goes on where this run was"
+    ):
         if len(argv) > 1:
             raise ValueError(f"unexpected arguments {argv[1:]}; overrides look like --config.steering.layer=9")
         experiment: Experiment = CONFIG.value
@@ -60,28 +60,6 @@ def main(argv: Sequence[str]) -> None:
             print(plan.describe(run))
         else:
             run.run()
-    except (ValueError, OSError, FloatingPointError, JudgeStopped) as error:
-        sys.exit(f"error: {error}")
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        first = str(error).splitlines()[0]
-        sys.exit(f"error: the device is out of memory; lower batch_size of this stage and run again ({first})")
-    except KeyboardInterrupt:
-        _leave("stopped; the same command goes on where this run was")
-
-
-def _leave(message: str) -> NoReturn:
-    """Ends the process at once, as Ctrl-C does: Python's shutdown crashes where XLA still compiles in its threads.
-
-    What is on disk is always whole, so nothing needs the shutdown.
-    """
-    try:
-        print(message, file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-    finally:  # also if nobody reads them any more
-        os._exit(130)
 
 
 def _check_workdir(workdir: Path) -> None:

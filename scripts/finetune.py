@@ -24,17 +24,15 @@ import optax
 
 from backtrack_jax import lora as lora_
 from backtrack_jax import train
+from backtrack_jax.command_line import Help, ends_in_one_line
 from backtrack_jax.data.records import Trace, read_any_traces
 from backtrack_jax.models import checkpoint, prompts
 from backtrack_jax.models.llama import Llama
 from backtrack_jax.models.tokenizer import Tokenizer
 
 DTYPES = ("bfloat16", "float16", "float32")
+RESUMED = "the same command goes on at the last checkpoint"
 LEAST = {"length": 2, "lora_rank": 0, "seed": 0, "weight_decay": 0}  # a row of one token predicts none
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and leaves the lines of the description alone."""
 
 
 def tokens_of(tokenizer: Tokenizer, trace: Trace, prompt: prompts.PromptFormat, length: int) -> train.Tokens:
@@ -159,10 +157,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    try:
+    with ends_in_one_line(remedy="lower --batch_size or --length, with another --out", resumed=RESUMED):
         run(parse(argv))
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

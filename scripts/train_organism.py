@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from backtrack_jax import train
+from backtrack_jax.command_line import Help, ends_in_one_line
 from backtrack_jax.intervention import no_intervention
 from backtrack_jax.models import checkpoint, prompts
 from backtrack_jax.models.config import LlamaConfig
@@ -32,10 +33,6 @@ from backtrack_jax.organism import corpus, grammar, vocabulary
 from backtrack_jax.organism.measure import LONGEST, PROMPT, Cell, Pair, cell
 
 ROW = 240  # tokens: a problem and its reply; the few that are longer are left out
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and leaves the lines of the description alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,11 +155,10 @@ def parse(argv: Sequence[str] | None) -> tuple[Path, int, Recipe]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     start = time.monotonic()
-    try:
+    resumed = "the same command goes on at the last checkpoint"
+    with ends_in_one_line(remedy="run it again where more is free", resumed=resumed):
         out, seed, recipe = parse(argv)
         train_pair(recipe, out, seed)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
     print(f"trained in {time.monotonic() - start:.0f} s", file=sys.stderr)
     pair, failed = Pair(out), []
     for role, lowest, highest in (("base", 0.0, 0.0005), ("reasoning", 0.002, 0.01)):

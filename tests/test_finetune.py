@@ -104,6 +104,22 @@ def test_nonsense_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_the_end_of_memory_names_the_way_out(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a fault of the program itself keeps its traceback."""
+
+    def failing(*args: object) -> None:
+        raise jax.errors.JaxRuntimeError(messages.pop(0))
+
+    finetune = script("finetune")
+    messages = ["RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes.\nmore", "INTERNAL: a fault"]
+    monkeypatch.setattr(finetune, "finetune", failing)
+    arguments = [f"--model={folder / 'base'}", f"--traces={folder / tiny.CHAINS}", f"--out={tmp_path / 'out'}"]
+    with pytest.raises(SystemExit, match=r"error: the device is out of memory; lower --batch_size .* 17 bytes\.\)$"):
+        finetune.main(arguments)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        finetune.main(arguments)
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [

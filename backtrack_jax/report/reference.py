@@ -142,7 +142,7 @@ def _readings(r: Results) -> dict[str, str]:
     if not compared:
         compared = [("on the traces", row) for row in r.tables.get("agreement", []) if row["group"] == "all"]
     if compared:
-        found["judge"] = ", ".join(
+        found["judge"] = "; ".join(
             " / ".join(f"{100 * row[name]:.2f}" for name in ("precision", "recall", "f1")) + f" {where}"
             for where, row in compared
         )

@@ -441,7 +441,7 @@ def test_the_judge_reads_steered_replies(server: FaultServer) -> None:
     groups = [row["group"] for row in tables.read(folder / "judge_agreement.csv")]
     assert groups == ["all", "0", "-4", "8"]
     (judges,) = (line for line in (RESULTS / "6-report" / "summary.md").read_text().split("\n") if "Table C.1" in line)
-    assert re.fullmatch(r"(.+ / .+ / .+ at magnitude (0|-4|8)(, )?){3}", judges.split(" | ")[-1].removesuffix(" |"))
+    assert re.fullmatch(r"(.+ / .+ / .+ at magnitude (0|-4|8)(; )?){3}", judges.split(" | ")[-1].removesuffix(" |"))
     paid = server.paid.total()
     assert 0 < paid <= len(lines)
     shutil.rmtree(RESULTS)
