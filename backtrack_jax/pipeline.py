@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -178,7 +179,9 @@ class Run:
         key = (spec.path, spec.revision, spec.dtype)
         if key not in self._models:
             self._models.clear()
-            say(f"  loading the {role} model, {spec.path}")
+            n = self.architecture(role).n_parameters
+            size = n * jnp.dtype(spec.dtype).itemsize / 1e9
+            say(f"  loading the {role} model, {spec.path}: {n / 1e6:.4g} million weights, {spec.dtype}, {size:.2f} GB")
             revision = spec.revision or None
             self._models[key] = checkpoint.load(spec.path, revision=revision, dtype=spec.dtype, mesh=self.mesh)
         return self._models[key]

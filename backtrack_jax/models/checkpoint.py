@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from huggingface_hub import snapshot_download, try_to_load_from_cache
@@ -154,7 +153,6 @@ def load(path_or_id: str, dtype: str | None = None, mesh: Mesh | None = None, re
         return _load_orbax(path, dtype, mesh)
     config, tensors = _open(path)
     target_dtype = jnp.dtype(dtype or _exact_dtype(tensors[name].dtype for name in expected_tensors(config)))
-    _log_plan(path, config, target_dtype, mesh)
     return _fill(config, tensors, target_dtype, mesh)
 
 
@@ -390,12 +388,6 @@ def _places(config: LlamaConfig, mesh: Mesh | None) -> dict[Keys, Sharding]:
     return _flat(shardings(config, mesh))
 
 
-def _log_plan(path: Path, config: LlamaConfig, dtype: jnp.dtype, mesh: Mesh | None) -> None:
-    devices = 1 if mesh is None else mesh.size
-    size = config.n_parameters * dtype.itemsize / 1e9
-    logging.info("%s: %d weights in %s, %.2f GB, on %d device(s)", path, config.n_parameters, dtype, size, devices)
-
-
 def _fill(config: LlamaConfig, tensors: Mapping[str, LazyTensor], dtype: np.dtype, mesh: Mesh | None) -> Llama:
     places = _places(config, mesh)
     weights: dict[Keys, jax.Array] = {}
@@ -487,7 +479,6 @@ def _load_orbax(folder: Path, dtype: str | None, mesh: Mesh | None) -> Llama:
         if faults:
             raise ValueError(f"{path} does not hold the weights of {folder / _CONFIG}:\n  " + "\n  ".join(faults))
         target_dtype = jnp.dtype(dtype or _exact_dtype(weight.dtype for weight in stored.values()))
-        _log_plan(folder, config, target_dtype, mesh)
         places = _places(config, mesh)
         target = {
             name: jax.ShapeDtypeStruct(shape, target_dtype, sharding=places[name]) for name, shape in expected.items()

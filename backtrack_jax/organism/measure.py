@@ -83,7 +83,7 @@ class Pair:
             for i, problem in enumerate(problems):
                 ids = prompts.prompt_ids(self.tokenizer, problem.problem, PROMPT)
                 mine = dataclasses.replace(row, key=jax.random.fold_in(row.key, i))
-                asked.append(generate.Row(ids, generate.row_key(seed, problem.id, 0), mine))
+                asked.append(generate.Row(ids, generate.row_key(seed, problem.id, 0), mine, f"problem {problem.id!r}"))
         found: dict[int, tuple[int, ...]] = {}
         for batch in generate.generate_rows(
             self.models[role],
