@@ -193,7 +193,9 @@ def _stacked(stored: Mapping[str, np.ndarray], model: Llama, lora: Lora, folder:
         raise ValueError(f"{folder} does not hold adapters of this model:\n  " + "\n  ".join(sorted(faults)))
     return {
         path: {
-            name: jnp.stack([jnp.asarray(stored[_peft_name(path, i, name)].T) for i in range(model.config.n_layers)])
+            name: jnp.stack(
+                [jnp.asarray(stored[_peft_name(path, i, name)].T, jnp.float32) for i in range(model.config.n_layers)]
+            )
             for name in pair
         }
         for path, pair in expected.items()

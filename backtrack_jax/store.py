@@ -81,13 +81,18 @@ def locked(folder: Path) -> Iterator[None]:
       BlockingIOError: another process has locked it.
     """
     with (folder / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(f"{folder} is in use by another run; wait for it, stop it, or take another") from None
-        except OSError:  # a network drive without locks, where two runs are the user's own affair
-            pass
+        lock(file.fileno(), f"{folder} is in use by another run; wait for it, stop it, or take another")
         yield
+
+
+def lock(file: int, message: str) -> None:
+    """Locks an open file for this process until it is closed; BlockingIOError with the message if another one has."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BlockingIOError(message) from None
+    except OSError:  # a network drive without locks, where two processes are the user's own affair
+        pass
 
 
 def peek(workdir: Path, name: str, inputs: Mapping[str, Any]) -> Path | None:

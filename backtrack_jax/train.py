@@ -202,8 +202,8 @@ def muon(learning_rate: optax.Schedule, adam_learning_rate: optax.Schedule) -> o
 
 
 def warmup_cosine(peak: float, steps: int, warmup: int = 20) -> optax.Schedule:
-    """Learning rate that rises linearly to `peak` and falls to a tenth of it, along half a cosine."""
-    return optax.warmup_cosine_decay_schedule(0.0, peak, min(warmup, steps - 1), steps, peak / 10)
+    """Learning rate that rises from 0 to `peak`, in a fifth of the steps at most, and falls to a tenth of it."""
+    return optax.warmup_cosine_decay_schedule(0.0, peak, min(warmup, steps // 5), steps, peak / 10)
 
 
 def trainable(model: Llama) -> tuple[Any, Callable[..., Llama]]:

@@ -23,9 +23,10 @@ import numpy as np
 import optax
 
 from backtrack_jax import lora as lora_
-from backtrack_jax import train
+from backtrack_jax import store, train
 from backtrack_jax.command_line import Help, ends_in_one_line
 from backtrack_jax.data.records import Trace, read_any_traces
+from backtrack_jax.inputs import check_vocabulary
 from backtrack_jax.models import checkpoint, prompts
 from backtrack_jax.models.llama import Llama
 from backtrack_jax.models.tokenizer import Tokenizer
@@ -50,7 +51,8 @@ def tokens_of(tokenizer: Tokenizer, trace: Trace, prompt: prompts.PromptFormat, 
     cut = trace.text != "" and read.position_of_char(len(trace.text) - 1) is None
     if trace.finish_reason == "stop" or cut:
         written = known or tokenizer.encode(trace.text)
-        ids.append(next((i for i in written if i in tokenizer.stop_ids), tokenizer.stop_ids[0]))
+        end = next((i for i in written if i in tokenizer.stop_ids), tokenizer.eos_id)
+        ids += [] if end is None else [end]
     return train.Tokens(ids[:length], read.reply_start)
 
 
@@ -118,16 +120,19 @@ def run(arguments: argparse.Namespace) -> None:
     a = arguments
     train.check_numbers({name: value for name, value in vars(a).items() if isinstance(value, int | float)}, LEAST)
     traces = read_any_traces(a.traces)
-    tokenizer = Tokenizer.load(checkpoint.resolve(a.model))
+    path = checkpoint.resolve(a.model)
+    tokenizer = Tokenizer.load(path)
+    check_vocabulary("finetuned", checkpoint.read_config(path), tokenizer, ())
     rows = packed_traces(tokenizer, traces, a)
-    settings = {name: value for name, value in vars(a).items() if name not in ("out", "save_every", "traces")}
+    settings = {name: value for name, value in vars(a).items() if name not in ("model", "out", "save_every", "traces")}
+    settings["weights"] = store.weights_hash(path)
     settings["rows"] = hashlib.sha256(b"".join(np.asarray(array).tobytes() for array in rows)).hexdigest()
     train.keep_to(a.out, settings)
     made = a.out / "model"
     if not made.exists():
         # Weights that are not trained need no more than the products' precision.
         model = finetune(checkpoint.load(a.model, a.dtype if a.lora_rank else "float32"), rows, a)
-        checkpoint.save_hf(jax.tree.map(lambda weight: weight.astype(jnp.bfloat16), model), made)
+        checkpoint.save_hf(jax.tree.map(lambda weight: weight.astype(a.save_dtype), model), made)
     tokenizer.save(made)
     print(made)
 
@@ -151,6 +156,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", default="bfloat16", choices=DTYPES, help="of matrix-product inputs; trained weights are float32"
     )
+    parser.add_argument("--save_dtype", default="bfloat16", choices=DTYPES, help="of all weights of OUT/model")
     parser.add_argument("--save_every", type=int, default=25, help="steps between checkpoints")
     parser.add_argument("--seed", type=int, default=0, help="of the rows' order and new adapters")
     return parser.parse_args(argv)

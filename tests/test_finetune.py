@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -70,6 +71,20 @@ def test_finetuned_model_is_read_like_any_other(
     (tmp_path / "fewer.jsonl").write_text("".join(lines[:-1]))
     with pytest.raises(SystemExit, match=r"^error: .* holds a training with rows="):
         script("finetune").main([*command, *options, f"--traces={tmp_path / 'fewer.jsonl'}"])
+    tiny.write_model(tmp_path / "base", vocab_size=tiny.VOCAB_SIZE, seed=9)  # other weights
+    shutil.copy(folder / "base" / "tokenizer.json", tmp_path / "base")
+    shutil.copy(folder / "base" / "tokenizer_config.json", tmp_path / "base")
+    with pytest.raises(SystemExit, match=r"^error: .* holds a training with weights='"):
+        script("finetune").main([*command, *options, f"--model={tmp_path / 'base'}"])
+    shutil.copytree(folder / "base", tmp_path / "elsewhere")  # the same weights
+    script("finetune").main([*command, *options, f"--model={tmp_path / 'elsewhere'}"])
+
+
+def test_what_lora_does_not_change_is_the_base_model_s(folder: Path, tmp_path: Path) -> None:
+    command = [f"--model={folder / 'base'}", f"--traces={folder / 'traces.jsonl'}", f"--out={tmp_path}", "--steps=1"]
+    script("finetune").main([*command, "--length=256", "--lora_rank=2", "--save_dtype=float32", "--dtype=float32"])
+    before, after = (checkpoint.load(str(path)) for path in (folder / "base", tmp_path / "model"))
+    np.testing.assert_array_equal(before.embed_tokens[...], after.embed_tokens[...])
 
 
 @pytest.mark.parametrize(
@@ -159,6 +174,26 @@ def reply_of(tokenizer: Tokenizer, text: str, token_ids: Sequence[int] | None, r
     trace = Trace("p/0", "p", "verbal", "Add.", text, token_ids=ids, finish_reason=reason)
     tokens = script("finetune").tokens_of(tokenizer, trace, R1, 4096)
     return list(tokens.ids[tokens.start :])
+
+
+def test_a_reply_ends_in_the_model_s_own_end_of_sequence(folder: Path, tmp_path: Path) -> None:
+    """Of several stop ids not the lowest: Llama-3.1-Instruct ends turns with 128009, and 128001 stops it too."""
+    shutil.copytree(folder / "base", tmp_path / "base")
+    stops = {"eos_token_id": [tiny.word_id(","), Tokenizer.load(folder / "base").stop_ids[0]]}
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(stops))
+    tokenizer = Tokenizer.load(tmp_path / "base")
+    assert tokenizer.eos_id == stops["eos_token_id"][1] != tokenizer.stop_ids[0]
+    assert reply_of(tokenizer, " no", None, "stop") == [*tokenizer.encode(" no"), tokenizer.eos_id]
+
+
+def test_a_tokenizer_beyond_the_embedding_is_refused(folder: Path, tmp_path: Path) -> None:
+    tiny.write_model(tmp_path / "small", vocab_size=tiny.VOCAB_SIZE - 1, seed=9)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / "base" / name, tmp_path / "small")
+    command = [f"--model={tmp_path / 'small'}", f"--traces={folder / 'traces.jsonl'}", f"--out={tmp_path / 'out'}"]
+    with pytest.raises(SystemExit, match=r"^error: the tokenizer .* has token ids up to \d+, the finetuned model"):
+        script("finetune").main(command)
+    assert not (tmp_path / "out").exists()
 
 
 def test_ids_are_learned_only_where_they_spell_the_reply(folder: Path) -> None:

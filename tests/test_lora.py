@@ -98,6 +98,16 @@ def test_saved_adapters_load_back_as_the_merged_model(
         np.testing.assert_array_equal(a, b)
 
 
+def test_16_bit_adapters_are_folded_in_float32(model: Llama, folder: Path, tmp_path: Path) -> None:
+    """As PEFT does, which multiplies the 16-bit values of such a file in the model's precision."""
+    lora = Lora(rank=3, alpha=5.0)
+    rounded = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), trained(model, lora))
+    lora_.save(rounded, lora, tmp_path, str(folder))
+    expected = merged_with(model, jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), rounded), lora)
+    for a, b in zip(weights(expected), weights(lora_.load(tmp_path, "float32")), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_adapters_of_another_model_are_refused(model: Llama, folder: Path, tmp_path: Path) -> None:
     lora = Lora(rank=3)
     lora_.save(trained(model, lora), lora, tmp_path, str(folder))

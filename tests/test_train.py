@@ -234,3 +234,10 @@ def test_a_loss_that_is_not_finite_stops_training(tmp_path: Path) -> None:
             save_every=2,
             title="test",
         )
+
+
+@pytest.mark.parametrize("steps", [3, 20, 500])
+def test_the_learning_rate_falls_to_a_tenth_however_few_the_steps(steps: int) -> None:
+    rates = [np.asarray(train.warmup_cosine(1.0, steps)(step)).item() for step in range(steps + 1)]
+    assert max(rates) == 1.0 and rates.index(1.0) <= min(20, steps / 5)
+    assert rates[-1] == pytest.approx(0.1)

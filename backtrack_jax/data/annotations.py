@@ -337,7 +337,9 @@ def _similar_span(original: str, text: str, low: int, high: int) -> tuple[int, i
         stops = [start + ending.end() for ending in endings] + [min(start + len(text), high)]
         for stop in stops:
             matcher.set_seq1(original[start:stop])
-            # quick_ratio() is a cheap upper bound of ratio().
+            # These are upper bounds of ratio(): by the lengths alone, by the characters.
+            if matcher.real_quick_ratio() <= best_ratio:
+                continue
             if matcher.quick_ratio() > best_ratio and (ratio := matcher.ratio()) > best_ratio:
                 best, best_ratio = (start, stop), ratio
     if best is None:

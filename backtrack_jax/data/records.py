@@ -179,11 +179,12 @@ class _Fields:
 
 
 def is_released(path: Path) -> bool:
-    """Whether a file or folder holds annotated chains; a `.jsonl` may hold traces instead, so its content tells."""
-    if path.suffix != ".jsonl" or not path.is_file():
+    """Whether a file or folder holds annotated chains; a file may hold traces instead, so its content tells."""
+    if not path.is_file():
         return path.suffix != ".jsonl"
     with path.open(encoding="utf-8-sig", errors="replace") as file:
-        return '"annotated_chain"' in file.readline()
+        lines = [file.readline()] if path.suffix == ".jsonl" else file
+        return any('"annotated_chain"' in line or '"reasoning_chain"' in line for line in lines)
 
 
 def read_any_traces(path: Path) -> list[Trace]:

@@ -21,7 +21,8 @@ _PROTECTED = re.compile(
     r"|\$(?=[^\s$])[^$\n]*?(?<=[^\s$])\$(?!\d)",
     re.DOTALL,
 )
-_BREAK = re.compile(r"\s*\n\s*|[.!?\u2026]+(?P<closers>[\"'\u201d\u2019)\]*_]*)(?P<space>\s+)")
+# Behind the look-behinds, or a long run of dots or blanks would be tried from each of them, to its end.
+_BREAK = re.compile(r"(?<!\s)\s*\n\s*|(?<![.!?\u2026])[.!?\u2026]++(?P<closers>[\"'\u201d\u2019)\]*_]*)(?P<space>\s+)")
 _LIST_MARKER = re.compile(r"[*_(#\s]*(?:\d{1,3}|[A-Za-z])\.\**")
 _ABBREVIATION = re.compile(
     r"(?:^|[\s(\[*_\"'])(?:e\.g|i\.e|cf|vs|figs?|eqs?|dr|mrs?|prof|approx|resp|w\.r\.t)\.$", re.IGNORECASE

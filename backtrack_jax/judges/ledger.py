@@ -6,7 +6,6 @@ behind is a torn last line; it is cut off when the file is opened next. One proc
 """
 
 import asyncio
-import fcntl
 import hashlib
 import json
 import os
@@ -14,6 +13,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from backtrack_jax import store
 
 Entry = dict[str, Any]
 """One line of the ledger; `key` is its key, the rest is the caller's."""
@@ -73,12 +74,9 @@ class Ledger:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            store.lock(self._file, f"{self.path}: in use by another process; wait for it or stop it")
             self._entries, whole = _parse(self.path.read_bytes(), self.path)
             os.ftruncate(self._file, whole)
-        except BlockingIOError:
-            os.close(self._file)
-            raise BlockingIOError(f"{self.path}: in use by another process; wait for it or stop it") from None
         except BaseException:
             os.close(self._file)
             raise

@@ -25,6 +25,8 @@ _IGNORED = frozenset(
         "torch_dtype",
         "transformers.js_config",
         "transformers_version",
+        "unsloth_fixed",
+        "unsloth_version",
         "use_cache",
     }
 )
@@ -209,7 +211,11 @@ def _faults(fields: Mapping[str, Any]) -> list[str]:
 
 def _rope_from_hf(fields: Mapping[str, Any]) -> tuple[float, Llama3RopeScaling | None]:
     """Base frequency and scaling out of `rope_parameters` (transformers >= 5) or `rope_theta` and `rope_scaling`."""
-    parameters = dict(fields.get("rope_parameters") or fields.get("rope_scaling") or {})
+    given = [dict(fields[name]) for name in ("rope_parameters", "rope_scaling") if fields.get(name)]
+    scaled = [{k: v for k, v in one.items() if k != "rope_theta"} for one in given]
+    if len(given) == 2 and scaled[0] != scaled[1]:
+        raise ValueError(f"rope_parameters={given[0]!r} contradicts rope_scaling={given[1]!r}")
+    parameters = given[0] if given else {}
     theta = parameters.pop("rope_theta", fields.get("rope_theta"))
     old = fields.get("rope_theta")
     if theta is None:

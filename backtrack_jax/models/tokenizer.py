@@ -66,6 +66,14 @@ def _byte_of_char() -> dict[str, int]:
 _BYTE_OF_CHAR = _byte_of_char()
 
 
+def starts_with(bos: str, bos_id: int) -> dict[str, Any]:
+    """Post-processor of a `tokenizer.json` by which other libraries start every sequence with BOS."""
+    first: dict[str, Any] = {"SpecialToken": {"id": bos, "type_id": 0}}
+    single, second = [first, {"Sequence": {"id": "A", "type_id": 0}}], {"Sequence": {"id": "B", "type_id": 1}}
+    tokens = {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}}
+    return {"type": "TemplateProcessing", "single": single, "pair": [*single, second], "special_tokens": tokens}
+
+
 class _GenerationTag(Extension):
     """`{% generation %}` marks assistant turns for training; here its body is simply rendered."""
 
@@ -84,6 +92,7 @@ class Tokenizer:
         bos_id: id of the token that every sequence of this model starts with, None if the model has none. SmolLM2
             names a BOS token but its sequences do not start with it: None.
         stop_ids: ids that end a reply, ascending.
+        eos_id: the one of them that ends this model's own sequences, `eos_token`; None if it has none.
         pad_id: id to fill padded positions with. It may be equal to a stop id: never rebuild a mask from it.
         vocab_size: largest id + 1. The model's embedding may have more rows.
         markers: text -> id of the control tokens, whatever their `special` flag.
@@ -140,6 +149,7 @@ class Tokenizer:
         self.markers = {token["content"]: vocab[token["content"]] for token in tokens}
         self.chat_template = chat_template
         self.special_tokens = dict(special_tokens or {})
+        self.eos_id = vocab.get(self.special_tokens.get("eos_token", ""), next(iter(self.stop_ids), None))
         self._marker_ids = frozenset(self.markers.values())
         tokens.sort(key=lambda token: -len(token["content"]))  # the longest match wins, as in `tokenizers`
         starts = "|".join(re.escape(token["content"]) for token in tokens)
@@ -267,7 +277,10 @@ class Tokenizer:
         config = {"add_bos_token": self.bos_id is not None, **self.special_tokens, "chat_template": self.chat_template}
         config |= {"clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"}
         stop = {"eos_token_id": list(self.stop_ids)}
-        (folder / "tokenizer.json").write_text(self._backend.to_str(pretty=True), "utf-8")
+        spec = json.loads(self._backend.to_str())
+        if self.bos_id is not None:
+            spec["post_processor"] = starts_with(str(self._backend.id_to_token(self.bos_id)), self.bos_id)
+        (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False, indent=2), "utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False, indent=1) + "\n", "utf-8")
         (folder / "generation_config.json").write_text(json.dumps(stop) + "\n", "utf-8")
 

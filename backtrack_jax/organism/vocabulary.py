@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from backtrack_jax.models.tokenizer import starts_with
 from backtrack_jax.organism import corpus, grammar
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
@@ -40,12 +41,7 @@ def tokenizer_json() -> dict[str, Any]:
         "added_tokens": added,
         "normalizer": None,
         "pre_tokenizer": _BYTE_LEVEL,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": BOS, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {BOS: {"id": BOS, "ids": [len(tokens)], "tokens": [BOS]}},
-        },
+        "post_processor": starts_with(BOS, len(tokens)),
         "decoder": _BYTE_LEVEL,
         "model": {
             "type": "BPE",
@@ -78,8 +74,15 @@ def tokenizer_config() -> dict[str, Any]:
 
 
 def write(folder: Path) -> None:
-    """Writes `tokenizer.json` and `tokenizer_config.json` into a folder that is there."""
-    for name, content in (("tokenizer.json", tokenizer_json()), ("tokenizer_config.json", tokenizer_config())):
+    """Writes the tokenizer, and the ids that begin and end a sequence, into a folder that is there."""
+    spec = tokenizer_json()
+    ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    files = {
+        "tokenizer.json": spec,
+        "tokenizer_config.json": tokenizer_config(),
+        "generation_config.json": {"bos_token_id": ids[BOS], "eos_token_id": ids[EOS]},
+    }
+    for name, content in files.items():
         (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")
 
 

@@ -12,6 +12,7 @@ from backtrack_jax.data.records import (
     Rejection,
     Section,
     Trace,
+    is_released,
     pair_annotations,
     read_annotations,
     read_any_traces,
@@ -265,3 +266,14 @@ def test_the_released_files_load_unchanged(ward2025):
     assert {trace.category for trace in traces} == {"math_logic", "probability", "spatial"}
     problems = [p for name in sorted(ward2025.glob("*_tasks.json")) for p in read_problems(name)]
     assert {(p.id, p.problem) for p in problems} == {(t.problem_id, t.problem) for t in traces}
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_traces_and_chains_are_told_apart_by_their_content(tmp_path: Path, suffix: str, indent: int | None) -> None:
+    for content, released in ((TRACE, False), (CHAIN, True)):
+        text = json.dumps([content], indent=indent) if suffix == ".json" else json.dumps(content) + "\n"
+        path = tmp_path / f"file{suffix}"
+        path.write_text(text)
+        assert is_released(path) == released
+        assert len(read_any_traces(path)) == 1

@@ -1,10 +1,12 @@
 """The keyword judge: sentences of mathematical text, and which of them it calls backtracking."""
 
 import random
+import re
 
 import pytest
 
 from backtrack_jax.data.records import OTHER, Trace, pair_annotations, read_released
+from backtrack_jax.judges import keyword
 from backtrack_jax.judges.keyword import annotate, split_sentences
 
 
@@ -91,6 +93,19 @@ def test_variants_decide_by_their_keywords(variant, hits):
     assert [text[s.start : s.stop] for s in annotation.sections] == SENTENCES
     assert [text[s.start : s.stop] for s in annotation.sections if s.label == "backtracking"] == hits
     assert {s.label for s in annotation.sections} == {"backtracking", OTHER}
+
+
+def test_long_runs_end_sentences_where_short_ones_do():
+    """Replies that fall apart hold thousands of dots or blanks; each must not be tried to its end from each of them."""
+    rng = random.Random(0)
+    slow = re.compile(r"\s*\n\s*|[.!?\u2026]+(?P<closers>[\"'\u201d\u2019)\]*_]*)(?P<space>\s+)")
+    for _ in range(2000):
+        text = "".join(rng.choices('.!? \n"*a', k=rng.randint(1, 14)))
+        assert [m.span() for m in keyword._BREAK.finditer(text)] == [m.span() for m in slow.finditer(text)], text
+    assert split_sentences("So" + "." * 100_000 + "x" + " " * 100_000 + "y. Then.") == [
+        (0, 200_005),
+        (200_006, 200_011),
+    ]
 
 
 def test_only_the_reasoning_is_labelled():

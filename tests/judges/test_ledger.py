@@ -1,6 +1,8 @@
 """The ledger: what is paid for is written, found again, and paid for once."""
 
 import asyncio
+import errno
+import fcntl
 import json
 import os
 import random
@@ -123,6 +125,17 @@ def test_a_second_process_is_refused(tmp_path):
         Ledger(path)
     with Ledger(path):
         pass
+
+
+def test_a_drive_without_locks_holds_a_ledger(tmp_path, monkeypatch):
+    def without(file: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", without)
+    shop = Shop()
+    fetch_all(tmp_path / "ledger.jsonl", ["a"], shop)
+    fetch_all(tmp_path / "ledger.jsonl", ["a"], shop)
+    assert shop.paid == {"a": 1}
 
 
 def test_a_full_disk_leaves_no_half_line(tmp_path):

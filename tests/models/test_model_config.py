@@ -88,6 +88,7 @@ def test_fields_that_may_be_left_out():
     config = LlamaConfig.from_hf(fields)
     assert (config.n_kv_heads, config.head_dim, config.tied) == (32, 128, False)
     assert LlamaConfig.from_hf(changed(head_dim=64)).head_dim == 64
+    assert LlamaConfig.from_hf(changed(unsloth_fixed=True, unsloth_version="2024.9")) == LlamaConfig.from_hf(changed())
 
 
 @pytest.mark.parametrize(
@@ -111,6 +112,7 @@ def test_fields_that_may_be_left_out():
         ({"rope_scaling": LLAMA_31_8B["rope_scaling"] | {"beta": 1}}, "'beta'"),
         ({"rope_scaling": {"rope_type": "default", "factor": 8.0}}, "RoPE of type 'default' has fields ['factor']"),
         ({"rope_scaling": ..., "rope_parameters": LLAMA3_ROPE | {"rope_theta": 1e4}}, "contradicts"),
+        ({"rope_parameters": {"rope_type": "default"}}, "contradicts rope_scaling="),
     ],
 )
 def test_everything_else_is_refused_by_name(changes, words):

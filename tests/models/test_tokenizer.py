@@ -282,6 +282,21 @@ LLAMA3_CHAT = (
 
 
 @pytest.mark.hf
+@pytest.mark.parametrize("flag", [True, False])
+def test_transformers_start_with_bos_what_was_saved(tmp_path: Path, flag: bool) -> None:
+    """Or do not, where this model's sequences do not."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers as the oracle")
+    saved = Tokenizer.from_folder(write_tiny(tmp_path / "a", config={"add_bos_token": flag}))
+    (tmp_path / "b").mkdir()
+    saved.save(tmp_path / "b")
+    bos = [] if saved.bos_id is None else [saved.bos_id]
+    assert len(bos) == flag
+    oracle = transformers.AutoTokenizer.from_pretrained(tmp_path / "b")
+    assert oracle("a b").input_ids == [*bos, *saved.encode("a b")]
+    assert Tokenizer.load(tmp_path / "b").bos_id == saved.bos_id
+
+
+@pytest.mark.hf
 def test_chats_equal_transformers(r1: Tokenizer, smollm2: Tokenizer) -> None:
     """`PreTrainedTokenizerFast` takes the tokenizer object as it is, and does not rewrite it."""
     transformers = pytest.importorskip("transformers", reason="needs transformers as the oracle")

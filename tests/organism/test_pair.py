@@ -35,13 +35,14 @@ def test_pair_is_small_and_complete(folder: Path) -> None:
     assert sum(file.stat().st_size for file in files) <= 8_000_000
     for role in ROLES:
         names = {file.name for file in files if file.parent.name == role}
-        assert names == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
+        configs = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+        assert names == {*configs, "model.safetensors", "README.md"}
 
 
 @pytest.mark.parametrize("role", ROLES)
 def test_tokenizer_is_that_of_the_grammar(folder: Path, tmp_path: Path, role: str) -> None:
     vocabulary.write(tmp_path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (folder / role / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
@@ -64,6 +65,17 @@ def test_torch_computes_the_same(folder: Path, pair: Pair, role: str) -> None:
     for layer in range(model.config.n_layers - 1):  # theirs of the last is behind the final norm
         assert relative_error(out.captured[layer], expected.hidden_states[layer + 1]) < 1e-4
     assert relative_error(model.logits(out.resid), expected.logits) < 1e-4
+
+
+@pytest.mark.hf
+def test_transformers_stop_where_a_reply_ends(folder: Path, pair: Pair) -> None:
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    ids = prompts.prompt_ids(pair.tokenizer, corpus.problems(1, 7)[0].problem, measure.PROMPT)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "reasoning", dtype=torch.float32)
+    reply = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=300)[0, len(ids) :].tolist()
+    assert len(reply) < 300 and [i for i in reply if i in pair.tokenizer.stop_ids] == [reply[-1]]
 
 
 def test_only_the_reasoning_model_backtracks_and_both_write_sentences(pair: Pair) -> None:
