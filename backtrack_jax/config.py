@@ -8,12 +8,12 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from backtrack_jax.data import records
 from backtrack_jax.data.records import LABELS, OTHER
 from backtrack_jax.judges import keyword
 from backtrack_jax.judges.settings import OpenAISpec
+from backtrack_jax.paths import local_path
 
 ROLES = ("base", "reasoning")
 ESTIMATORS = ("trace_mean", "token_mean")
@@ -281,7 +281,7 @@ class Experiment:
     def judge(self) -> str:
         """Who labels the traces, `released-or-...` resolved: `released`, `keyword`, `openai` or `import`."""
         first, _, otherwise = self.annotations.judge.partition("-or-")
-        labelled = self.traces.path and records.is_released(Path(self.traces.path).expanduser())
+        labelled = self.traces.path and records.is_released(local_path(self.traces.path))
         return otherwise if otherwise and not labelled else first
 
     @property
@@ -296,7 +296,7 @@ class Experiment:
 
 def is_vector_file(kind: str) -> bool:
     """Whether a kind of `steering.kinds` names a file, by its suffix."""
-    return kind.endswith(VECTOR_SUFFIXES)
+    return str(kind).endswith(VECTOR_SUFFIXES)
 
 
 def check(experiment: Experiment) -> None:
@@ -458,7 +458,9 @@ def _steering_faults(e: Experiment) -> list[str]:
     faults += _repeated("steering.kinds and baselines", s.all_kinds)
     for field, kinds in (("steering.kinds", s.kinds), ("steering.baselines", s.baselines)):
         for kind in kinds:
-            if labels and not is_vector_file(kind):
+            if not isinstance(kind, str):
+                faults.append(_fault(field, kind, "labels, controls and vector files, as text"))
+            elif labels and not is_vector_file(kind):
                 faults += _not_one_of(field, kind, (*labels, *CONTROLS, f"a file ({', '.join(VECTOR_SUFFIXES)})"))
     faults += _not_one_of("steering.unit", s.unit, UNITS)
     faults += _not_one_of("steering.span", s.span, ("all", "prompt", "generated"))
@@ -472,8 +474,9 @@ def _steering_faults(e: Experiment) -> list[str]:
         if not any(magnitudes) or not all(isinstance(m, int | float) and math.isfinite(m) for m in magnitudes):
             faults.append(_fault(f"steering.{field}", magnitudes, "finite numbers, at least one of them not 0"))
         faults += _repeated(f"steering.{field}", magnitudes)
-    if s.grid_limit < 0:
-        faults.append(_fault("steering.grid_limit", s.grid_limit, "at least 0"))
+    if s.grid_limit < 0 or (s.limit and s.grid_limit > s.limit):
+        accepted = "at least 0" + (f", at most steering.limit={s.limit}" if s.limit else "")
+        faults.append(_fault("steering.grid_limit", s.grid_limit, accepted))
     if s.top_k < 0:
         faults.append(_fault("steering.top_k", s.top_k, "at least 0"))
     return faults + _sampling_faults("steering", s)

@@ -208,15 +208,21 @@ def count_windows(trace: TokenTrace, plan: WindowPlan, length: int) -> tuple[np.
     """
     reads = np.zeros((len(plan.labels), len(plan.windows), length), np.float32)
     dropped = np.zeros(reads.shape[:2], np.int64)
-    earliest = 1 if plan.into_prompt else trace.reply_start
     for label, start in trace.starts:
         row = _index(f"label in trace {trace.id}", label, plan.labels)
-        for w, (first, last) in enumerate(plan.windows):
-            if start + first < earliest or start + last >= len(trace.ids):
-                dropped[row, w] += 1
+        for w, window in enumerate(plan.windows):
+            if positions := read_positions(trace, start, window, plan.into_prompt):
+                reads[row, w, positions.start : positions.stop] += 1
             else:
-                reads[row, w, start + first : start + last + 1] += 1
+                dropped[row, w] += 1
     return reads, dropped
+
+
+def read_positions(trace: TokenTrace, start: int, window: Window, into_prompt: bool) -> range | None:
+    """Positions that the window of a section reads; None if it is dropped, since it leaves the reply (or the text)."""
+    positions = range(start + window[0], start + window[1] + 1)
+    earliest = 1 if into_prompt else trace.reply_start
+    return positions if positions.start >= earliest and positions.stop <= len(trace.ids) else None
 
 
 def save_sums(sums: WindowSums, path: Path) -> None:

@@ -14,6 +14,7 @@ from backtrack_jax.data.problems import shipped_problems
 from backtrack_jax.models import checkpoint
 from backtrack_jax.models.config import HUB_CONFIGS, LlamaConfig
 from backtrack_jax.models.tokenizer import Tokenizer
+from backtrack_jax.paths import local_path
 
 _T = TypeVar("_T")
 
@@ -24,11 +25,6 @@ def data_path(path: str) -> Path:
     if not found.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     return found
-
-
-def local_path(path: str) -> Path:
-    """Where a path of the config points to on this machine, whether something is there or not."""
-    return checkpoint.resolve(path) if path.startswith("package:") else Path(path).expanduser()
 
 
 def weights_id(path: str) -> str:

@@ -31,7 +31,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from backtrack_jax import environment, inputs, store
-from backtrack_jax.config import Experiment
+from backtrack_jax.config import ROLES, Experiment
 from backtrack_jax.judges.settings import read_key
 from backtrack_jax.models import checkpoint, prompts
 from backtrack_jax.models.config import LlamaConfig
@@ -42,7 +42,7 @@ from backtrack_jax.progress import say
 from backtrack_jax.stages import analysis, annotations, report, steering, traces, vectors
 
 STAGES = ("1-traces", "2-annotations", "3-vectors", "4-steering", "5-analysis", "6-report")
-_FORMAT = 2  # of the artifacts and of what a seed draws; a higher number makes every stage run again
+_FORMAT = 3  # of the artifacts and of what a seed draws; a higher number makes every stage run again
 
 
 def stage_names(wanted: Sequence[str]) -> tuple[str, ...]:
@@ -69,7 +69,10 @@ class Run:
         """
         self.stages = tuple(stages)
         reads_vectors = not set(stages) <= {"1-traces", "2-annotations"}
-        self.experiment = experiment = experiment.for_vectors() if reads_vectors else experiment
+        experiment = experiment.for_vectors() if reads_vectors else experiment
+        # In one order, as conditions are numbered by it.
+        roles = tuple(role for role in ROLES if role in experiment.roles)
+        self.experiment = experiment = dataclasses.replace(experiment, roles=roles)
         self.workdir = Path(experiment.workdir) / experiment.name
         self.prompt = prompts.PromptFormat(
             experiment.prompt.format, experiment.prompt.think, experiment.prompt.system or None

@@ -15,9 +15,10 @@ from pathlib import Path
 from absl import app, flags
 
 from backtrack_jax import pipeline
+from backtrack_jax.command_line import ends_in_one_line
 from backtrack_jax.config import check
 from backtrack_jax.data import records
-from backtrack_jax.extract import TokenTrace
+from backtrack_jax.extract import TokenTrace, read_positions
 from backtrack_jax.run import CONFIG, WORKDIR, parse_flags
 from backtrack_jax.stages.vectors import token_trace
 
@@ -26,7 +27,7 @@ _GREEN, _RED, _DIM, _PLAIN = "\x1b[30;42m", "\x1b[1;97;41m", "\x1b[2m", "\x1b[0m
 
 def main(argv: Sequence[str]) -> None:
     """Prints the windows of the trace that is named on the command line."""
-    try:
+    with ends_in_one_line(remedy="none of it is needed here", resumed="nothing was changed"):
         experiment = CONFIG.value
         if WORKDIR.value:
             experiment.workdir = WORKDIR.value
@@ -35,8 +36,6 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError("name one trace: python -m backtrack_jax.show TRACE --config=FILE")
         run = pipeline.Run(experiment.for_vectors(), pipeline.stage_names(["1", "2"]))
         print(describe(run, argv[1], colour=sys.stdout.isatty()))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 def describe(run: pipeline.Run, trace_id: str, *, colour: bool) -> str:
@@ -72,6 +71,8 @@ def _annotated(run: pipeline.Run) -> list[tuple[records.Trace, records.Annotatio
     if not run.done("2-annotations"):
         if not run.experiment.traces.path:
             raise ValueError("the traces of this config are sampled; run it with --stages=1,2 first")
+        if run.experiment.judge == "openai":
+            raise ValueError("the labels of this config are paid for; run it with --stages=1,2 first")
         with tempfile.TemporaryDirectory() as folder:
             run.workdir = Path(folder)
             run.run()
@@ -85,22 +86,16 @@ def _read(workdir: Path) -> list[tuple[records.Trace, records.Annotation]]:
     return records.pair_annotations(traces, records.read_annotations(workdir / "2-annotations" / "annotations.jsonl"))
 
 
-def _spans(run: pipeline.Run, tokens: TokenTrace) -> list[tuple[int, range, bool]]:
-    """For each section of the label: its start, the positions of its window, and whether these are read."""
+def _starts(run: pipeline.Run, tokens: TokenTrace) -> list[tuple[int, range | None]]:
+    """For each section of the label, its start, and the positions that its window reads (None: it is dropped)."""
     v = run.experiment.vectors
-    earliest = 1 if v.into_prompt else tokens.reply_start
-    spans = []
-    for label, at in tokens.starts:
-        if label == v.label:
-            window = range(at + v.window[0], at + v.window[1] + 1)
-            spans.append((at, window, window.start >= earliest and window.stop <= len(tokens.ids)))
-    return spans
+    return [(at, read_positions(tokens, at, v.window, v.into_prompt)) for name, at in tokens.starts if name == v.label]
 
 
 def _marked(run: pipeline.Run, tokens: TokenTrace, colour: bool) -> str:
-    spans = _spans(run, tokens)
-    starts = {at for at, _, _ in spans}
-    read = {position for _, window, kept in spans if kept for position in window}
+    found = _starts(run, tokens)
+    starts = {at for at, _ in found}
+    read = {position for _, window in found for position in window or ()}
     pieces = []
     for position, token in enumerate(tokens.ids):
         text = run.tokenizer.decode([token])
@@ -116,12 +111,11 @@ def _marked(run: pipeline.Run, tokens: TokenTrace, colour: bool) -> str:
 
 def _windows(run: pipeline.Run, tokens: TokenTrace) -> list[str]:
     lines = []
-    for at, window, kept in _spans(run, tokens):
+    first, last = run.experiment.vectors.window
+    for at, window in _starts(run, tokens):
         start = run.tokenizer.decode(tokens.ids[at : at + 1])
-        if not kept:
-            lines.append(
-                f"  start {at} {start!r}: dropped, its window {window.start}..{window.stop - 1} leaves the reply"
-            )
+        if window is None:
+            lines.append(f"  start {at} {start!r}: dropped, its window {at + first}..{at + last} leaves the reply")
             continue
         texts = " ".join(f"{p}:{run.tokenizer.decode(tokens.ids[p : p + 1])!r}" for p in window)
         lines.append(f"  start {at} {start!r} reads {texts}")

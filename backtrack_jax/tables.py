@@ -46,9 +46,10 @@ _TEXT = frozenset(
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """Rows of one set of columns as CSV text."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+    """Rows of one set of columns as CSV text; text is quoted, since Python 3.11 would leave a lone `\\r` bare."""
+    text = io.StringIO(newline="")
+    names = list(rows[0]) if rows else []
+    writer = csv.DictWriter(text, names, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

@@ -233,8 +233,11 @@ def _save_npz(vector: SteeringVector, path: Path) -> None:
 def _load_npz(path: Path) -> SteeringVector:
     if not zipfile.is_zipfile(path):
         raise ValueError("not an .npz file")
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file}
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"a damaged .npz file: {error}") from error
     if "directions" not in arrays:
         raise ValueError(f"arrays {sorted(arrays)}, expected 'directions' [n_layers, d_model]")
     found = str(arrays.get("layer_convention", LAYER_CONVENTION))
@@ -275,10 +278,11 @@ def _load_gguf(path: Path, n_layers: int | None) -> SteeringVector:
     rows = {tensor.name: np.array(tensor.data, np.float32) for tensor in reader.tensors}
     count = reader.get_field("controlvector.layer_count")
     layers = [_layer_of(name) for name in rows]
-    known = max([*layers, int(count.contents()) if count else 0]) + 1
+    told = int(count.contents()) + (0 not in layers) if count else 0  # the number of directions, and block 0 has none
+    known = max([*layers, -1]) + 1
     provenance = reader.get_field("backtrack_jax.provenance")
     return SteeringVector(
-        _by_layer(rows, max(known, n_layers or 0)), _provenance(path, provenance.contents() if provenance else None)
+        _by_layer(rows, max(known, n_layers or told)), _provenance(path, provenance.contents() if provenance else None)
     )
 
 
@@ -294,10 +298,12 @@ def _load_pt(path: Path, label: str, layer: int | None, n_layers: int | None) ->
     provenance = {"file": path.name}
     if isinstance(content, dict):
         if label not in content:
-            raise ValueError(f"labels {sorted(content)}, not {label!r}")
+            raise ValueError(f"labels {sorted(map(str, content))}, not {label!r}")
         content, provenance["label"] = content[label], label
     if not isinstance(content, torch.Tensor):
         raise ValueError(f"holds a {type(content).__name__}, expected a tensor or a dictionary of tensors")
+    if content.is_complex() or content.layout != torch.strided:
+        raise ValueError(f"holds a tensor of {content.dtype}, {content.layout}, expected real and dense numbers")
     tensor = content.detach().float().numpy()
     if tensor.ndim == 1:
         if layer is None or n_layers is None:

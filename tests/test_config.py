@@ -91,6 +91,9 @@ def set_field(e: Experiment, name: str, value: object) -> Experiment:
         ("steering.kinds", ()),
         ("steering.kinds", ("backtraking",)),
         ("steering.kinds", ("noise", "noise")),
+        ("steering.kinds", (1,)),
+        ("steering.baselines", (None,)),
+        ("steering.grid_limit", 11),  # of the 10 problems of steering.limit
         ("steering.layer", -1),
         ("steering.magnitudes", ()),
         ("steering.magnitudes", (0.0,)),
@@ -197,3 +200,16 @@ def test_overrides_that_exist() -> None:
         config.check_override(argument)
     for argument in ("--config=x.py", "--stages=1", "config.nothing"):  # no overrides
         config.check_override(argument)
+
+
+@pytest.mark.parametrize(("content", "judge"), [('{"annotated_chain": ""}', "released"), ('{"id": ""}', "keyword")])
+def test_chains_inside_a_package_are_known_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, judge: str
+) -> None:
+    (tmp_path / "chains_of_mine").mkdir()
+    (tmp_path / "chains_of_mine" / "__init__.py").touch()
+    (tmp_path / "chains_of_mine" / "c.jsonl").write_text(content + "\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    e = Experiment()
+    e.traces.path, e.annotations.judge = "package:chains_of_mine/c.jsonl", "released-or-keyword"
+    assert e.judge == judge

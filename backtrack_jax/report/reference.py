@@ -29,6 +29,10 @@ def percent(cell: dict[str, Any], *, interval: bool = True) -> str:
     return text
 
 
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f}" if share == share else "-"
+
+
 def comparison(r: Results) -> list[dict[str, str]]:
     """Table "paper / this run".
 
@@ -86,7 +90,7 @@ def _this_run(r: Results) -> dict[str, str]:
     for source in r.roles:
         if best := highest(r.cells(author, label, source)):
             found[f"{source}_on_{author}"] = f"{start}{percent(best)} at magnitude {best['magnitude']:g}"
-    on_base = [cell for source in r.roles for cell in r.cells("base", label, source)] if author != "base" else []
+    on_base = [cell for source in r.roles for cell in r.cells("base", label, source)] if "base" in r.roles else []
     if best := highest(on_base):
         found["on_base"] = f"{percent(best)} at magnitude {best['magnitude']:g}"
     for key, kinds in {
@@ -106,7 +110,9 @@ def _offsets_and_layers(r: Results) -> dict[str, str]:
     mine = [
         row
         for row in r.tables["rates"]
-        if (row["target"], row["kind"]) == (author, e.vectors.label) and row["magnitude"] > 0
+        if (row["target"], row["kind"]) == (author, e.vectors.label)
+        and row["magnitude"] in (e.steering.grid_magnitudes or e.steering.magnitudes)
+        and row["magnitude"] > 0
     ]
     windows = {f"{a}..{b}": o for o in e.steering.offsets for a, b in [e.vectors.window_at(o)]}
     swept = [
@@ -143,7 +149,7 @@ def _readings(r: Results) -> dict[str, str]:
         compared = [("on the traces", row) for row in r.tables.get("agreement", []) if row["group"] == "all"]
     if compared:
         found["judge"] = "; ".join(
-            " / ".join(f"{100 * row[name]:.2f}" for name in ("precision", "recall", "f1")) + f" {where}"
+            " / ".join(_percent(row[name]) for name in ("precision", "recall", "f1")) + f" {where}"
             for where, row in compared
         )
     return found

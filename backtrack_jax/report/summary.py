@@ -28,9 +28,8 @@ def _steering(r: Results) -> list[str]:
     if reached and plain:
         texts.append(f"Unsteered, the {author} model says wait or hmm in {percent(plain)} % of its words.")
     if reached:
-        texts.append(
-            f"Steered, it says so in up to {', and '.join(reached)} (in brackets 95 % intervals over problems)."
-        )
+        says = "it says so" if plain else f"the {author} model says wait or hmm"
+        texts.append(f"Steered, {says} in up to {', and '.join(reached)} (in brackets 95 % intervals over problems).")
     if author != "base" and "base" in r.roles:
         base = highest([cell for source in r.roles for cell in r.cells("base", label, source)])
         if base:
@@ -41,14 +40,15 @@ def _steering(r: Results) -> list[str]:
 def _baselines(r: Results) -> str:
     label, author, s = r.experiment.vectors.label, r.author, r.experiment.steering
     others = [kind for kind in s.all_kinds if kind != label]
-    directions = "other directions" + ("" if s.unit == "raw" and s.vector_files else " of equal norm")
+    directions = f"{len(others)} other direction{'s' * (len(others) > 1)}"
+    directions += "" if s.unit == "raw" and s.vector_files else " of equal norm"
     best = highest([cell for kind in others for source in (author, "") for cell in r.cells(author, kind, source)])
     if not best:
         return ""
     if not best["rate"]:
-        return f"None of {len(others)} {directions} on the {author} model made it say so."
+        return f"None of {directions} on the {author} model made it say so."
     return (
-        f"Of {len(others)} {directions} on the {author} model, {best['kind']} reached most: "
+        f"Of {directions} on the {author} model, {best['kind']} reached most: "
         f"{percent(best)} % at magnitude {best['magnitude']:g}."
     )
 

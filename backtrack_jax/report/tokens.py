@@ -34,9 +34,9 @@ class Token:
     projection: float
 
 
-def tokens(trace: dict[str, Any], label: str, window: Sequence[int], values: Sequence[float]) -> list[Token]:
-    """Tokens of a shown trace, with the windows of the sections that have the label."""
-    read = {at + k for name, at in trace["starts"] if name == label for k in range(window[0], window[1] + 1)}
+def tokens(trace: dict[str, Any], values: Sequence[float]) -> list[Token]:
+    """Tokens of a shown trace, with a projection of each."""
+    read = set(trace["read"])
     starts = {at: name for name, at in reversed(trace["starts"])}
     return [
         Token(text, i in read, starts.get(i, ""), value)

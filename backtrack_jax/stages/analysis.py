@@ -297,6 +297,7 @@ def _projections(
                 "problem": trace.problem,
                 "tokens": _pieces(run, tokens),
                 "starts": [[label, at - tokens.reply_start] for label, at in tokens.starts],
+                "read": _read_in_reply(run, tokens),
                 "values": [[[round(float(x), 3) for x in row] for row in rows] for rows in values],
             }
         )
@@ -304,9 +305,18 @@ def _projections(
         "role": role,
         "layers": list(layers),
         "vectors": [{"source": source, "label": label} for source, label in names],
-        "window": list(run.experiment.vectors.window),
         "traces": traces,
     }
+
+
+def _read_in_reply(run: "Run", trace: extract.TokenTrace) -> list[int]:
+    """Tokens of a reply that a window of the experiment's label reads."""
+    v = run.experiment.vectors
+    windows = [
+        extract.read_positions(trace, at, v.window, v.into_prompt) for label, at in trace.starts if label == v.label
+    ]
+    read = {at - trace.reply_start for window in windows for at in window or ()}
+    return sorted(at for at in read if at >= 0)
 
 
 def _labels(folder: Path) -> list[str]:

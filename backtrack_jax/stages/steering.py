@@ -108,6 +108,9 @@ def load_readings(run: "Run") -> conditions.Readings:
                         f"the {target} model takes {shape}"
                     )
     norms = {role: np.array(summary[role]["mean_norm"]) for role in e.roles}
+    for file, expected in run.inputs["4-steering"]["vector_files"].items():
+        if store.file_hash(inputs.data_path(file)) != expected:
+            raise ValueError(f"{file} has changed since this run began; run it again")
     files = inputs.vector_files(e, max(n_layers for n_layers, _ in shapes.values()))
     return conditions.Readings(found, norms, _offset_vectors(run, folder), files)
 

