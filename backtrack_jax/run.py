@@ -6,13 +6,16 @@ what is already done, and computes nothing.
 """
 
 import ast
+import contextlib
 import logging
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -53,6 +56,7 @@ def main(argv: Sequence[str]) -> None:
         if WORKDIR.value:
             experiment.workdir = WORKDIR.value
         check(experiment)
+        _divide_cpu(experiment.data_parallel * experiment.model_parallel)
         run = pipeline.Run(experiment, pipeline.stage_names(_STAGES.value))
         run.needed()
         _check_workdir(run.workdir)
@@ -60,6 +64,13 @@ def main(argv: Sequence[str]) -> None:
             print(plan.describe(run))
         else:
             run.run()
+
+
+def _divide_cpu(devices: int) -> None:
+    """Has JAX take a CPU for as many devices as the config asks for; without effect beside an accelerator."""
+    if devices > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # devices are in use already
+            jax.config.update("jax_num_cpu_devices", devices)
 
 
 def _check_workdir(workdir: Path) -> None:

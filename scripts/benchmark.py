@@ -79,6 +79,7 @@ flags.DEFINE_integer("layer", None, "Block that is steered; default: a third of 
 flags.DEFINE_integer("sequences", 16, "Sequences of the extraction.", lower_bound=1)
 flags.DEFINE_integer("sequence_tokens", 512, "Tokens of every sequence.", lower_bound=64)
 flags.DEFINE_integer("batch", 8, "Sequences per batch of the extraction and per step of training.", lower_bound=1)
+flags.DEFINE_integer("copies", 1, "Copies of the model in this program, as `data_parallel` of a config.", lower_bound=1)
 flags.DEFINE_integer("nnsight_rows", 4, "Rows and sequences that nnsight runs.", lower_bound=1)
 flags.DEFINE_integer("repeats", 2, "Timed runs of each program.", lower_bound=1)
 flags.DEFINE_list("tasks", ",".join(USUAL_TASKS), "Tasks to run.")
@@ -194,6 +195,7 @@ def make_work(folder: Path) -> tuple[LlamaConfig, Work]:
         labels=list(LABELS),
         offsets=list(VectorSpec().offsets),
         batch=FLAGS.batch,
+        copies=FLAGS.copies,
         nnsight_rows=FLAGS.nnsight_rows,
         repeats=FLAGS.repeats,
         products=[(count, config.d_model, config.d_mlp) for count in counts],

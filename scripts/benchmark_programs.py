@@ -44,6 +44,7 @@ class Work:
       labels: of sections.
       offsets: windows of one position each, from a section's start.
       batch: sequences per batch.
+      copies: of the model in this program, among which the rows of a batch are divided.
       nnsight_rows: rows and sequences that nnsight runs.
       repeats: timed runs.
       products: (rows, in, out) of the matrix products to time; the last one with its gradients too.
@@ -61,6 +62,7 @@ class Work:
     labels: list[str]
     offsets: list[int]
     batch: int
+    copies: int
     nnsight_rows: int
     repeats: int
     products: list[tuple[int, int, int]]
@@ -106,10 +108,15 @@ class Ours:
         from backtrack_jax import extract, generate
         from backtrack_jax.intervention import add_vector
         from backtrack_jax.models import checkpoint
+        from backtrack_jax.models.sharding import make_mesh
 
         self.work, self.dtype, self.warm_up_tokens = work, dtype, work.new_tokens  # as many, since that is compiled for
         self.rows, self.sequences = list(range(len(work.prompts))), list(range(len(work.sequences)))
-        self._model = checkpoint.load(work.model, dtype)
+        mesh = None
+        if work.copies > 1:
+            jax.config.update("jax_num_cpu_devices", work.copies)  # of a CPU; accelerators are as many as there are
+            mesh = make_mesh(1, jax.devices()[: work.copies])
+        self._model = checkpoint.load(work.model, dtype, mesh=mesh)
         n_layers, vector = self._model.config.n_layers, jnp.array(work.vector)
         self._rows = [
             generate.Row(prompt, jax.random.key(row), add_vector(vector, work.layer, magnitude, n_layers=n_layers))
