@@ -1,6 +1,7 @@
 """The command: plans that compute nothing, and mistakes that end in one message and an exit code."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -228,6 +229,15 @@ app.run(run.main, flags_parser=run.parse_flags)
     done = subprocess.run([sys.executable, "-c", code, TINY], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (130, "a line of the run")
     assert done.stderr == "stopped; the same command goes on where this run was\n"
+
+
+def test_a_cpu_is_as_many_devices_as_the_config_asks_for(fresh: Path) -> None:
+    """In a process of its own: the devices of this one are in use."""
+    command = [sys.executable, "-m", "backtrack_jax.run", TINY, "--stages=1,2,3", "--config.data_parallel=2"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "idle" not in done.stderr
+    assert json.loads((fresh / "3-vectors" / "run.json").read_text())["device"]["count"] == 2
 
 
 def test_the_end_of_memory_names_the_way_out(
