@@ -157,7 +157,7 @@ class SteeringSpec:
       offsets: of `vectors.offsets`, those whose vectors are added to that model as well (Fig. 2).
       layers: blocks at which the vectors of `vectors.label` of every model are added to that model as well (Fig. B.1).
       grid_magnitudes: strengths at `offsets` and `layers`; empty for `magnitudes`.
-      grid_limit: number of problems at `offsets` and `layers`; 0 for `limit`.
+      grid_limit: number of problems at `offsets` and `layers`, at most `limit`; 0 for `limit`.
       unit: `absolute`: length of what is added; `relative`: share of the steered model's mean residual norm at that
         layer; `raw`: share of the norm that the difference of means of `vectors.label` was found with, or that a file's
         vector has, so that 1 adds it as it is.

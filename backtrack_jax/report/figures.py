@@ -350,7 +350,8 @@ def probe(r: Results) -> Plot | None:
         ends = ([row["low"] for row in found], [row["high"] for row in found])
         series["auc"].append(Series(label, x, [row["auc"] for row in found], *ends, **line))
         series["average_precision"].append(Series(label, x, [row["average_precision"] for row in found], **line))
-    shares = {row["horizon"]: row["n_positive"] / max(1, row["n_tokens"]) for row in mine if row["role"] == r.author}
+    counted_on = [row for row in mine if (row["role"], row["method"]) == (r.author, "random directions")]
+    shares = {row["horizon"]: row["n_positive"] / max(1, row["n_tokens"]) for row in counted_on}
     chance = next(iter(shares.values())) if len(shares) == 1 else None
     panels = [
         Panel("", "", "ROC-AUC", series["auc"], categories=methods, level=0.5),
