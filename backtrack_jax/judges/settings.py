@@ -170,10 +170,11 @@ class Meter:
     def add(self, usage: Mapping[str, Any]) -> None:
         """Counts one paid call; `usage` as in the chat completions API, empty where there is none."""
         self.paid += 1
-        self.without_usage += not usage
-        self.prompt_tokens += usage.get("prompt_tokens") or 0
-        self.completion_tokens += usage.get("completion_tokens") or 0
-        self.cached_tokens += (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        prompt, completion = (_count(usage, name) for name in ("prompt_tokens", "completion_tokens"))
+        self.without_usage += not (prompt or completion)
+        self.prompt_tokens += prompt
+        self.completion_tokens += completion
+        self.cached_tokens += _count(usage.get("prompt_tokens_details"), "cached_tokens")
 
     def __str__(self) -> str:
         parts = [f"{self.paid} paid", f"{self.reused} from the ledger"]
@@ -182,6 +183,12 @@ class Meter:
         parts.append(f"{self.prompt_tokens:,} + {self.completion_tokens:,} tokens")
         parts += [f"{self.without_usage} without counts of tokens"] if self.without_usage else []
         return ", ".join(parts) + ("" if self.cost is None else f", ${self.cost:.4f}")
+
+
+def _count(usage: object, name: str) -> int:
+    """A number of tokens out of what an endpoint tells; some write it as text, and 0 stands for what is none."""
+    value = usage.get(name) if isinstance(usage, Mapping) else None
+    return int(value) if isinstance(value, int | float) or (isinstance(value, str) and value.isdecimal()) else 0
 
 
 def read_key(settings: ChatSettings) -> str:

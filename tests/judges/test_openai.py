@@ -725,3 +725,20 @@ def test_a_killed_run_pays_again_for_nothing_but_calls_in_flight(server, ledger)
     assert run.failures == {} and (run.meter.paid, run.meter.reused) == (0, 200)
     check_labels(run, TRACES)
     assert len([json.loads(line) for line in ledger.read_text().splitlines()]) == 200
+
+
+@pytest.mark.parametrize(
+    ("usage", "counted"),
+    [
+        ({"prompt_tokens": 5, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 3}}, (5, 2, 3, 0)),
+        ({"prompt_tokens": "5", "completion_tokens": "2", "prompt_tokens_details": None}, (5, 2, 0, 0)),
+        ({"prompt_tokens": None, "completion_tokens": [], "prompt_tokens_details": "none"}, (0, 0, 0, 1)),
+        ({}, (0, 0, 0, 1)),
+    ],
+)
+def test_tokens_are_counted_however_an_endpoint_writes_them(usage, counted):
+    """The call is paid for by then; nothing in its count may stop the run."""
+    meter = Meter(ChatSettings(model="m"))
+    meter.add(usage)
+    found = (meter.prompt_tokens, meter.completion_tokens, meter.cached_tokens, meter.without_usage)
+    assert (meter.paid, found) == (1, counted)
