@@ -65,11 +65,16 @@ _COHERENCE = (
 _INTERVAL = "Bars: 95 % bootstrap interval over problems."
 
 
-def _curve(label: str, cells: Rows, measure: str, factor: float, line: dict[str, Any]) -> Series:
+def _curve(label: str, cells: Rows, measure: str, factor: float, line: dict[str, Any], shift: float = 0.0) -> Series:
     prefix = "" if measure == "rate" else f"{measure}_"
     low, high = ([factor * cell[prefix + end] for cell in cells] for end in ("low", "high"))
     return Series(
-        label, [cell["magnitude"] for cell in cells], [factor * cell[measure] for cell in cells], low, high, **line
+        label,
+        [cell["magnitude"] + (shift if cell["magnitude"] else 0) for cell in cells],
+        [factor * cell[measure] for cell in cells],
+        low,
+        high,
+        **line,
     )
 
 
@@ -110,8 +115,11 @@ def baselines(r: Results) -> Plot | None:
         return None
     names = [Path(kind).name for kind in found]
     names = [name if names.count(name) == 1 else kind for name, kind in zip(names, found, strict=True)]
+    magnitudes = [cell["magnitude"] for cells in found.values() for cell in cells]
+    aside = 0.006 * (max(magnitudes) - min(magnitudes))  # so that intervals do not hide each other
     lines = [
-        (name, cells, line_of(i, "base")) for i, (name, cells) in enumerate(zip(names, found.values(), strict=True))
+        (name, cells, line_of(i, "base"), aside * (i - (len(found) - 1) / 2))
+        for i, (name, cells) in enumerate(zip(names, found.values(), strict=True))
     ]
     panels = [
         [
@@ -119,7 +127,7 @@ def baselines(r: Results) -> Plot | None:
                 "",
                 unit_label(r, author),
                 y_label,
-                [_curve(name, cells, measure, factor, line) for name, cells, line in lines],
+                [_curve(name, cells, measure, factor, line, shift) for name, cells, line, shift in lines],
                 from_zero=measure == "rate",
             )
         ]
@@ -132,7 +140,7 @@ def baselines(r: Results) -> Plot | None:
     caption = (
         f"{author} model, directions from its own activations{files}{equal}; {_where(r)}; "
         f"{counted(rows)}. noise: fresh at every position and step; random: one fixed direction; shuffled: D+ drawn "
-        f"from all sections. {_INTERVAL} {_COHERENCE}"
+        f"from all sections. {_INTERVAL} Points of one magnitude stand side by side. {_COHERENCE}"
     )
     return Plot("fig4_baselines", f"Fig. 4: baselines on the {author} model", caption, panels, rows)
 
