@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from typing import NoReturn
@@ -24,8 +25,14 @@ def ends_in_one_line(*, remedy: str, resumed: str) -> Iterator[None]:
       remedy: what to do where the device's memory does not suffice.
       resumed: how a command that was stopped by Ctrl-C goes on.
     """
+    message = f"stopped; {resumed}"
     try:
-        yield
+        # A KeyboardInterrupt that comes while JAX's callback of the garbage collector runs would be lost.
+        before = signal.signal(signal.SIGINT, lambda number, frame: _leave(message))
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
     except (ValueError, OSError, FloatingPointError, JudgeStopped) as error:
         sys.exit(f"error: {error}")
     except jax.errors.JaxRuntimeError as error:
@@ -33,7 +40,7 @@ def ends_in_one_line(*, remedy: str, resumed: str) -> Iterator[None]:
             raise
         sys.exit(f"error: the device is out of memory; {remedy} ({str(error).splitlines()[0]})")
     except KeyboardInterrupt:
-        _leave(f"stopped; {resumed}")
+        _leave(message)
 
 
 def _leave(message: str) -> NoReturn:

@@ -474,7 +474,8 @@ def _steering_faults(e: Experiment) -> list[str]:
         if not any(magnitudes) or not all(isinstance(m, int | float) and math.isfinite(m) for m in magnitudes):
             faults.append(_fault(f"steering.{field}", magnitudes, "finite numbers, at least one of them not 0"))
         faults += _repeated(f"steering.{field}", magnitudes)
-    if s.grid_limit < 0 or (s.limit and s.grid_limit > s.limit):
+    swept = s.offsets or s.layers
+    if s.grid_limit < 0 or (swept and s.limit and s.grid_limit > s.limit):
         accepted = "at least 0" + (f", at most steering.limit={s.limit}" if s.limit else "")
         faults.append(_fault("steering.grid_limit", s.grid_limit, accepted))
     if s.top_k < 0:

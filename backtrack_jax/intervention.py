@@ -172,8 +172,16 @@ def gaussian_noise(
 def ablate(
     direction: jax.Array, layers: Sequence[int] | None = None, *, n_layers: int, span: Span = "all"
 ) -> Intervention:
-    """Removes the component along `direction` ([D], normalised here) from the output of `layers` (default: all)."""
+    """Removes the component along `direction` ([D], normalised here) from the output of `layers` (default: all).
+
+    Raises:
+      ValueError: the direction is zero (where it is not traced), or there is no layer.
+    """
     direction = _checked_vector(direction)
+    if not isinstance(direction, Tracer) and not np.any(np.asarray(direction)):
+        raise ValueError("the direction is zero, expected one along which something can be removed")
+    if layers is not None and not len(layers):
+        raise ValueError("layers=[], expected at least one, or None for all")
     row = no_intervention(n_layers, direction.shape[0], span)
     chosen = range(n_layers) if layers is None else layers
     mask = jnp.max(jnp.stack([_one_hot(layer, n_layers) for layer in chosen]), axis=0)

@@ -23,8 +23,8 @@ def _inside_package(address: str) -> Path:
     package, _, file = address.removeprefix(_PACKAGE).partition("/")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        install = _INSTALL.get(package, f"pip install {package}")
-        raise FileNotFoundError(f"{address}: the Python package {package} is not installed; {install}")
+        install = f"; {_INSTALL[package]}" if package in _INSTALL else ", or misspelt"
+        raise FileNotFoundError(f"{address}: the Python package {package} is not installed{install}")
     path = Path(spec.submodule_search_locations[0]) / file
     if not path.exists():
         raise FileNotFoundError(f"{address}: the installed package has no file {path}")

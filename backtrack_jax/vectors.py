@@ -51,10 +51,12 @@ class SteeringVector:
     def unit(self, layer: int) -> np.ndarray:
         """The direction [D] float32 at a layer, scaled to norm 1; ValueError if it is zero."""
         direction = self.at(layer)
-        norm = np.linalg.norm(direction)
+        norm = np.linalg.norm(direction.astype(np.float64))
         if norm == 0:
             raise ValueError(f"the vector is zero at layer {layer}")
-        return direction / norm
+        if 1e-15 < norm < 1e15:  # float32 holds the squares
+            norm = np.linalg.norm(direction)
+        return (direction / norm).astype(np.float32)
 
     @property
     def norms(self) -> np.ndarray:
@@ -220,8 +222,8 @@ def _load_safetensors(path: Path) -> SteeringVector:
     found = metadata.get("layer_convention")
     if found != LAYER_CONVENTION:
         raise ValueError(f"layer_convention={found!r} in the metadata, expected {LAYER_CONVENTION!r}")
-    if "n_layers" not in metadata:
-        raise ValueError("no n_layers in the metadata")
+    if not metadata.get("n_layers", "").isdecimal():
+        raise ValueError(f"n_layers={metadata.get('n_layers')!r} in the metadata, expected a number")
     return SteeringVector(_by_layer(rows, int(metadata["n_layers"])), _provenance(path, metadata.get("provenance")))
 
 
@@ -240,6 +242,8 @@ def _load_npz(path: Path) -> SteeringVector:
         raise ValueError(f"a damaged .npz file: {error}") from error
     if "directions" not in arrays:
         raise ValueError(f"arrays {sorted(arrays)}, expected 'directions' [n_layers, d_model]")
+    if np.iscomplexobj(arrays["directions"]):
+        raise ValueError(f"directions of {arrays['directions'].dtype}, expected real numbers")
     found = str(arrays.get("layer_convention", LAYER_CONVENTION))
     if found != LAYER_CONVENTION:
         raise ValueError(f"layer_convention={found!r}, expected {LAYER_CONVENTION!r}")
@@ -316,7 +320,11 @@ def _load_pt(path: Path, label: str, layer: int | None, n_layers: int | None) ->
 
 def _provenance(path: Path, text: str | None) -> dict[str, Any]:
     """What the file says of itself, or at least its name."""
-    return {"file": path.name} if text is None else json.loads(text)
+    try:
+        told = {} if text is None else json.loads(text)
+    except json.JSONDecodeError:  # somebody's own words
+        told = text
+    return told if isinstance(told, dict) and told else {"file": path.name} | ({"note": told} if told else {})
 
 
 def _by_layer(rows: Mapping[str, np.ndarray], n_layers: int) -> np.ndarray:

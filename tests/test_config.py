@@ -93,7 +93,7 @@ def set_field(e: Experiment, name: str, value: object) -> Experiment:
         ("steering.kinds", ("noise", "noise")),
         ("steering.kinds", (1,)),
         ("steering.baselines", (None,)),
-        ("steering.grid_limit", 11),  # of the 10 problems of steering.limit
+        ("steering.grid_limit", -1),
         ("steering.layer", -1),
         ("steering.magnitudes", ()),
         ("steering.magnitudes", (0.0,)),
@@ -213,3 +213,12 @@ def test_chains_inside_a_package_are_known_as_such(
     e = Experiment()
     e.traces.path, e.annotations.judge = "package:chains_of_mine/c.jsonl", "released-or-keyword"
     assert e.judge == judge
+
+
+def test_a_limit_of_a_sweep_that_is_not_made_does_not_matter() -> None:
+    e = Experiment(base=config.ModelSpec("a"), reasoning=config.ModelSpec("b"))
+    e.traces.path, e.steering.limit, e.steering.grid_limit = "chains.json", 2, 12
+    config.check(e)
+    e.steering.layers = (1,)
+    with pytest.raises(ValueError, match=r"steering\.grid_limit=12, expected at least 0, at most steering\.limit=2"):
+        config.check(e)

@@ -301,3 +301,10 @@ def test_a_span_of_no_position_is_refused(span):
 def test_a_vector_of_another_shape_is_refused(vector):
     with pytest.raises(ValueError, match=r"expected \[d_model\]"):
         add_vector(vector, 0, 1.0, n_layers=L)
+
+
+def test_an_ablation_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="the direction is zero"):
+        ablate(jnp.zeros(4), [0], n_layers=2)
+    with pytest.raises(ValueError, match=r"layers=\[\], expected at least one"):
+        ablate(jnp.ones(4), [], n_layers=2)

@@ -231,6 +231,21 @@ app.run(run.main, flags_parser=run.parse_flags)
     assert done.stderr == "stopped; the same command goes on where this run was\n"
 
 
+def test_ctrl_c_is_not_lost_in_a_callback_of_the_garbage_collector() -> None:
+    """Where Python prints an exception and goes on; JAX has such a callback."""
+    code = """
+import gc, os, signal
+from backtrack_jax.command_line import ends_in_one_line
+with ends_in_one_line(remedy="", resumed="it goes on"):
+    gc.callbacks.append(lambda phase, info: os.kill(os.getpid(), signal.SIGINT))
+    gc.collect()
+    print("lost")
+"""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped; it goes on\n")
+
+
 def test_a_cpu_is_as_many_devices_as_the_config_asks_for(fresh: Path) -> None:
     """In a process of its own: the devices of this one are in use."""
     command = [sys.executable, "-m", "backtrack_jax.run", TINY, "--stages=1,2,3", "--config.data_parallel=2"]

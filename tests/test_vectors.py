@@ -417,7 +417,7 @@ def test_an_unknown_suffix_is_named(tmp_path):
     [
         ({"direction.0": (D,)}, {"layer_convention": None}, "layer_convention=None in the metadata, expected"),
         ({"direction.0": (D,)}, {"layer_convention": "embeddings_first"}, "layer_convention='embeddings_first'"),
-        ({"direction.0": (D,)}, {"n_layers": None}, "no n_layers in the metadata"),
+        ({"direction.0": (D,)}, {"n_layers": None}, "n_layers=None in the metadata, expected a number"),
         ({"direction.4": (D,)}, {}, r"direction\.4 is outside layers 0\.\.3"),
         ({"base/backtracking": (D,)}, {}, r"holds 'base/backtracking', expected direction\.0"),
         ({"direction.0": (D,), "direction.1": (D + 1,)}, {}, r"shapes \[\(6,\), \(7,\)\], expected one \[d_model\]"),
@@ -440,6 +440,17 @@ def test_tensors_that_are_not_plain_numbers(tmp_path, torch):
             load(tmp_path / "v.pt")
 
 
+def test_units_of_extreme_vectors_have_norm_one():
+    for factor in (1e-30, 1e-22, 1.0, 1e30):
+        unit = SteeringVector((factor * np.ones((1, D))).astype(np.float32)).unit(0)
+        assert unit.dtype == np.float32 and np.linalg.norm(unit) == pytest.approx(1, abs=1e-6)
+
+
+def test_provenance_in_somebody_s_own_words(tmp_path):
+    np.savez(tmp_path / "v.npz", directions=np.ones((L, D)), provenance="mine, by hand")
+    assert load(tmp_path / "v.npz").provenance == {"file": "v.npz", "note": "mine, by hand"}
+
+
 def test_a_damaged_npz_file(tmp_path):
     np.savez(tmp_path / "v.npz", directions=np.ones((L, D)))
     content = bytearray((tmp_path / "v.npz").read_bytes())
@@ -455,6 +466,7 @@ def test_a_damaged_npz_file(tmp_path):
         ({"vector": np.zeros((L, D))}, r"arrays \['vector'\], expected 'directions'"),
         ({"directions": np.zeros(D)}, r"shape \(6,\), expected \[n_layers, d_model\]"),
         ({"directions": np.array([[None]])}, "allow_pickle=False"),
+        ({"directions": np.zeros((L, D), complex)}, "directions of complex128, expected real numbers"),
         ({"directions": np.zeros((L, D)), "layer_convention": "other"}, "layer_convention='other', expected"),
     ],
 )

@@ -16,9 +16,9 @@ def numbers() -> dict[str, Any]:
 
 
 def highest(cells: Rows) -> dict[str, Any] | None:
-    """The cell steered along (not against) a direction that has the highest rate."""
+    """The cell steered along (not against) a direction that has the highest rate; of equal ones the most steered."""
     steered = (cell for cell in cells if cell["kind"] != UNSTEERED and cell["magnitude"] > 0)
-    return max(steered, key=lambda cell: cell["rate"], default=None)
+    return max(steered, key=lambda cell: (cell["rate"], cell["magnitude"]), default=None)
 
 
 def percent(cell: dict[str, Any], *, interval: bool = True) -> str:
