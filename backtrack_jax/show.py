@@ -70,7 +70,9 @@ def _annotated(run: pipeline.Run) -> list[tuple[records.Trace, records.Annotatio
     """Traces and annotations of the run; imported ones are read anew if they are not there."""
     if not run.done("2-annotations"):
         if not run.experiment.traces.path:
-            raise ValueError("the traces of this config are sampled; run it with --stages=1,2 first")
+            there = (run.workdir / "1-traces" / "DONE").exists()
+            other = f"; those in {run.workdir} are of another config: give the overrides of that run" if there else ""
+            raise ValueError(f"the traces of this config are sampled; run it with --stages=1,2 first{other}")
         if run.experiment.judge == "openai":
             raise ValueError("the labels of this config are paid for; run it with --stages=1,2 first")
         with tempfile.TemporaryDirectory() as folder:
