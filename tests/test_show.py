@@ -48,7 +48,7 @@ def test_what_cannot_be_shown_is_an_error(fresh: Path) -> None:
     with pytest.raises(ValueError, match=r"labels of this config are paid for; run it with --stages=1,2 first"):
         show.describe(pipeline.Run(e, ("1-traces", "2-annotations")), "x", colour=False)
     e.traces.path, e.annotations.judge, e.steering.kinds, e.steering.baselines = "", "keyword", ("noise",), ()
-    with pytest.raises(ValueError, match="--stages=1,2 first$"):
+    with pytest.raises(ValueError, match=r"--stages=1,2 first$"):
         show.describe(pipeline.Run(e, ("1-traces", "2-annotations")), "x", colour=False)
     (fresh / "1-traces").mkdir(parents=True)
     (fresh / "1-traces" / "DONE").write_text("of another config")
