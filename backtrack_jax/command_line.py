@@ -26,13 +26,13 @@ def ends_in_one_line(*, remedy: str, resumed: str) -> Iterator[None]:
       resumed: how a command that was stopped by Ctrl-C goes on.
     """
     message = f"stopped; {resumed}"
+    before = signal.getsignal(signal.SIGINT)
     try:
-        # A KeyboardInterrupt that comes while JAX's callback of the garbage collector runs would be lost.
-        before = signal.signal(signal.SIGINT, lambda number, frame: _leave(message))
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
+        # A KeyboardInterrupt that comes while JAX's callback of the garbage collector runs would be lost. Who ignores
+        # SIGINT, as a shell's background jobs do, goes on ignoring it.
+        if before is signal.default_int_handler:
+            signal.signal(signal.SIGINT, lambda number, frame: _leave(message))
+        yield
     except (ValueError, OSError, FloatingPointError, JudgeStopped) as error:
         sys.exit(f"error: {error}")
     except jax.errors.JaxRuntimeError as error:
@@ -41,6 +41,9 @@ def ends_in_one_line(*, remedy: str, resumed: str) -> Iterator[None]:
         sys.exit(f"error: the device is out of memory; {remedy} ({str(error).splitlines()[0]})")
     except KeyboardInterrupt:
         _leave(message)
+    finally:
+        if before is signal.default_int_handler:
+            signal.signal(signal.SIGINT, before)
 
 
 def _leave(message: str) -> NoReturn:

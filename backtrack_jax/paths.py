@@ -1,4 +1,4 @@
-"""Where a path of a config points to on this machine. Imports nothing, since checking a config is instant."""
+"""Where a path of a config points to on this machine. Without JAX, since checking a config is instant."""
 
 import importlib.util
 from pathlib import Path

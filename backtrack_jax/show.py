@@ -27,7 +27,7 @@ _GREEN, _RED, _DIM, _PLAIN = "\x1b[30;42m", "\x1b[1;97;41m", "\x1b[2m", "\x1b[0m
 
 def main(argv: Sequence[str]) -> None:
     """Prints the windows of the trace that is named on the command line."""
-    with ends_in_one_line(remedy="none of it is needed here", resumed="nothing was changed"):
+    with ends_in_one_line(remedy="run it where more is free", resumed="nothing was changed"):
         experiment = CONFIG.value
         if WORKDIR.value:
             experiment.workdir = WORKDIR.value

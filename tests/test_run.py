@@ -246,6 +246,21 @@ with ends_in_one_line(remedy="", resumed="it goes on"):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped; it goes on\n")
 
 
+def test_a_background_job_of_a_shell_goes_on_when_ctrl_c_is_typed() -> None:
+    """The shell has it ignore SIGINT, which reaches its whole process group."""
+    code = """
+import os, signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+from backtrack_jax.command_line import ends_in_one_line
+with ends_in_one_line(remedy="", resumed=""):
+    os.kill(os.getpid(), signal.SIGINT)
+    print("goes on")
+"""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "goes on\n")
+
+
 def test_a_cpu_is_as_many_devices_as_the_config_asks_for(fresh: Path) -> None:
     """In a process of its own: the devices of this one are in use."""
     command = [sys.executable, "-m", "backtrack_jax.run", TINY, "--stages=1,2,3", "--config.data_parallel=2"]
