@@ -41,6 +41,7 @@ from backtrack_jax.intervention import (
 )
 from backtrack_jax.models import llama
 from backtrack_jax.models.batching import left_pad, right_pad
+from backtrack_jax.models.llama import Llama
 
 pytest.importorskip("torch", reason="needs torch and transformers to compare with")
 
@@ -97,11 +98,12 @@ def run(
     stop_ids: Sequence[int] = NEVER,
     keys: Sequence[jax.Array] = KEYS,
     padded: int = T,
+    model: Llama = MODEL,
 ) -> Generated:
     """`compiled_generate` with arguments of the types that `generate_rows` gives it, so both share one program."""
     ids, positions = left_pad(prompts, padded)
     out = compiled_generate(
-        MODEL,
+        model,
         ids,
         positions,
         jnp.stack(list(keys)),
@@ -181,16 +183,16 @@ def reference() -> transformers.LlamaForCausalLM:
 
 
 @jax.jit
-def forward(ids: jax.Array, positions: jax.Array, intervention: Intervention | None) -> jax.Array:
+def forward(model: Llama, ids: jax.Array, positions: jax.Array, intervention: Intervention | None) -> jax.Array:
     """Logits [B, T, V] of one pass without a cache."""
-    return MODEL.logits(MODEL(ids, positions, intervention=intervention).resid)
+    return model.logits(model(ids, positions, intervention=intervention).resid)
 
 
-def uncached_logits(replies: np.ndarray, interventions: Sequence[Intervention]) -> np.ndarray:
+def uncached_logits(replies: np.ndarray, interventions: Sequence[Intervention], model: Llama = MODEL) -> np.ndarray:
     """Logits of one pass over prompts and replies, at the positions that the replies were sampled from: [G, B, V]."""
     lengths = np.array([len(prompt) for prompt in PROMPTS])
     ids, positions = right_pad([p + r.tolist()[:-1] for p, r in zip(PROMPTS, replies, strict=True)], 24)
-    out = forward(ids, positions, stack_rows(interventions).resolve(jnp.array(lengths)))
+    out = forward(model, ids, positions, stack_rows(interventions).resolve(jnp.array(lengths)))
     return np.stack([out[np.arange(B), lengths - 1 + step] for step in range(G)])
 
 
@@ -238,6 +240,16 @@ def test_cached_decoding_equals_the_full_pass(recorder, interventions):
     np.testing.assert_allclose(recorder.logits, uncached_logits(replies, interventions), atol=1e-4)
     others = [*interventions[1:], interventions[0]]
     assert np.abs(recorder.logits - uncached_logits(replies, others)).max() > 0.1, "the interventions matter"
+
+
+def test_16_bit_replies_are_those_of_the_full_pass():
+    """Also where the cache is of 16 bits (test_accelerator.py)."""
+    model = jax.tree.map(lambda weight: weight.astype(jnp.bfloat16), MODEL)
+    replies = np.asarray(run(PROMPTS, STEERED, model=model).ids)
+    rounded, exact = (uncached_logits(replies, STEERED, model=m) for m in (model, MODEL))
+    assert 0.01 < np.abs(rounded - exact).max() < 0.3, "of logits with a standard deviation of 1.2"
+    chosen = np.take_along_axis(rounded, replies.T[:, :, None], axis=-1)[..., 0]
+    assert (rounded.max(-1) - chosen).max() < 0.05
 
 
 def test_every_pass_is_steered_inside_the_span_and_nowhere_else(recorder):
