@@ -377,7 +377,7 @@ def test_zero_strength_is_the_unsteered_program_to_the_bit():
     nothing = stack_rows([NOTHING, steered(2, 0.0), self_amplify(0, 0.0, n_layers=L, d_model=D)] * 2)
     ids, positions = right_pad(PROMPTS, 24)
     resolved = nothing.resolve(jnp.array([len(prompt) for prompt in PROMPTS]))
-    np.testing.assert_array_equal(forward(ids, positions, resolved), forward(ids, positions, None))
+    np.testing.assert_array_equal(forward(MODEL, ids, positions, resolved), forward(MODEL, ids, positions, None))
     arguments = (MODEL, *left_pad(PROMPTS, T), jnp.stack(KEYS))
     unsteered = compiled_generate(*arguments, None, Sampling(1.0), np.array(NEVER, np.int32), max_new_tokens=G)
     zero = compiled_generate(*arguments, nothing, Sampling(1.0), np.array(NEVER, np.int32), max_new_tokens=G)

@@ -13,6 +13,7 @@ so they cannot disagree, and padding may stand on either side:
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ class BlockOutput(NamedTuple):
       resid_post: [B, T, D] float32, resid_mid + mlp_out, after the intervention: "layer l" of this package.
       k: [B, K, H, T], rotated keys of these tokens, in the cache's dtype.
       v: [B, K, T, H], values of these tokens, in the cache's dtype.
-      past: the cached keys [B, K, H, S] and values [B, K, S, H] with these written in; None without a cache.
+      written: the cached keys [B, K, H, S] and values [B, K, S, H] with these written in; None if they were not.
     """
 
     resid_pre: jax.Array
@@ -51,10 +52,10 @@ class BlockOutput(NamedTuple):
     resid_post: jax.Array
     k: jax.Array
     v: jax.Array
-    past: "Past | None"
+    written: "KeysValues | None"
 
 
-Past = tuple[jax.Array, jax.Array]
+KeysValues = tuple[jax.Array, jax.Array]
 Capture = Callable[[BlockOutput], Any]
 
 
@@ -98,6 +99,23 @@ class KVCache:
     def unstacked(self) -> "KVCache":
         """The same cache as one array per layer, to go with `Llama.unstacked_layers`."""
         return dataclasses.replace(self, k=tuple(self.k), v=tuple(self.v))
+
+
+class Past(NamedTuple):
+    """What the new tokens of one layer attend to beside each other.
+
+    Attributes:
+      k: [B, K, H, S] cached keys.
+      v: [B, K, S, H] cached values.
+      mask: [B, T, S] bool, which slots a query may attend to.
+      slot: where the new keys and values are written before anything is attended to, and `mask` is of what is there
+        then; None if the cache stays as it is and the new ones are attended to beside it.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    mask: jax.Array
+    slot: jax.Array | None
 
 
 @jax.tree_util.register_dataclass
@@ -159,20 +177,19 @@ class Attention(nnx.Module):
         self.config = config
 
     def __call__(
-        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], mask: jax.Array, past: Past | None, filled: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array, Past | None]:
+        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], mask: jax.Array, past: Past | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array, KeysValues | None]:
         """Attends from x to the cached tokens and to x itself.
 
         Args:
           x: [B, T, D] normalised residual stream.
           rope: cosines and sines, [B, T, H/2] float32.
-          mask: [B, T, S] bool, which slots a query may attend to; without a cache, which tokens of x.
-          past: this layer's cached keys [B, K, H, S] and values [B, K, S, H], or None.
-          filled: slots of the cache in use; the new keys and values are written there before they are attended to.
+          mask: [B, T, T] bool, which tokens of x a query may attend to.
+          past: this layer's cached keys and values, or None.
 
         Returns:
           Output [B, T, D] float32, new keys [B, K, H, T] and values [B, K, T, H], and the cached ones with the new
-          written in.
+          written in, if they were.
         """
         c = self.config
         B, T, _ = x.shape
@@ -184,10 +201,15 @@ class Attention(nnx.Module):
         q = q.reshape(B, T, c.n_kv_heads, c.n_heads // c.n_kv_heads, c.head_dim).astype(dtype)
         k = jnp.transpose(rotate(k, *rope), (0, 2, 3, 1)).astype(dtype)
         v = jnp.swapaxes(v, 1, 2).astype(dtype)
-        if past is not None:
-            past = _write(past, (k, v), filled)
-        z = _attend_causally(q, k, v, mask) if past is None else _attend(q, *past, mask)
-        return matmul(z, self.o_proj[...]), k, v, past
+        written = None
+        if past is None:
+            z = _attend_causally(q, k, v, mask)
+        elif past.slot is None:
+            z = _attend(q, (past.k, past.v, past.mask), (k, v, mask))
+        else:
+            written = _write((past.k, past.v), (k, v), past.slot)
+            z = _attend(q, (*written, past.mask))
+        return matmul(z, self.o_proj[...]), k, v, written
 
 
 class MLP(nnx.Module):
@@ -221,7 +243,6 @@ class Block(nnx.Module):
         rope: tuple[jax.Array, jax.Array],
         mask: jax.Array,
         past: Past | None,
-        filled: jax.Array,
         edit: Callable[[jax.Array], jax.Array],
     ) -> tuple[jax.Array, BlockOutput]:
         """Runs the block and returns the residual stream after it with everything computed on the way.
@@ -229,18 +250,17 @@ class Block(nnx.Module):
         Args:
           x: [B, T, D] float32 residual stream.
           rope: cosines and sines, [B, T, H/2].
-          mask: [B, T, S], see `Attention`.
+          mask: [B, T, T], see `Attention`.
           past: this layer's cached keys and values, or None.
-          filled: slots of the cache in use.
           edit: the intervention at this layer, [B, T, D] to [B, T, D].
         """
         with jax.named_scope("attention"):
-            attn_out, k, v, past = self.self_attn(self.input_layernorm(x), rope, mask, past, filled)
+            attn_out, k, v, written = self.self_attn(self.input_layernorm(x), rope, mask, past)
         resid_mid = x + attn_out
         with jax.named_scope("mlp"):
             mlp_out = self.mlp(self.post_attention_layernorm(resid_mid))
         resid_post = edit(resid_mid + mlp_out)
-        return resid_post, BlockOutput(x, attn_out, resid_mid, mlp_out, resid_post, k, v, past)
+        return resid_post, BlockOutput(x, attn_out, resid_mid, mlp_out, resid_post, k, v, written)
 
 
 class Output(NamedTuple):
@@ -331,14 +351,19 @@ class Llama(nnx.Module):
         rope = lax.optimization_barrier(rope_tables(jnp.maximum(positions, 0), self.config))
         filled = jnp.zeros((), jnp.int32) if cache is None else cache.filled
         of_keys = positions
-        if cache is not None:
-            of_keys = lax.dynamic_update_slice_in_dim(cache.positions, positions, filled, axis=1)
-        mask = _may_see(positions, of_keys)
+        mask = _may_see(positions, positions)
         if segments is not None:
             mask &= segments[:, :, None] == segments[:, None, :]
+        past_mask, slot = None, None
+        if cache is not None:
+            of_keys = lax.dynamic_update_slice_in_dim(cache.positions, positions, filled, axis=1)
+            # Under a scan a layer's part of the cache is read where it lies, as long as nothing is written into it;
+            # written first, it would be copied. One by one, XLA's CPU backend copies what is written after it is read.
+            past_mask = _may_see(positions, cache.positions if layers is None else of_keys)
+            slot = None if layers is None else filled
 
         def body(x, scanned):
-            block, layer, past, values = scanned
+            block, layer, cached, values = scanned
             if dtype is not None:
                 block = jax.tree.map(lambda weight: weight.astype(dtype) if weight.ndim > 1 else weight, block)
 
@@ -347,12 +372,13 @@ class Llama(nnx.Module):
                     return resid
                 return intervene(resid, dataclasses.replace(intervention, **values), layer, positions)
 
-            x, out = block(x, rope, mask, past, filled, edit)
-            return x, (out.past if layers and out.past else (out.k, out.v), capture(out))
+            past = None if past_mask is None else Past(cached[0], cached[1], past_mask, slot)
+            x, out = block(x, rope, mask, past, edit)
+            return x, (out.written or (out.k, out.v), capture(out))
 
         values = None if intervention is None else intervention.per_layer()
-        past = None if cache is None else (cache.k, cache.v)
-        others = (jnp.arange(self.config.n_layers), past, values)
+        cached = None if cache is None else (cache.k, cache.v)
+        others = (jnp.arange(self.config.n_layers), cached, values)
         if stop_at_layer is not None:
             others = jax.tree.map(lambda a: a[:stop_at_layer], others)
         if layers is not None:
@@ -469,10 +495,10 @@ def _loop_blocks(
 ) -> tuple[Any, Any]:
     """What `_scan_blocks` does, one block after the other; keys and values come back as one array per layer."""
     step = jax.checkpoint(body) if remat else body
-    numbers, past, values = others
+    numbers, cached, values = others
     outs = []
     for layer, block in enumerate(blocks):
-        kept = None if past is None else (past[0][layer], past[1][layer])
+        kept = None if cached is None else (cached[0][layer], cached[1][layer])
         edits = None if values is None else {name: value[layer] for name, value in values.items()}
         x, out = step(x, (block, numbers[layer], kept, edits))
         outs.append(out)
@@ -497,7 +523,7 @@ def _einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _write(past: Past, new: Past, filled: jax.Array) -> Past:
+def _write(past: KeysValues, new: KeysValues, filled: jax.Array) -> KeysValues:
     """Cached keys and values with new ones behind the `filled` slots, stacked over layers or not."""
     k = lax.dynamic_update_slice_in_dim(past[0], new[0], filled, axis=-1)
     v = lax.dynamic_update_slice_in_dim(past[1], new[1], filled, axis=-2)
@@ -514,23 +540,29 @@ def _attend_causally(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) 
     chunks = []
     for start in range(0, T, size):
         stop = min(start + size, T)
-        chunks.append(_attend(q[:, start:stop], k[..., :stop], v[:, :, :stop], mask[:, start:stop, :stop]))
+        chunks.append(_attend(q[:, start:stop], (k[..., :stop], v[:, :, :stop], mask[:, start:stop, :stop])))
     return jnp.concatenate(chunks, axis=1) if len(chunks) > 1 else chunks[0]
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Softmax attention of queries [B, T, K, G, H] over keys [B, K, H, S] and values [B, K, S, H].
+def _attend(q: jax.Array, *parts: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    """Softmax attention of queries [B, T, K, G, H] over all parts together.
 
+    A part is its keys [B, K, H, S], values [B, K, S, H], and which of them a query may attend to, [B, T, S].
     Returns [B, T, N * H] float32.
 
     The queries of a key head's group are rows of one matrix, [B, K, T * G, H].
     """
     B, T, K, G, H = q.shape
     rows = jnp.moveaxis(q, 2, 1).reshape(B, K, T * G, H)
-    scores = _einsum("BKRH,BKHS->BKRS", rows, k)
-    scores = jnp.where(jnp.repeat(mask, G, axis=1)[:, None], scores, -1e30)
-    weights = jnp.exp(scores - lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-    z = _einsum("BKRS,BKSH->BKRH", weights.astype(v.dtype), v) / jnp.sum(weights, axis=-1, keepdims=True)
+    keys, values, masks = zip(*parts, strict=True)
+    scores = [_einsum("BKRH,BKHS->BKRS", rows, k) for k in keys]
+    masks = [jnp.repeat(mask, G, axis=1)[:, None] for mask in masks]
+    scores = [jnp.where(mask, score, -1e30) for mask, score in zip(masks, scores, strict=True)]
+    highest = functools.reduce(jnp.maximum, [jnp.max(score, axis=-1, keepdims=True) for score in scores])
+    weights = [jnp.exp(score - lax.stop_gradient(highest)) for score in scores]
+    sums = [_einsum("BKRS,BKSH->BKRH", w.astype(v.dtype), v) for w, v in zip(weights, values, strict=True)]
+    totals = [jnp.sum(w, axis=-1, keepdims=True) for w in weights]
+    z = functools.reduce(jnp.add, sums) / functools.reduce(jnp.add, totals)
     return jnp.moveaxis(z.reshape(B, K, T, G, H), 1, 2).reshape(B, T, K * G * H)
 
 

@@ -139,15 +139,15 @@ def rotary(reference: transformers.LlamaForCausalLM) -> Any:
 def modules(model: Llama, x: jax.Array, positions: jax.Array) -> dict[str, jax.Array]:
     ours = jax.tree.map(lambda leaf: leaf[1], model.layers)
     cos, sin = rope_tables(positions, model.config)
-    mask, filled = jnp.tril(jnp.ones((len(x), T, T), bool)), jnp.zeros((), jnp.int32)
+    mask = jnp.tril(jnp.ones((len(x), T, T), bool))
     return {
         "norm": ours.input_layernorm(x),
         "final norm": model.norm(x),
         "cosines": jnp.concatenate([cos, cos], -1),
         "sines": jnp.concatenate([sin, sin], -1),
-        "attention": ours.self_attn(x, (cos, sin), mask, None, filled)[0],
+        "attention": ours.self_attn(x, (cos, sin), mask, None)[0],
         "mlp": ours.mlp(x),
-        "layer": ours(x, (cos, sin), mask, None, filled, lambda resid: resid)[0],
+        "layer": ours(x, (cos, sin), mask, None, lambda resid: resid)[0],
     }
 
 
