@@ -25,7 +25,7 @@ from safetensors import safe_open
 
 from backtrack_jax import store
 from backtrack_jax.generate import batches
-from backtrack_jax.models.batching import right_pad
+from backtrack_jax.models.batching import check_ids, right_pad
 from backtrack_jax.models.llama import BlockOutput, Llama
 from backtrack_jax.models.sharding import place_rows
 
@@ -72,7 +72,8 @@ class WindowPlan:
     into_prompt: bool = False
 
     def __post_init__(self) -> None:
-        """Refuses empty windows and groups of unknown labels."""
+        """Refuses empty windows and groups of unknown labels; windows are looked up as tuples."""
+        object.__setattr__(self, "windows", tuple((first, last) for first, last in self.windows))
         for first, last in self.windows:
             if first > last:
                 raise ValueError(f"window ({first}, {last}) is empty; expected first <= last, both included")
@@ -184,11 +185,14 @@ def add_traces(
       After every batch, the ids of the traces it added.
 
     Raises:
-      ValueError: if two traces have one id, or `total` holds a part of a batch.
+      ValueError: if two traces have one id, a trace has tokens that this model does not know or sections outside it, or
+        `total` holds a part of a batch.
       FloatingPointError: names the layer and trace where an activation is not finite.
     """
     if repeated := [name for name, times in Counter(trace.id for trace in traces).items() if times > 1]:
         raise ValueError(f"traces of one id: {repeated}")
+    for trace in traces:
+        _check_trace(trace, model.config.vocab_size)
     done = set(total.trace_ids)
     for padded, members in batches([len(trace.ids) for trace in traces], batch_size):
         rows = [traces[i] for i in members]
@@ -333,6 +337,20 @@ def _sum_rows(x: jax.Array) -> jax.Array:
     """Sum over the first axis."""
     ones = jnp.ones((1, len(x)), x.dtype)
     return jnp.matmul(ones, x.reshape(len(x), -1), precision=lax.Precision.HIGHEST).reshape(x.shape[1:])
+
+
+def _check_trace(trace: TokenTrace, vocab_size: int) -> None:
+    check_ids(trace.ids, vocab_size, f"trace {trace.id!r}")
+    places = [
+        ("reply_start", trace.reply_start),
+        *((f"the start of a {label} section", at) for label, at in trace.starts),
+    ]
+    for what, at in places:
+        if at is None or not 0 <= at <= len(trace.ids):
+            raise ValueError(
+                f"trace {trace.id!r}: {what} is {at}, expected the index of a token, 0 to {len(trace.ids)}; "
+                "`position_of_char` gives None for what was cut off"
+            )
 
 
 def _check_finite(finite: np.ndarray, rows: Sequence[TokenTrace]) -> None:

@@ -1,7 +1,8 @@
 """Sampling from a model whose residual stream is intervened on: prefill and decode in one compiled program.
 
 `generate` is a plain function of arrays, so `jax.vmap` over magnitudes works; `generate_rows` is what long runs call:
-it sorts rows into batches of few shapes and yields each row's reply as its batch is done.
+it sorts rows into batches of few shapes and yields each row's reply as its batch is done. `generate_text` is what a
+notebook calls.
 """
 
 import dataclasses
@@ -13,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from backtrack_jax.intervention import Intervention, stack_rows
-from backtrack_jax.models.batching import bucket, left_pad
+from backtrack_jax.models.batching import bucket, check_ids, left_pad
 from backtrack_jax.models.llama import PAD, KVCache, Llama
 from backtrack_jax.models.sharding import place_rows
+from backtrack_jax.models.tokenizer import Tokenizer
 
 _NOISE_STREAM = np.uint32(0xFFFFFFFF)  # sampling step numbers never get here
 _CDF_BLOCK = 128
@@ -37,6 +40,18 @@ class Sampling:
     temperature: jax.Array | float = 0.0
     top_p: jax.Array | float = 1.0
     top_k: jax.Array | int = 0
+
+    def check(self) -> None:
+        """ValueError if a value that is not traced cannot be meant."""
+        accepted = {
+            "temperature": (lambda x: np.isfinite(x) & (x >= 0), "a finite number of at least 0"),
+            "top_p": (lambda x: (x > 0) & (x <= 1), "more than 0 and at most 1"),
+            "top_k": (lambda x: (x >= 0) & (x == np.floor(x)), "an integer of at least 0"),
+        }
+        for name, (holds, expected) in accepted.items():
+            value = getattr(self, name)
+            if not isinstance(value, Tracer) and not np.all(holds(np.asarray(value))):
+                raise ValueError(f"{name}={value}, expected {expected}")
 
 
 @jax.tree_util.register_dataclass
@@ -109,10 +124,14 @@ def generate(
       The replies.
 
     Raises:
-      ValueError: if `max_new_tokens` is below 1, or the intervention has other shapes than these rows and this model.
+      ValueError: if `max_new_tokens` is below 1, the sampling cannot be meant, or keys or intervention have other
+        shapes than these rows and this model.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}, expected at least 1")
+    sampling.check()
+    if jnp.shape(keys) != (len(ids),):
+        raise ValueError(f"keys have shape {jnp.shape(keys)}, expected one for each of {len(ids)} rows (`row_key`)")
     stop_ids = jnp.asarray(stop_ids, jnp.int32).reshape(-1)
     prompt_length = jnp.max(positions, axis=1) + 1
     if intervention is not None:
@@ -260,7 +279,7 @@ def _first_above(cumulative: jax.Array, weights: jax.Array, target: jax.Array) -
 
 def row_key(seed: int, problem_id: str, sample_id: int) -> jax.Array:
     """PRNG key of one row. Neither its place in a batch nor its condition enters, so conditions share their noise."""
-    key = jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(problem_id.encode())))
+    key = jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(str(problem_id).encode())))
     return jax.random.fold_in(key, sample_id)
 
 
@@ -301,6 +320,8 @@ def batches(lengths: Sequence[int], batch_size: int) -> list[tuple[int, list[int
     a bucket of its own takes a compilation. The longest come first, so that what does not fit into memory fails at once
     and not after hours.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}, expected at least 1")
     order = sorted(range(len(lengths)), key=lambda row: bucket(lengths[row]))
     groups = []
     waiting: list[int] = []
@@ -331,8 +352,12 @@ def generate_rows(
     nothing were done, so that an interrupted run repeats the very computation of an uninterrupted one.
 
     Raises:
+      ValueError: names the row whose prompt is no prompt of this model, or what of the sampling cannot be meant.
       FloatingPointError: names the row whose logits are not finite.
     """
+    sampling.check()
+    for number, row in enumerate(rows):
+        check_ids(row.prompt, model.config.vocab_size, row.name or f"row {number}")
     for padded, members in batches([len(row.prompt) for row in rows], batch_size):
         if all(row in done for row in members):
             continue
@@ -355,3 +380,54 @@ def generate_rows(
             (row, Reply(tuple(ids[i, : lengths[i]].tolist()), "stop" if stopped[i] else "length"))
             for i, row in enumerate(members)
         ]
+
+
+def generate_text(
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    interventions: Sequence[Intervention],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
+    batch_size: int = 32,
+) -> list[list[str]]:
+    """The reply to every prompt under every intervention, as text without the stop token.
+
+    Args:
+      model: the model.
+      tokenizer: its tokenizer.
+      prompts: token ids (`models.prompts.prompt_ids`).
+      interventions: single rows; `no_intervention` for a reply as it is.
+      max_new_tokens: limit of a reply.
+      sampling: temperature, top-p and top-k; greedy by default.
+      seed: of the random numbers. One prompt's replies meet the same ones under every intervention.
+      batch_size: replies sampled at once.
+
+    Returns:
+      Texts, [prompt][intervention].
+
+    Raises:
+      As `generate_rows`.
+    """
+    rows = [
+        Row(prompt, row_key(seed, str(number), 0), intervention, f"prompt {number}")
+        for number, prompt in enumerate(prompts)
+        for intervention in interventions
+    ]
+    replies = dict(
+        pair
+        for batch in generate_rows(
+            model,
+            rows,
+            sampling=sampling,
+            stop_ids=tokenizer.stop_ids,
+            max_new_tokens=max_new_tokens,
+            batch_size=min(batch_size, max(len(rows), 1)),
+        )
+        for pair in batch
+    )
+    texts = [tokenizer.decode([i for i in replies[n].ids if i not in tokenizer.stop_ids]) for n in range(len(rows))]
+    width = len(interventions)
+    return [texts[start : start + width] for start in range(0, len(texts), width)]

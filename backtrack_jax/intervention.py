@@ -11,6 +11,7 @@ constructors below, rows combine with `+`, and `stack_rows` makes the batch.
 """
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 
 import jax
@@ -53,9 +54,15 @@ class Intervention:
         """Both changes at once, on the left operand's span and noise key.
 
         Raises:
-          ValueError: if that is another thing than both: two ablations in one layer, or a right operand with a span or
-            a noise key of its own. Not under `jax.jit` or `jax.vmap`, where the values are not known.
+          ValueError: if the operands are not of one model and number of rows. Or if the sum is another thing than both:
+            two ablations in one layer, or a right operand with a span or a noise key of its own; not under `jax.jit` or
+            `jax.vmap`, where the values are not known.
         """
+        if self.add.shape != other.add.shape:
+            raise ValueError(
+                f"the operands' `add` have the shapes {self.add.shape} and {other.add.shape}, expected the same; "
+                "add rows first, then stack them"
+            )
         _check_sum(self, other)
         return dataclasses.replace(
             self,
@@ -73,7 +80,8 @@ class Intervention:
 
     def resolve(self, prompt_length: jax.Array) -> "Intervention":
         """Puts each row's prompt length ([B] int32, in tokens with BOS) where the span says `prompt` or `generated`."""
-        return dataclasses.replace(self, span=jnp.where(self.span == PROMPT_END, prompt_length[..., None], self.span))
+        length = jnp.asarray(prompt_length, jnp.int32)[..., None]
+        return dataclasses.replace(self, span=jnp.where(self.span == PROMPT_END, length, self.span))
 
     def check_shape(self, n_rows: int, n_layers: int, d_model: int) -> None:
         """ValueError if these are not rows for such a batch and model; some other shapes would broadcast."""
@@ -139,12 +147,13 @@ def add_vector(
       One row.
 
     Raises:
-      ValueError: if `vector` is not one-dimensional or a concrete layer is outside 0..L-1.
+      ValueError: if `vector` is not one-dimensional, the magnitude not one number, a concrete layer outside 0..L-1, or
+        a concrete vector or magnitude not finite. The others below raise the same.
     """
     vector = _checked_vector(vector)
     row = no_intervention(n_layers, vector.shape[0], span)
     one_hot = _one_hot(layer, n_layers)
-    return dataclasses.replace(row, add=one_hot[:, None] * (jnp.asarray(magnitude, jnp.float32) * vector))
+    return dataclasses.replace(row, add=one_hot[:, None] * (_strength(magnitude) * vector))
 
 
 def self_amplify(
@@ -152,7 +161,7 @@ def self_amplify(
 ) -> Intervention:
     """Adds `magnitude` times the activation's own unit vector (Fig. 4, self-amplification)."""
     row = no_intervention(n_layers, d_model, span)
-    return dataclasses.replace(row, amplify=_one_hot(layer, n_layers) * magnitude)
+    return dataclasses.replace(row, amplify=_one_hot(layer, n_layers) * _strength(magnitude))
 
 
 def gaussian_noise(
@@ -166,7 +175,7 @@ def gaussian_noise(
 ) -> Intervention:
     """Adds a Gaussian direction of length `magnitude`, fresh at every position and step (Fig. 4, noise)."""
     row = no_intervention(n_layers, d_model, span, key)
-    return dataclasses.replace(row, noise=_one_hot(layer, n_layers) * magnitude)
+    return dataclasses.replace(row, noise=_one_hot(layer, n_layers) * _strength(magnitude))
 
 
 def ablate(
@@ -185,15 +194,26 @@ def ablate(
     row = no_intervention(n_layers, direction.shape[0], span)
     chosen = range(n_layers) if layers is None else layers
     mask = jnp.max(jnp.stack([_one_hot(layer, n_layers) for layer in chosen]), axis=0)
+    direction = direction / jnp.max(jnp.abs(direction))  # float32 may not hold its squares
     unit = direction / jnp.linalg.norm(direction)
     return dataclasses.replace(row, ablate=mask, direction=mask[:, None] * unit)
 
 
 def stack_rows(rows: Sequence[Intervention]) -> Intervention:
-    """Batch of B rows out of B single rows of the same model."""
+    """Batch of B rows out of B single rows of the same model.
+
+    Raises:
+      ValueError: there is no row, or they are not of one model.
+    """
+    shapes = {row.add.shape for row in rows}
+    if len(shapes) != 1 or len(min(shapes)) != 2:
+        raise ValueError(
+            f"the rows' `add` have the shapes {sorted(shapes)}, expected (layers, width), the same in all rows"
+        )
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
 
 
+@jax.custom_jvp
 def intervene(x: jax.Array, at_layer: Intervention, layer: jax.Array, positions: jax.Array) -> jax.Array:
     """Applies one layer's slice of an intervention to the output of its block.
 
@@ -206,14 +226,34 @@ def intervene(x: jax.Array, at_layer: Intervention, layer: jax.Array, positions:
     Returns:
       [B, T, D] float32. Where a row's strengths are zero or the position is outside the span, x to the bit.
     """
-    start, stop = at_layer.span[:, :1], at_layer.span[:, 1:]
-    in_span = (start >= 0) & (positions >= start) & (positions < stop)  # nowhere if the span is not resolved
     active = _active(at_layer)
-    changed = (in_span & active[:, None])[..., None]
+    changed = (_in_span(at_layer, positions) & active[:, None])[..., None]
+
+    def change() -> jax.Array:
+        delta = _delta(x, at_layer)
+        noisy = lambda: delta + _noise(x, at_layer, layer, positions)  # noqa: E731
+        return jnp.where(changed, x + lax.cond(jnp.any(at_layer.noise != 0), noisy, lambda: delta), x)
+
     # Most layers of most experiments are left alone, and drawing noise costs more than a small model's block.
-    return lax.cond(
-        jnp.any(active), lambda: jnp.where(changed, x + _delta(x, at_layer, layer, positions), x), lambda: x
-    )
+    return lax.cond(jnp.any(active), change, lambda: x)
+
+
+@intervene.defjvp
+def _intervene_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    """The formula's derivative also at strengths of zero, where what `intervene` leaves out has one too."""
+    return intervene(*primals), jax.jvp(_intervene_everywhere, primals, tangents)[1]
+
+
+def _intervene_everywhere(x: jax.Array, at_layer: Intervention, layer: jax.Array, positions: jax.Array) -> jax.Array:
+    """`intervene` without a look at which strengths are zero."""
+    changed = x + _delta(x, at_layer) + _noise(x, at_layer, layer, positions)
+    return jnp.where(_in_span(at_layer, positions)[..., None], changed, x)
+
+
+def _in_span(at_layer: Intervention, positions: jax.Array) -> jax.Array:
+    """[B, T] bool; nowhere if the span is not resolved."""
+    start, stop = at_layer.span[:, :1], at_layer.span[:, 1:]
+    return (start >= 0) & (positions >= start) & (positions < stop)
 
 
 def _active(values: Intervention) -> jax.Array:
@@ -221,19 +261,19 @@ def _active(values: Intervention) -> jax.Array:
     return jnp.any(values.add != 0, axis=-1) | (values.amplify != 0) | (values.noise != 0) | (values.ablate != 0)
 
 
-def _delta(x: jax.Array, at_layer: Intervention, layer: jax.Array, positions: jax.Array) -> jax.Array:
-    """What the formula at the top of this file adds to x, [B, T, D], inside and outside of spans."""
+def _delta(x: jax.Array, at_layer: Intervention) -> jax.Array:
+    """What the formula at the top of this file adds to x but for noise, [B, T, D], inside and outside of spans."""
     u = at_layer.direction[:, None, :]
-    amplify, noise, removed = (a[:, None, None] for a in (at_layer.amplify, at_layer.noise, at_layer.ablate))
+    amplify, removed = (a[:, None, None] for a in (at_layer.amplify, at_layer.ablate))
     norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
     own_direction = x / jnp.where(norm == 0, 1.0, norm)
     component = jnp.sum(x * u, axis=-1, keepdims=True)
-    delta = at_layer.add[:, None, :] + amplify * own_direction - removed * component * u
-    return lax.cond(
-        jnp.any(at_layer.noise != 0),
-        lambda: delta + noise * _noise_directions(at_layer.key, layer, positions, x.shape[-1]),
-        lambda: delta,
-    )
+    return at_layer.add[:, None, :] + amplify * own_direction - removed * component * u
+
+
+def _noise(x: jax.Array, at_layer: Intervention, layer: jax.Array, positions: jax.Array) -> jax.Array:
+    """The formula's noise, [B, T, D]."""
+    return at_layer.noise[:, None, None] * _noise_directions(at_layer.key, layer, positions, x.shape[-1])
 
 
 def _noise_directions(key: jax.Array, layer: jax.Array, positions: jax.Array, d_model: int) -> jax.Array:
@@ -275,7 +315,7 @@ def _span_bounds(span: Span) -> tuple[int, int]:
         if span not in named:
             raise ValueError(f"span={span!r}, expected one of {sorted(named)} or absolute positions (start, stop)")
         return named[span]
-    start, stop = span
+    start, stop = map(operator.index, span)
     if not 0 <= start < stop:
         raise ValueError(f"span={span!r} selects no position; expected 0 <= start < stop")
     return start, min(stop, int(END))
@@ -283,8 +323,8 @@ def _span_bounds(span: Span) -> tuple[int, int]:
 
 def _one_hot(layer: jax.Array | int, n_layers: int) -> jax.Array:
     # A traced layer has no value yet to be looked at.
-    if not isinstance(layer, Tracer) and np.asarray(layer).item() not in range(n_layers):
-        raise ValueError(f"layer={layer} is outside 0..{n_layers - 1}")
+    if not isinstance(layer, Tracer) and (value := np.asarray(layer).tolist()) not in range(n_layers):
+        raise ValueError(f"layer={value!r} is outside 0..{n_layers - 1}")
     return (jnp.arange(n_layers) == layer).astype(jnp.float32)
 
 
@@ -292,4 +332,14 @@ def _checked_vector(vector: jax.Array) -> jax.Array:
     vector = jnp.asarray(vector, jnp.float32)
     if vector.ndim != 1:
         raise ValueError(f"vector has shape {vector.shape}, expected [d_model]")
+    if not isinstance(vector, Tracer) and not np.isfinite(vector).all():
+        raise ValueError("the vector is not finite, expected finite numbers")
     return vector
+
+
+def _strength(magnitude: jax.Array | float) -> jax.Array:
+    if jnp.shape(magnitude):
+        raise ValueError(f"magnitude has shape {jnp.shape(magnitude)}, expected one number; a batch has rows for more")
+    if not isinstance(magnitude, Tracer) and not np.isfinite(np.asarray(magnitude, np.float32)):
+        raise ValueError(f"magnitude={magnitude!r}, expected a finite number")
+    return jnp.asarray(magnitude, jnp.float32)

@@ -35,15 +35,18 @@ class SteeringVector:
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuses anything but [L, D]."""
+        """Refuses anything but [L, D] and a mapping; float16 would not hold a norm of 256."""
+        if not isinstance(self.provenance, Mapping):
+            raise ValueError(f"provenance={self.provenance!r}, expected a mapping of JSON values")
+        object.__setattr__(self, "directions", np.asarray(self.directions, np.float32))
         if self.directions.ndim != 2:
             raise ValueError(f"directions have shape {self.directions.shape}, expected [n_layers, d_model]")
 
     def at(self, layer: int) -> np.ndarray:
         """The raw direction [D] float32 at a layer; ValueError if the layer is out of range or absent."""
-        if not 0 <= layer < len(self.directions):
-            raise ValueError(f"layer={layer} is outside 0..{len(self.directions) - 1}")
-        direction = self.directions[layer]
+        if isinstance(layer, bool) or layer not in range(len(self.directions)):
+            raise ValueError(f"layer={layer!r} is outside 0..{len(self.directions) - 1}")
+        direction = self.directions[int(layer)]
         if not np.isfinite(direction).all():
             raise ValueError(f"the vector has no finite direction at layer {layer}")
         return direction
@@ -75,6 +78,10 @@ class SteeringVector:
         return SteeringVector((self.directions * factor).astype(np.float32), scaled)
 
     __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> "SteeringVector":
+        """Divided in every layer."""
+        return self * (1 / float(divisor))
 
     def __neg__(self) -> "SteeringVector":
         """The opposite direction."""
@@ -206,7 +213,7 @@ def _save_safetensors(vector: SteeringVector, path: Path) -> None:
         "layer_convention": LAYER_CONVENTION,
         "n_layers": str(len(vector.directions)),
         "raw_norms": json.dumps([norm if np.isfinite(norm) else None for norm in vector.norms.tolist()]),
-        "provenance": json.dumps(vector.provenance, sort_keys=True),
+        "provenance": _provenance_json(vector),
     }
     rows = {name: np.ascontiguousarray(row, np.float32) for name, row in tensors.items()}
     store.write_safetensors(path, rows, metadata)
@@ -228,7 +235,7 @@ def _load_safetensors(path: Path) -> SteeringVector:
 
 
 def _save_npz(vector: SteeringVector, path: Path) -> None:
-    provenance = json.dumps(vector.provenance, sort_keys=True)
+    provenance = _provenance_json(vector)
     np.savez(path, directions=vector.directions, provenance=provenance, layer_convention=LAYER_CONVENTION)
 
 
@@ -262,7 +269,7 @@ def _save_gguf(vector: SteeringVector, path: Path) -> None:
     writer = gguf.GGUFWriter(path, "controlvector")
     writer.add_string("controlvector.model_hint", "llama")
     writer.add_uint32("controlvector.layer_count", len(vector.directions) - 1)
-    writer.add_string("backtrack_jax.provenance", json.dumps(vector.provenance, sort_keys=True))
+    writer.add_string("backtrack_jax.provenance", _provenance_json(vector))
     for layer, row in rows.items():
         writer.add_tensor(f"direction.{layer}", np.ascontiguousarray(row, np.float32))
     writer.write_header_to_file()
@@ -346,6 +353,12 @@ def _layer_of(name: str) -> int:
     if prefix != "direction" or not number.isdecimal():
         raise ValueError(f"holds {name!r}, expected direction.0, direction.1, ...")
     return int(number)
+
+
+def _provenance_json(vector: SteeringVector) -> str:
+    """JSON; numpy's numbers as numbers, what JSON has no word for (a path) as text."""
+    plain = lambda value: value.item() if isinstance(value, np.generic) else str(value)  # noqa: E731
+    return json.dumps(dict(vector.provenance), sort_keys=True, default=plain)
 
 
 def _check_same_shape(a: SteeringVector, b: SteeringVector) -> None:

@@ -356,6 +356,27 @@ def test_an_activation_that_is_not_finite_is_named():
         window_sums(last, TRACES, PLAN, batch_size=BATCH_SIZE)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"starts": [("deduction", None)]}, "the start of a deduction section is None, expected the index of a token"),
+        ({"starts": [("deduction", 5000)]}, "the start of a deduction section is 5000, expected"),
+        ({"starts": [("deduction", -1)]}, "the start of a deduction section is -1, expected"),
+        ({"reply_start": 999}, "reply_start is 999, expected"),
+        ({"ids": [0, 1, CONFIG.vocab_size]}, f"has the token id {CONFIG.vocab_size}, expected 0 to"),
+    ],
+)
+def test_a_trace_that_cannot_be_read_is_named(changes, message):
+    trace = dataclasses.replace(TRACES[0], **({"starts": [], "reply_start": 1} | changes))
+    with pytest.raises(ValueError, match=f"trace 'problem 0/0'.*{message}"):
+        window_sums(MODEL, [TRACES[1], trace], PLAN, batch_size=BATCH_SIZE)
+
+
+def test_windows_may_be_lists():
+    plan = dataclasses.replace(PLAN, windows=[[-2, -1]])
+    assert plan.windows == ((-2, -1),)
+
+
 def test_an_unknown_label_is_named():
     trace = dataclasses.replace(TRACES[0], starts=[("dreaming", 9)])
     with pytest.raises(ValueError, match=r"problem 0/0.*'dreaming' is not among \['deduction'"):

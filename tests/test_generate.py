@@ -6,6 +6,7 @@ Shapes are few on purpose: most tests run the one program that `generate_rows` c
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from backtrack_jax.generate import (
     compiled_generate,
     generate,
     generate_rows,
+    generate_text,
     noise_key,
     row_key,
     sample,
@@ -39,9 +41,10 @@ from backtrack_jax.intervention import (
     self_amplify,
     stack_rows,
 )
-from backtrack_jax.models import llama
+from backtrack_jax.models import checkpoint, llama
 from backtrack_jax.models.batching import left_pad, right_pad
 from backtrack_jax.models.llama import Llama
+from backtrack_jax.models.tokenizer import Tokenizer
 
 pytest.importorskip("torch", reason="needs torch and transformers to compare with")
 
@@ -420,13 +423,39 @@ def test_no_token_at_all_is_refused(n):
 
 def test_a_row_without_finite_logits_stops_the_run(rows):
     """Whatever is sampled from NaN is no reply, and may not even be a token."""
-    broken = [*rows[:2], dataclasses.replace(rows[2], intervention=steered(1, np.inf)), *rows[3:]]
+    infinite = dataclasses.replace(NOTHING, add=jnp.full_like(NOTHING.add, jnp.inf))  # no constructor makes one
+    broken = [*rows[:2], dataclasses.replace(rows[2], intervention=infinite), *rows[3:]]
     for sampling in (GREEDY, Sampling(1.0), Sampling(1.0, top_p=0.9), Sampling(1.0, top_k=3)):
         with pytest.raises(FloatingPointError, match="row 2: "):
             replies_of(broken, sampling=sampling)
     broken[2] = dataclasses.replace(broken[2], name="the third")
     with pytest.raises(FloatingPointError, match="the third: "):
         replies_of(broken)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"sampling": Sampling(-0.7)}, "temperature=-0.7, expected a finite number of at least 0"),
+        ({"sampling": Sampling(jnp.array([0.7, jnp.nan]))}, "temperature=.*nan.*, expected a finite number"),
+        ({"sampling": Sampling(1.0, top_p=95)}, "top_p=95, expected more than 0 and at most 1"),
+        ({"sampling": Sampling(1.0, top_k=jnp.array(0.5))}, "top_k=0.5, expected an integer"),
+        ({"batch_size": 0}, "batch_size=0, expected at least 1"),
+        ({"prompt": [1, V]}, f"row 1 has the token id {V}, expected 0 to {V - 1}; is it another model's tokenizer"),
+        ({"prompt": [-1]}, "row 1 has the token id -1, expected 0 to"),
+        ({"prompt": []}, "row 1 has no token"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_before_anything_is_sampled(rows, changed, message):
+    if "prompt" in changed:
+        rows = [rows[0], dataclasses.replace(rows[1], prompt=changed.pop("prompt"))]
+    with pytest.raises(ValueError, match=message):
+        replies_of(rows, **changed)
+
+
+def test_there_is_a_key_for_every_row():
+    with pytest.raises(ValueError, match=r"keys have shape \(\), expected one for each of 6 rows"):
+        compiled_generate(MODEL, *left_pad(PROMPTS, T), KEYS[0], max_new_tokens=G)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0)])
@@ -645,14 +674,14 @@ def test_generate_rows_keeps_shapes_few_and_rows_in_their_place(monkeypatch):
 
     monkeypatch.setattr(generate_module, "compiled_generate", echo)
     lengths = [70, 3, 64, 1, 65, 600, 9, 128, 12, 577]
-    rows = [Row([n] * n, row_key(0, "p", n), NOTHING) for n in lengths]
+    rows = [Row([n % V] * n, row_key(0, "p", n), NOTHING) for n in lengths]
     yielded = replies_of(rows, batch_size=4)
     assert shapes == [(4, 640), (4, 128), (4, 64)]
     replies = [pair for batch in yielded for pair in batch]
     assert sorted(number for number, _ in replies) == list(range(len(rows)))
     for number, reply in replies:
         key = int(jax.random.key_data(rows[number].key)[-1]) % 1000
-        assert reply == Reply((lengths[number], lengths[number], key), "stop")
+        assert reply == Reply((lengths[number], lengths[number] % V, key), "stop")
 
 
 def test_generate_rows_does_not_depend_on_order(rows):
@@ -680,3 +709,20 @@ def test_generate_rows_compiles_one_program_per_shape(rows):
     replies_of(rows[::-1], sampling=Sampling(0.3, 0.5, 7))
     replies_of(rows[1:4])
     assert n_programs() == compiled
+
+
+def test_texts_are_the_replies_of_every_prompt_under_every_intervention():
+    """On the shipped model, since it has words."""
+    path = checkpoint.resolve("package:backtrack_jax/organism/reasoning")
+    model, tokenizer = checkpoint.load(str(path), dtype="float32"), Tokenizer.load(path)
+    sizes: Any = {"n_layers": model.config.n_layers, "d_model": model.config.d_model}
+    interventions = [no_intervention(**sizes), self_amplify(2, 3.0, **sizes)]
+    prompts = [tokenizer.encode_chat([{"role": "user", "content": text}]) for text in ("lamp", "two of the lamps")]
+    arguments = {"sampling": Sampling(1.0), "max_new_tokens": 24}
+    texts = generate_text(model, tokenizer, prompts, interventions, seed=3, batch_size=3, **arguments)
+    rows = [Row(p, row_key(3, str(n), 0), i) for n, p in enumerate(prompts) for i in interventions]
+    batches = generate_rows(model, rows, stop_ids=tokenizer.stop_ids, batch_size=1, **arguments)
+    ids = {number: reply.ids for batch in batches for number, reply in batch}
+    expected = [tokenizer.decode([i for i in ids[number] if i not in tokenizer.stop_ids]) for number in range(4)]
+    assert texts == [expected[:2], expected[2:]]
+    assert len(set(expected)) > 2

@@ -1,5 +1,6 @@
 """What is done to the residual stream, against torch hooks of a few lines and against its own definition."""
 
+import dataclasses
 import functools
 import operator
 import tempfile
@@ -40,6 +41,11 @@ IDS = np.random.default_rng(0).integers(0, 131, (B, T)).astype(np.int32)
 POSITIONS = np.tile(np.arange(T, dtype=np.int32), (B, 1))
 VECTOR = jax.random.normal(jax.random.key(1), (D,))
 NOTHING = no_intervention(**SIZES)
+
+
+def anything(value: Any) -> Any:
+    """For types that no checker lets through, but a notebook does."""
+    return value
 
 
 @functools.cache
@@ -301,6 +307,66 @@ def test_a_span_of_no_position_is_refused(span):
 def test_a_vector_of_another_shape_is_refused(vector):
     with pytest.raises(ValueError, match=r"expected \[d_model\]"):
         add_vector(vector, 0, 1.0, n_layers=L)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: add_vector(VECTOR, 1, anything(np.ones(D)), n_layers=L),
+            r"magnitude has shape \(\d+,\), expected one number",
+        ),
+        (lambda: self_amplify(1, anything(np.ones(L)), **SIZES), r"magnitude has shape \(3,\), expected one number"),
+        (lambda: gaussian_noise(1, np.nan, jax.random.key(0), **SIZES), "magnitude=nan, expected a finite number"),
+        (lambda: add_vector(VECTOR * np.inf, 1, 1.0, n_layers=L), "the vector is not finite"),
+        (lambda: add_vector(VECTOR, anything("1"), 1.0, n_layers=L), "layer='1' is outside 0..2"),
+        (lambda: add_vector(VECTOR, anything([0, 1]), 1.0, n_layers=L), r"layer=\[0, 1\] is outside 0..2"),
+        (
+            lambda: add_vector(VECTOR, 1, 1.0, n_layers=L) + add_vector(VECTOR, 0, 1.0, n_layers=1),
+            r"shapes \(3, \d+\) and \(1, \d+\), expected the same",
+        ),
+        (lambda: stack_rows([]), r"have the shapes \[\], expected \(layers, width\)"),
+        (lambda: stack_rows([no_intervention(**SIZES), no_intervention(L + 1, D)]), "the same in all rows"),
+        (lambda: stack_rows([stack_rows([no_intervention(**SIZES)])]), r"expected \(layers, width\)"),
+    ],
+)
+def test_what_would_broadcast_or_spread_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("length", [1e-30, 1.0, 1e30])
+def test_the_direction_of_an_ablation_may_have_any_length(length):
+    row = ablate(length * VECTOR, n_layers=L)
+    np.testing.assert_allclose(row.direction[1], VECTOR / np.linalg.norm(VECTOR), rtol=1e-5)
+
+
+STRENGTHS = {
+    "add": lambda strength: add_vector(VECTOR, 1, strength, n_layers=L),
+    "amplify": lambda strength: self_amplify(1, strength, **SIZES),
+    "noise": lambda strength: gaussian_noise(1, strength, jax.random.key(3), **SIZES),
+    "ablate": lambda strength: dataclasses.replace(ablate(VECTOR, [1], n_layers=L), ablate=strength * jnp.eye(L)[1]),
+}
+
+
+@pytest.mark.parametrize("span", ["all", (2, 5)])
+@pytest.mark.parametrize("kind", STRENGTHS)
+def test_a_strength_of_zero_has_a_derivative(kind, span):
+    """Where gradients start: a vector that is optimised from zero, an effect that is attributed to first order."""
+    model = models()[1]
+
+    @jax.jit
+    def loss(strength):
+        row = dataclasses.replace(STRENGTHS[kind](strength), span=jnp.array((0, 99) if span == "all" else span))
+        rows = stack_rows([row, no_intervention(**SIZES)])
+        resid = model(jnp.asarray(IDS[:2]), jnp.asarray(POSITIONS[:2]), intervention=rows).resid
+        return jnp.sum(jnp.sin(resid[0]))
+
+    found = jax.grad(loss)(0.0)
+    step = 1e-2
+    expected = (loss(step) - loss(-step)) / (2 * step)
+    assert abs(expected) > 0.01
+    np.testing.assert_allclose(found, expected, rtol=0.02, atol=2e-3)
 
 
 def test_an_ablation_of_nothing_is_refused() -> None:

@@ -18,7 +18,7 @@ README = Path(__file__).parents[1] / "README.md"
 def test_python_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     snippets = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(snippets) == 7
+    assert len(snippets) == 8
     notebook: dict = {}
     for number, snippet in enumerate(snippets):
         exec(compile(snippet, f"README snippet {number}", "exec"), notebook)
@@ -26,6 +26,7 @@ def test_python_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert notebook["resid_post"].shape[0] == n_layers
     assert notebook["vector"].directions.shape == (n_layers, notebook["D"])
     assert notebook["sweep"].shape == (3, 8)
+    assert [len(texts) for texts in notebook["texts"]] == [4, 4]
     with open("to_label.csv", encoding="utf-8-sig", newline="") as file:
         sheet = list(csv.DictReader(file))
     with open("to_label.csv", "w", encoding="utf-8", newline="") as file:

@@ -69,6 +69,23 @@ def test_directions_are_layers_by_width(shape):
 # Arithmetic
 
 
+def test_activations_of_16_bits_make_a_vector_of_32():
+    """The norm of 5000 numbers of 8 is no float16."""
+    vector = SteeringVector(np.full((2, 5000), 8.0, np.float16))
+    assert vector.directions.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vector.unit(1)), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(vector.norms, 8 * 5000**0.5, rtol=1e-6)
+
+
+def test_a_provenance_is_kept_whatever_its_numbers_are(tmp_path):
+    vector = SteeringVector(np.ones((L, D)), {"n": np.int64(3), "share": np.float32(0.5), "file": Path("a/b")})
+    for suffix in SUFFIXES:
+        save(vector, tmp_path / f"v{suffix}")
+        assert load(tmp_path / f"v{suffix}").provenance.items() >= {"n": 3, "share": 0.5, "file": "a/b"}.items()
+    with pytest.raises(ValueError, match="provenance='happy', expected a mapping"):
+        SteeringVector(np.ones((L, D)), "happy")  # pyright: ignore[reportArgumentType]
+
+
 def test_arithmetic_works_layer_by_layer():
     a, b = random_vector(0), random_vector(1)
     combined = 2 * a - b

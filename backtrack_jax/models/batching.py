@@ -47,6 +47,16 @@ def bucket(length: int, step: int = 64) -> int:
     return -(-length // step) * step
 
 
+def check_ids(ids: Sequence[int], vocab_size: int, name: str) -> None:
+    """ValueError if token ids are none that a model knows; JAX would take the last row of its embedding for them."""
+    if not len(ids):
+        raise ValueError(f"{name} has no token, expected at least one")
+    if unknown := [token for token in (min(ids), max(ids)) if not 0 <= token < vocab_size]:
+        raise ValueError(
+            f"{name} has the token id {unknown[0]}, expected 0 to {vocab_size - 1}; is it another model's tokenizer?"
+        )
+
+
 def _blank(sequences: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
     for row, sequence in enumerate(sequences):
         if not 0 < len(sequence) <= length:
