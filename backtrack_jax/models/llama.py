@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.core import Tracer
 
 from backtrack_jax.intervention import Intervention, intervene
 from backtrack_jax.models.config import Llama3RopeScaling, LlamaConfig
@@ -338,9 +339,11 @@ class Llama(nnx.Module):
           The residual stream after the last block that ran, the cache and the captures.
 
         Raises:
-          ValueError: if an intervention has other shapes than these rows and this model, or a concrete span that is not
+          ValueError: if ids and positions are not integers of one shape [B, T], or concrete positions do not rise along
+            a row; if an intervention has other shapes than these rows and this model, or a concrete span that is not
             resolved; or if `stop_at_layer` is outside 1..L or cannot be had.
         """
+        ids, positions = _checked_tokens(ids, positions)
         if stop_at_layer is not None:
             _check_stop(stop_at_layer, self.config.n_layers, cache, layers)
         if intervention is not None:
@@ -406,6 +409,25 @@ class Llama(nnx.Module):
         """W_U x, without the final norm: [..., D] to [..., V] float32."""
         unembedding = (self.embed_tokens if self.lm_head is None else self.lm_head)[...]
         return matmul(x, unembedding.astype(dtype or unembedding.dtype), spec="...d,vd->...v")
+
+
+def _checked_tokens(ids: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both as arrays; ValueError if they are none that a model can be run on."""
+    ids, positions = jnp.asarray(ids), jnp.asarray(positions)
+    for name, array in (("ids", ids), ("positions", positions)):
+        if array.ndim != 2 or array.shape != ids.shape or not jnp.issubdtype(array.dtype, jnp.integer):
+            raise ValueError(
+                f"{name} are {array.dtype} of shape {array.shape}, expected integers of shape [rows, tokens], "
+                f"as many positions as ids; ids have the shape {ids.shape}"
+            )
+    if not isinstance(positions, Tracer):
+        for row, places in enumerate(np.asarray(positions)):
+            if np.any(np.diff(places[places >= 0]) <= 0):
+                raise ValueError(
+                    f"positions of row {row} are {places[:8].tolist()}..., expected places 0, 1, 2, ... and {PAD} at "
+                    "padding, as `left_pad` and `right_pad` give them; an attention mask is something else"
+                )
+    return ids, positions
 
 
 def _check_stop(stop_at_layer: int, n_layers: int, cache: KVCache | None, layers: tuple[Block, ...] | None) -> None:

@@ -233,6 +233,21 @@ def test_padded_rows_equal_hugging_face_on_each_row_alone(pad):
         assert relative_error(keys[:, :, tokens], hf_keys(reference, alone[0])) < TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("ids", "positions", "message"),
+    [
+        ([[1, 2, 3]], [[1, 1, 0]], r"positions of row 0 are \[1, 1, 0\].*an attention mask is something else"),
+        ([1, 2, 3], [0, 1, 2], r"ids are int32 of shape \(3,\), expected integers of shape \[rows, tokens\]"),
+        ([[1, 2]], [[0, 1, 2]], r"positions are int32 of shape \(1, 3\).*ids have the shape \(1, 2\)"),
+        ([[1, 2], [3, 4]], [[0, 1]], r"positions are int32 of shape \(1, 2\)"),
+        ([[1.0, 2.0]], [[0, 1]], "ids are float32"),
+    ],
+)
+def test_tokens_that_no_model_can_be_run_on_are_refused(ids, positions, message):
+    with pytest.raises(ValueError, match=message):
+        pair()[1](ids, positions)
+
+
 def test_ids_at_padding_change_nothing():
     _, model = pair()
     ids, positions = left_pad([row[:n].tolist() for row, n in zip(IDS, LENGTHS, strict=True)], T)
