@@ -1,0 +1,39 @@
+"""The compiler for TPUs, which needs none."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+SIZES = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "vocab_size": 1024,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.mark.parametrize("flags", [["--chips=1"], ["--chips=4", "--model_parallel=2"]], ids=["one chip", "2 x 2 chips"])
+def test_sampling_and_reading_compile_and_copy_no_cache(tmp_path: Path, flags: list[str]) -> None:
+    pytest.importorskip("libtpu", reason="needs libtpu, which the extra `tpu` brings")
+    (tmp_path / "config.json").write_text(json.dumps(SIZES))
+    shapes = ["--rows=16", "--prompt_tokens=128", "--new_tokens=128", "--read_rows=8", "--read_tokens=256"]
+    command = [sys.executable, str(SCRIPTS / "compile_for_tpu.py"), f"--config_json={tmp_path / 'config.json'}"]
+    done = subprocess.run([*command, "--topology=v5e:2x2", *flags, *shapes], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    sampled, read = (json.loads(line) for line in done.stdout.splitlines())
+    assert sampled["cache_copies_per_block"] == 0
+    assert sampled["given_gb"] < 0.1
+    assert read["on_the_way_gb"] < 0.1
