@@ -50,7 +50,7 @@ _KNOWN = frozenset(
         "use_rslora",
     }
 )
-_INITIALISATIONS = ("none", "true", "false", "gaussian", "eva", "orthogonal")  # that leave W itself as it is
+_INITIALISATIONS = ("none", "true", "false", "gaussian", "eva", "mica", "orthogonal")  # that leave W itself as it is
 
 Adapters = dict[str, dict[str, jax.Array]]
 
