@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.typing import DTypeLike
 from safetensors import safe_open
 
 from backtrack_jax import store
@@ -153,7 +154,7 @@ def save(adapters: Adapters, lora: Lora, folder: str | os.PathLike[str], base: s
     store.write_text(folder / _CONFIG, json.dumps(config, indent=1) + "\n")
 
 
-def load(folder: str | os.PathLike[str], dtype: str | None = None) -> Llama:
+def load(folder: str | os.PathLike[str], dtype: DTypeLike | None = None) -> Llama:
     """The model that adapters belong to, with them folded into its weights.
 
     Args:

@@ -268,6 +268,7 @@ def test_peft_applies_the_same_adapters(model: Llama, folder: Path, tmp_path: Pa
         {"target_modules": "all-linear"},
         {"target_modules": ["self_attn.q_proj", "mlp.up_proj"]},
         {"target_modules": ["v_proj"], "use_rslora": True},
+        {"target_modules": ["v_proj"], "init_lora_weights": "mica"},
         {"target_modules": ["v_proj"], "init_lora_weights": "gaussian", "layers_to_transform": [0, 1, 2]},
     ],
     ids=str,
