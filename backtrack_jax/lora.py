@@ -6,6 +6,7 @@ are folded into them, and the model is like any other. Files are those of Huggin
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.typing import DTypeLike
 from safetensors import safe_open
 
 from backtrack_jax import store
@@ -23,18 +25,33 @@ from backtrack_jax.models.llama import Adapted, Llama
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# PEFT's options that make another change than alpha / rank * A B, or one of other weights.
-_OTHER_CHANGES = (
-    "use_rslora",
-    "use_dora",
-    "rank_pattern",
-    "alpha_pattern",
-    "fan_in_fan_out",
-    "modules_to_save",
-    "bias",
-    "alora_invocation_tokens",
+# Fields of PEFT's file that are followed, or that change nothing in a forward pass over the tensors that are there. A
+# field that is not here may mean another change than alpha / rank * A B: it is refused unless it has PEFT's default.
+_KNOWN = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "ensure_weight_tying",  # of embeddings, which are not adapted here
+        "eva_config",  # how A and B were initialised
+        "exclude_modules",  # as with the layers, what is left out is found to be missing
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "lora_dropout",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "revision",
+        "target_modules",
+        "task_type",
+        "use_rslora",
+    }
 )
-_OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that change W itself
+_INITIALISATIONS = ("none", "true", "false", "gaussian", "eva", "mica", "orthogonal")  # that leave W itself as it is
 
 Adapters = dict[str, dict[str, jax.Array]]
 
@@ -106,7 +123,7 @@ def trainable(model: Llama, lora: Lora, key: jax.Array) -> tuple[Adapters, Any, 
     return init(model, lora, key), state, build
 
 
-def save(adapters: Adapters, lora: Lora, folder: Path, base: str) -> None:
+def save(adapters: Adapters, lora: Lora, folder: str | os.PathLike[str], base: str) -> None:
     """Writes adapters as PEFT does.
 
     Args:
@@ -115,6 +132,7 @@ def save(adapters: Adapters, lora: Lora, folder: Path, base: str) -> None:
       folder: made here.
       base: where the model comes from that they belong to.
     """
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for path, pair in adapters.items():
@@ -136,23 +154,33 @@ def save(adapters: Adapters, lora: Lora, folder: Path, base: str) -> None:
     store.write_text(folder / _CONFIG, json.dumps(config, indent=1) + "\n")
 
 
-def load(folder: Path, dtype: str | None = None) -> Llama:
+def load(folder: str | os.PathLike[str], dtype: DTypeLike | None = None) -> Llama:
     """The model that adapters belong to, with them folded into its weights.
 
     Args:
-      folder: what `save` wrote.
+      folder: what `save` or PEFT wrote, with or without its rank-stabilised scaling.
       dtype: of the model, see `checkpoint.load`.
 
     Raises:
       FileNotFoundError: there are no adapters, or their model is not there.
-      ValueError: the adapters do not fit the model, or PEFT would apply them in another way than `attach`.
+      ValueError: the adapters are not LoRA, do not fit the model, do not say which it is, or PEFT would apply them in
+        another way than `attach`.
     """
+    folder = Path(folder)
     if not (folder / _CONFIG).is_file():
         raise FileNotFoundError(f"{folder} holds no adapters: it has no {_CONFIG}")
     config = json.loads((folder / _CONFIG).read_text())
     _check_options(config, folder)
-    lora = Lora(config["r"], config["lora_alpha"], tuple(config["target_modules"]))
-    model = checkpoint.load(config["base_model_name_or_path"], dtype)
+    if not (folder / _WEIGHTS).is_file():
+        others = [path.name for path in folder.glob("adapter_model*")]
+        raise FileNotFoundError(
+            f"{folder} has no {_WEIGHTS}" + (f", only {', '.join(others)}; convert it to safetensors" if others else "")
+        )
+    # Rank-stabilised LoRA (arXiv 2312.03732) is alpha / sqrt(rank) A B. Targets may be whole names of modules.
+    alpha = config["lora_alpha"] * (config["r"] ** 0.5 if config.get("use_rslora") else 1)
+    targets = sorted({name.rpartition(".")[2] for name in config["target_modules"]})
+    lora = Lora(config["r"], alpha, tuple(targets))
+    model = checkpoint.load(config["base_model_name_or_path"], dtype, revision=config.get("revision"))
     with safe_open(folder / _WEIGHTS, "np") as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dictionary
     return fold(attach(model, _stacked(stored, model, lora, folder), lora))
@@ -160,13 +188,20 @@ def load(folder: Path, dtype: str | None = None) -> Llama:
 
 def _check_options(config: Mapping[str, Any], folder: Path) -> None:
     """ValueError lists the options of PEFT that are not followed here."""
-    refused = [name for name in _OTHER_CHANGES if config.get(name) not in (None, False, "none", [], {})]
-    if str(config.get("init_lora_weights")).startswith(_OTHER_BASES):
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{folder} holds adapters with peft_type={config.get('peft_type')!r}, expected 'LORA'")
+    if not config.get("base_model_name_or_path"):
+        raise ValueError(
+            f"{folder} holds adapters with base_model_name_or_path={config.get('base_model_name_or_path')!r}, expected "
+            f"the folder or hub id of the model that they belong to; write it into {_CONFIG}"
+        )
+    refused = [name for name, value in config.items() if name not in _KNOWN and value and value != "none"]
+    if str(config.get("init_lora_weights")).lower() not in _INITIALISATIONS:
         refused.append("init_lora_weights")
-    if not isinstance(config["target_modules"], list):
+    if not isinstance(config.get("target_modules"), list):
         refused.append("target_modules")
     if refused:
-        listed = ", ".join(f"{name}={config[name]!r}" for name in refused)
+        listed = ", ".join(f"{name}={config.get(name)!r}" for name in refused)
         raise ValueError(
             f"{folder} holds adapters with {listed}; expected a list of names as target_modules, and PEFT's defaults "
             "of the other options"

@@ -1,6 +1,7 @@
 """Where a path of a config points to on this machine. Without JAX, since checking a config is instant."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 _PACKAGE = "package:"
@@ -10,12 +11,13 @@ _INSTALL = {
 }
 
 
-def local_path(path: str) -> Path:
+def local_path(path: str | os.PathLike[str]) -> Path:
     """The path, whether something is there or not; `package:module/file` is inside an installed Python package.
 
     Raises:
       FileNotFoundError: the package is not installed, or has no such file; says what to install.
     """
+    path = os.fspath(path)
     return _inside_package(path) if path.startswith(_PACKAGE) else Path(path).expanduser()
 
 

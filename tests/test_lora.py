@@ -81,6 +81,15 @@ DEFAULTS = {  # as PEFT writes them
     "bias": "none",
     "alora_invocation_tokens": None,
     "init_lora_weights": True,
+    "lora_bias": False,
+    "lora_dropout": 0.05,
+    "layer_replication": None,
+    "layers_to_transform": [0, 1, 2],
+    "loftq_config": {},
+    "megatron_core": "megatron.core",
+    "qalora_group_size": 16,
+    "peft_version": "0.21.2",
+    "revision": None,
 }
 
 
@@ -122,7 +131,6 @@ def test_adapters_of_another_model_are_refused(model: Llama, folder: Path, tmp_p
 @pytest.mark.parametrize(
     "options",
     [
-        {"use_rslora": True},
         {"use_dora": True},
         {"rank_pattern": {"q_proj": 4}},
         {"alpha_pattern": {"q_proj": 4}},
@@ -130,9 +138,14 @@ def test_adapters_of_another_model_are_refused(model: Llama, folder: Path, tmp_p
         {"modules_to_save": ["lm_head"]},
         {"bias": "lora_only"},
         {"alora_invocation_tokens": [1, 2]},
+        {"layer_replication": [[1, 2], [0, 2]]},
+        {"lora_bias": True},
+        {"an_option_of_later_versions": 1},
         {"init_lora_weights": "pissa_niter_4"},
+        {"init_lora_weights": "OLoRA"},
         {"target_modules": "all-linear"},
-        {"use_rslora": True, "alpha_pattern": {"q_proj": 4}},
+        {"target_modules": None},
+        {"use_dora": True, "alpha_pattern": {"q_proj": 4}},
     ],
     ids=", ".join,
 )
@@ -146,6 +159,41 @@ def test_options_of_peft_that_are_not_followed_are_refused(
     listed = ", ".join(f"{name}={value!r}" for name, value in options.items())
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path} holds adapters with {listed}; expected")):
         lora_.load(tmp_path, "float32")
+
+
+def test_what_is_no_lora_or_names_no_model_is_refused(model: Llama, folder: Path, tmp_path: Path) -> None:
+    lora = Lora(rank=3)
+    lora_.save(trained(model, lora), lora, str(tmp_path), str(folder))
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({"peft_type": "IA3", "base_model_name_or_path": str(folder)}))
+    with pytest.raises(ValueError, match=f"{tmp_path} holds adapters with peft_type='IA3', expected 'LORA'"):
+        lora_.load(str(tmp_path))
+    path.write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match="base_model_name_or_path=None, expected the folder or hub id of the model"):
+        lora_.load(str(tmp_path))
+    path.write_text(json.dumps(config))
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_model.safetensors, only adapter_model.bin; convert"):
+        lora_.load(str(tmp_path))
+
+
+def test_the_base_model_is_that_of_the_named_revision(
+    model: Llama, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora = Lora(rank=3)
+    lora_.save(trained(model, lora), lora, tmp_path, "owner/name")
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"revision": "v1"}))
+    asked = []
+
+    def resolve(name: str, revision: str | None = None) -> Path:
+        asked.append((name, revision))
+        return folder
+
+    monkeypatch.setattr(checkpoint, "resolve", resolve)
+    lora_.load(tmp_path)
+    assert asked == [("owner/name", "v1")]
 
 
 def test_adapters_beside_the_weights_compute_what_the_folded_model_does(model: Llama) -> None:
@@ -209,3 +257,37 @@ def test_peft_applies_the_same_adapters(model: Llama, folder: Path, tmp_path: Pa
     merged = merged_with(model, adapters, lora)
     ours = merged.logits(merged(jax.numpy.asarray(ids), jax.numpy.arange(12)[None]).resid)
     assert relative_error(ours, theirs) < 1e-4
+
+
+@pytest.mark.hf
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads it
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "down_proj"]},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["self_attn.q_proj", "mlp.up_proj"]},
+        {"target_modules": ["v_proj"], "use_rslora": True},
+        {"target_modules": ["v_proj"], "init_lora_weights": "mica"},
+        {"target_modules": ["v_proj"], "init_lora_weights": "gaussian", "layers_to_transform": [0, 1, 2]},
+    ],
+    ids=str,
+)
+def test_what_peft_saves_is_applied_as_peft_applies_it(options: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="peft, which these files are for, is not installed")
+    import torch
+
+    theirs = peft.get_peft_model(hf_llama(), peft.LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=5, **options))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.2, generator=generator)
+        theirs.save_pretrained(tmp_path)
+        config = tmp_path / "adapter_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(folder)}))
+        ids = np.arange(12)[None]
+        expected, plain = theirs(torch.tensor(ids)).logits, hf_llama()(torch.tensor(ids)).logits
+    ours = lora_.load(tmp_path, "float32")
+    logits = ours.logits(ours(jnp.asarray(ids), jnp.arange(12)[None]).resid)
+    assert relative_error(logits, expected) < 1e-4 < relative_error(plain, expected)

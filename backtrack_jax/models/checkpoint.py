@@ -12,6 +12,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Container, Iterable, Mapping
@@ -26,6 +27,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from jax.sharding import Mesh, Sharding
+from jax.typing import DTypeLike
 
 from backtrack_jax.models import gguf, safetensors
 from backtrack_jax.models.config import LlamaConfig
@@ -49,7 +51,7 @@ _TILE = 256  # rows and columns: two tiles fit into a core's cache
 Keys = tuple[str, ...]  # of a weight in the model
 
 
-def resolve(path_or_id: str, revision: str | None = None) -> Path:
+def resolve(path_or_id: str | os.PathLike[str], revision: str | None = None) -> Path:
     """Finds a model on disk, fetching it from the Hugging Face hub if it is a hub id that is not there yet.
 
     Args:
@@ -63,6 +65,7 @@ def resolve(path_or_id: str, revision: str | None = None) -> Path:
     Raises:
       FileNotFoundError: there is nothing under that name, or its package is not installed; says what to install.
     """
+    path_or_id = os.fspath(path_or_id)
     path = local_path(path_or_id)
     if path.exists():
         return path
@@ -77,20 +80,20 @@ def resolve(path_or_id: str, revision: str | None = None) -> Path:
         ) from error
 
 
-def is_hub_id(path_or_id: str) -> bool:
+def is_hub_id(path_or_id: str | os.PathLike[str]) -> bool:
     """Whether the hub is asked for it where no folder or file has this name: `owner/name`."""
-    return bool(re.fullmatch(r"(?!\.)[\w.-]+/[\w.-]+(?<!\.gguf)", path_or_id))
+    return bool(re.fullmatch(r"(?!\.)[\w.-]+/[\w.-]+(?<!\.gguf)", os.fspath(path_or_id)))
 
 
-def hub_commit(path_or_id: str, revision: str | None = None) -> str | None:
+def hub_commit(path_or_id: str | os.PathLike[str], revision: str | None = None) -> str | None:
     """Commit that a hub id stood for when it was fetched; None for what is no hub id or was not fetched."""
     if Path(path_or_id).expanduser().exists() or not is_hub_id(path_or_id):
         return None
-    cached = try_to_load_from_cache(path_or_id, "config.json", revision=revision)
+    cached = try_to_load_from_cache(os.fspath(path_or_id), "config.json", revision=revision)
     return Path(cached).parent.name if isinstance(cached, str) else None
 
 
-def read_config(path: Path) -> LlamaConfig:
+def read_config(path: str | os.PathLike[str]) -> LlamaConfig:
     """Reads the configuration of a checkpoint and none of its weights.
 
     Args:
@@ -100,14 +103,15 @@ def read_config(path: Path) -> LlamaConfig:
       FileNotFoundError: there is no checkpoint.
       ValueError: it is not a Llama that this program implements.
     """
+    path = Path(path)
     if path.suffix == ".gguf":
         return gguf.open_gguf(path)[0]
     if not (path / _CONFIG).is_file():
-        raise FileNotFoundError(f"{path} is no checkpoint: it has no {_CONFIG} and is no .gguf file")
+        raise FileNotFoundError(f"{path} is no checkpoint: it has no {_CONFIG} and is no .gguf file{_others(path)}")
     return LlamaConfig.from_file(path / _CONFIG)
 
 
-def check(path: Path) -> None:
+def check(path: str | os.PathLike[str]) -> None:
     """Refuses a checkpoint that `load` would refuse, as far as that shows without reading weights; takes no time.
 
     Args:
@@ -116,18 +120,25 @@ def check(path: Path) -> None:
     Raises:
       FileNotFoundError, ValueError: as `load`.
     """
+    path = Path(path)
     if (path / _ORBAX).is_dir():
         read_config(path)
     else:
         _open(path)
 
 
-def load(path_or_id: str, dtype: str | None = None, mesh: Mesh | None = None, revision: str | None = None) -> Llama:
+def load(
+    path_or_id: str | os.PathLike[str],
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    revision: str | None = None,
+) -> Llama:
     """Loads a model.
 
     Args:
       path_or_id: what `resolve` takes: a Hugging Face folder or hub id, a GGUF file, a folder of `save_orbax`.
-      dtype: `bfloat16`, `float16` or `float32`; None for the smallest that holds every stored weight exactly.
+      dtype: `bfloat16`, `float16` or `float32`, or such a dtype; None for the smallest that holds every stored
+        weight exactly.
       mesh: devices to spread the weights over, from `sharding.make_mesh`; None for the default device.
       revision: commit, tag or branch of a hub id.
 
@@ -139,17 +150,26 @@ def load(path_or_id: str, dtype: str | None = None, mesh: Mesh | None = None, re
       ValueError: names everything in the checkpoint that is unknown, missing, of the wrong shape or dtype, there twice,
         in contradiction to its index, truncated or not finite.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r}, expected one of {DTYPES} or None")
+    name = None if dtype is None else _dtype_name(dtype)
     path = resolve(path_or_id, revision)
     if (path / _ORBAX).is_dir():
-        return _load_orbax(path, dtype, mesh)
+        return _load_orbax(path, name, mesh)
     config, tensors = _open(path)
-    target_dtype = jnp.dtype(dtype or _exact_dtype(tensors[name].dtype for name in expected_tensors(config)))
+    target_dtype = jnp.dtype(name or _exact_dtype(tensors[name].dtype for name in expected_tensors(config)))
     return _fill(config, tensors, target_dtype, mesh)
 
 
-def save_hf(model: Llama, folder: Path) -> None:
+def _dtype_name(dtype: DTypeLike) -> str:
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:  # no dtype at all
+        name = None
+    if name not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}, expected one of {DTYPES} or None")
+    return name
+
+
+def save_hf(model: Llama, folder: str | os.PathLike[str]) -> None:
     """Writes `config.json` and safetensors for Hugging Face transformers; an interrupted write leaves no such folder.
 
     Raises:
@@ -164,7 +184,10 @@ def save_hf(model: Llama, folder: Path) -> None:
 
 
 def write_hf(
-    config: LlamaConfig, tensors: Mapping[str, LazyTensor], folder: Path, shard_bytes: int = SHARD_BYTES
+    config: LlamaConfig,
+    tensors: Mapping[str, LazyTensor],
+    folder: str | os.PathLike[str],
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes a Hugging Face folder from tensors that are read one at a time.
 
@@ -178,6 +201,7 @@ def write_hf(
       FileExistsError: the folder exists.
       ValueError: the tensors are not those of the architecture.
     """
+    folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder} exists; a checkpoint is not written over")
     faults = _faults(config, tensors, set())
@@ -191,7 +215,7 @@ def write_hf(
     partial.rename(folder)
 
 
-def save_orbax(model: Llama, folder: Path) -> None:
+def save_orbax(model: Llama, folder: str | os.PathLike[str]) -> None:
     """Writes weights with Orbax, each device its part, beside a `config.json`; `load` reads the folder back.
 
     Orbax gives `params` its name when it is complete, so an interrupted write is no checkpoint.
@@ -199,6 +223,7 @@ def save_orbax(model: Llama, folder: Path) -> None:
     Raises:
       FileExistsError: the folder holds a checkpoint.
     """
+    folder = Path(folder)
     if (folder / _ORBAX).exists():
         raise FileExistsError(f"{folder} holds a checkpoint; it is not written over")
     folder.mkdir(parents=True, exist_ok=True)
@@ -241,7 +266,9 @@ def _open_folder(path: Path) -> tuple[dict[str, LazyTensor], list[str], set[str]
             raise ValueError("\n  ".join(faults) or f"{single} holds no tensor")
         return found, faults, set()
     if not index.is_file():
-        raise FileNotFoundError(f"{path} has neither {_WEIGHTS} nor {_INDEX} nor an Orbax folder {_ORBAX}")
+        raise FileNotFoundError(
+            f"{path} has neither {_WEIGHTS} nor {_INDEX} nor an Orbax folder {_ORBAX}{_others(path)}"
+        )
     try:
         weight_map = {name: str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -270,6 +297,12 @@ def _open_folder(path: Path) -> tuple[dict[str, LazyTensor], list[str], set[str]
         ]
         tensors |= found
     return tensors, faults, unreadable | weight_map.keys() - tensors.keys()
+
+
+def _others(path: Path) -> str:
+    """End of a message that names weights in forms that are not read."""
+    found = sorted(file.name for pattern in ("pytorch_model*", "consolidated*") for file in path.glob(pattern))
+    return f"; it has {', '.join(found)}: convert that to Hugging Face's safetensors" if found else ""
 
 
 def _abstract(config: LlamaConfig, dtype: jnp.dtype) -> Llama:

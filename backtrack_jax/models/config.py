@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ _IGNORED = frozenset(
         "initializer_range",
         "is_llama_config",
         "max_position_embeddings",
+        "max_sequence_length",
         "pad_token_id",
+        "pretraining_tp",  # how a matrix product was split, which is the same product
         "torch_dtype",
         "transformers.js_config",
         "transformers_version",
@@ -36,7 +39,6 @@ _REQUIRED_VALUES = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
-    "pretraining_tp": 1,
     "rope_interleaved": False,
 }
 _SIZES = {
@@ -47,7 +49,8 @@ _SIZES = {
     "num_attention_heads": "n_heads",
 }
 _ROPE_FIELDS = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
-_HANDLED = frozenset({"num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings"}) | _ROPE_FIELDS
+_HANDLED = _ROPE_FIELDS | {"num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "layer_types"}
+_DEFAULT_ROPE_THETA = 10000.0  # Hugging Face's, where the file says nothing: Llama 1 and 2
 _LLAMA3_FIELDS = {
     "factor": "factor",
     "low_freq_factor": "low_freq_factor",
@@ -141,12 +144,12 @@ class LlamaConfig:
           ValueError: names, at once, every field that is missing, unknown, or has a value that is not implemented.
         """
         faults = _faults(fields)
-        theta, scaling = None, None
+        theta, scaling = _DEFAULT_ROPE_THETA, None
         try:
             theta, scaling = _rope_from_hf(fields)
         except ValueError as error:
             faults.append(str(error))
-        if faults or theta is None:
+        if faults:
             raise ValueError("config.json is not a Llama that this program implements:\n  " + "\n  ".join(faults))
         n_heads = fields["num_attention_heads"]
         head_dim = fields.get("head_dim")
@@ -161,10 +164,10 @@ class LlamaConfig:
         )
 
     @classmethod
-    def from_file(cls, path: Path) -> "LlamaConfig":
+    def from_file(cls, path: str | os.PathLike[str]) -> "LlamaConfig":
         """Reads a `config.json`; raises ValueError naming the file when it is not JSON or not such a Llama."""
         try:
-            fields = json.loads(path.read_text())
+            fields = json.loads(Path(path).read_text())
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
         try:
@@ -195,7 +198,9 @@ class LlamaConfig:
 
 def _faults(fields: Mapping[str, Any]) -> list[str]:
     known = _IGNORED | _HANDLED | _SIZES.keys() | _REQUIRED_VALUES.keys()
-    faults = [f"unknown field {name}={fields[name]!r}" for name in sorted(fields.keys() - known)]
+    faults = [
+        f"unknown field {name}={fields[name]!r}" for name in sorted(fields.keys() - known) if fields[name] is not None
+    ]
     required = [*_SIZES, "rms_norm_eps", "model_type"]
     faults += [f"missing field {name}" for name in required if fields.get(name) is None]
     faults += [
@@ -203,6 +208,8 @@ def _faults(fields: Mapping[str, Any]) -> list[str]:
         for name, value in _REQUIRED_VALUES.items()
         if fields.get(name, value) != value
     ]
+    if set(fields.get("layer_types") or []) - {"full_attention"}:
+        faults.append(f"layer_types={fields['layer_types']!r}, only 'full_attention' is implemented")
     architectures = fields.get("architectures")
     if architectures is not None and architectures != ["LlamaForCausalLM"]:
         faults.append(f"architectures={architectures!r}, only ['LlamaForCausalLM'] is implemented")
@@ -219,7 +226,7 @@ def _rope_from_hf(fields: Mapping[str, Any]) -> tuple[float, Llama3RopeScaling |
     theta = parameters.pop("rope_theta", fields.get("rope_theta"))
     old = fields.get("rope_theta")
     if theta is None:
-        raise ValueError("missing field rope_theta (or rope_parameters.rope_theta)")
+        theta = _DEFAULT_ROPE_THETA
     if old is not None and not math.isclose(old, theta):
         raise ValueError(f"rope_theta={old!r} contradicts rope_parameters.rope_theta={theta!r}")
     kinds = {parameters.pop(name) for name in ("rope_type", "type") if name in parameters} or {"default"}

@@ -5,8 +5,10 @@ maps the whole file for as long as it lives); the dequantisation is that of the 
 """
 
 import dataclasses
+import itertools
 import math
 import mmap
+import os
 import re
 import struct
 from collections.abc import Mapping
@@ -30,6 +32,7 @@ _QUANTIZED = {
     GGMLQuantizationType[name]
     for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 }
+_KIND_CODES = frozenset(kind.value for kind in GGMLQuantizationType)
 _ROWS = 4096  # dequantised at a time, because its temporaries are several times the result
 
 _SCALARS = {
@@ -66,7 +69,7 @@ _OUTSIDE = {
 }
 _ROPE_FACTORS = "rope_freqs.weight"
 
-_IGNORED_PREFIXES = ("general.", "tokenizer.", "quantize.")
+_PREFIXES = ("llama.", "split.", "adapter.")  # of the keys that may change the model; who made the file, say, does not
 _REQUIRED = (
     "llama.block_count",
     "llama.embedding_length",
@@ -81,9 +84,18 @@ _OPTIONAL = (
     "llama.context_length",  # changes nothing here
     "llama.rope.dimension_count",
     "llama.rope.freq_base",
-    "llama.rope.scaling.type",
+    "llama.tensor_data_layout",  # says that q and k are permuted, as they are in every file
     "llama.vocab_size",
+    "split.no",
+    "split.tensors.count",
 )
+# Keys of which some values, those of a model in one file as it is implemented here, are accepted.
+_ACCEPTED = {
+    "llama.expert_count": (0,),
+    "llama.expert_used_count": (0,),
+    "llama.rope.scaling.type": ("none",),
+    "split.count": (0, 1),
+}
 _DEFAULT_ROPE_THETA = 10000.0  # llama.cpp's, where the file says nothing
 
 
@@ -143,7 +155,7 @@ class _Cursor:
         return self.scalar(_SCALARS[kind])
 
 
-def read_header(path: Path) -> GgufHeader:
+def read_header(path: str | os.PathLike[str]) -> GgufHeader:
     """Reads metadata and the list of tensors.
 
     Args:
@@ -154,8 +166,9 @@ def read_header(path: Path) -> GgufHeader:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is empty, truncated, of another version or no GGUF file.
+      ValueError: it is empty, truncated, of another version or no GGUF file, or tensors overlap.
     """
+    path = Path(path)
     size = path.stat().st_size
     if size == 0:
         raise ValueError(f"{path} is empty, expected a GGUF file")
@@ -167,16 +180,28 @@ def read_header(path: Path) -> GgufHeader:
         try:
             header = _parse_header(cursor)
         except (struct.error, ValueError) as error:
-            raise ValueError(f"{path} is a truncated or malformed GGUF file of {size} bytes: {error}") from error
+            raise ValueError(
+                f"{path}, of {size} bytes, is truncated, malformed or of a kind that is not read: {error}"
+            ) from error
     ends = {name: tensor.offset + _stored_bytes(tensor) for name, tensor in header.tensors.items()}
     beyond = [f"{name} ends at byte {end}" for name, end in ends.items() if end > size]
     if beyond:
         raise ValueError(f"{path} is truncated: it has {size} bytes, but\n  " + "\n  ".join(beyond))
+    in_order = sorted(header.tensors, key=lambda name: (header.tensors[name].offset, ends[name]))
+    overlaps = [
+        f"{later} starts at byte {header.tensors[later].offset}, where {earlier} ends at {ends[earlier]}"
+        for earlier, later in itertools.pairwise(in_order)
+        if header.tensors[later].offset < ends[earlier]
+    ]
+    if overlaps:
+        raise ValueError(f"{path} is malformed: tensors overlap\n  " + "\n  ".join(overlaps))
     return header
 
 
 def _parse_header(cursor: _Cursor) -> GgufHeader:
     version, n_tensors, n_keys = cursor.scalar("<I"), cursor.scalar("<Q"), cursor.scalar("<Q")
+    if int.from_bytes(version.to_bytes(4, "little"), "big") in _VERSIONS:
+        raise ValueError("it is big-endian, only little-endian files are read")
     if version not in _VERSIONS:
         raise ValueError(f"GGUF version {version}, only {_VERSIONS} (little-endian) are read")
     metadata: dict[str, Any] = {}
@@ -185,20 +210,24 @@ def _parse_header(cursor: _Cursor) -> GgufHeader:
         if key in metadata:
             raise ValueError(f"{key} stands in it twice")
         metadata[key] = cursor.value(GGUFValueType(cursor.scalar("<I")))
+    alignment = metadata.get("general.alignment", 32)
     placed: dict[str, GgufTensor] = {}
     for _ in range(n_tensors):
         name, n_axes = cursor.string(), cursor.scalar("<I")
         shape = tuple(cursor.scalar("<Q") for _ in range(n_axes))[::-1]
-        kind = GGMLQuantizationType(cursor.scalar("<I"))
+        code, offset = cursor.scalar("<I"), cursor.scalar("<Q")
+        if code not in _KIND_CODES:
+            raise ValueError(f"tensor {name} is stored as type {code}, which the gguf package does not know")
         if name in placed:
             raise ValueError(f"tensor {name} stands in it twice")
-        placed[name] = GgufTensor(shape, kind, cursor.scalar("<Q"))
-    alignment = metadata.get("general.alignment", 32)
+        if offset % alignment:
+            raise ValueError(f"tensor {name} starts at byte {offset} of the data, no multiple of {alignment}")
+        placed[name] = GgufTensor(shape, GGMLQuantizationType(code), offset)
     start = -(-cursor.offset // alignment) * alignment
     return GgufHeader(metadata, {name: t._replace(offset=start + t.offset) for name, t in placed.items()})
 
 
-def open_gguf(path: Path) -> tuple[LlamaConfig, dict[str, LazyTensor]]:
+def open_gguf(path: str | os.PathLike[str]) -> tuple[LlamaConfig, dict[str, LazyTensor]]:
     """Reads a Llama's configuration and lists its tensors under their Hugging Face names.
 
     Tensors stored as F32, F16 or BF16 keep that dtype; quantised ones are float32 when read. The rows of `q_proj` and
@@ -214,6 +243,7 @@ def open_gguf(path: Path) -> tuple[LlamaConfig, dict[str, LazyTensor]]:
       FileNotFoundError: there is no such file.
       ValueError: the file is damaged, or its model is none that is implemented; names every key and tensor at fault.
     """
+    path = Path(path)
     metadata, tensors = read_header(path)
     faults = _metadata_faults(metadata)
     faults += [
@@ -247,18 +277,19 @@ def open_gguf(path: Path) -> tuple[LlamaConfig, dict[str, LazyTensor]]:
 def _metadata_faults(metadata: Mapping[str, Any]) -> list[str]:
     if metadata.get("general.architecture") != "llama":
         return [f"general.architecture is {metadata.get('general.architecture')!r}, only 'llama' is implemented"]
-    unknown = metadata.keys() - {*_REQUIRED, *_OPTIONAL}
-    faults = [
-        f"unknown key {key}={metadata[key]!r}" for key in sorted(unknown) if not key.startswith(_IGNORED_PREFIXES)
-    ]
+    unknown = metadata.keys() - {*_REQUIRED, *_OPTIONAL, *_ACCEPTED}
+    faults = [f"unknown key {key}={metadata[key]!r}" for key in sorted(unknown) if key.startswith(_PREFIXES)]
     faults += [f"missing key {key}" for key in _REQUIRED if key not in metadata]
     faults += [
         f"{key} differs between layers, expected one number"
         for key in ("llama.attention.head_count", "llama.attention.head_count_kv", "llama.feed_forward_length")
         if isinstance(metadata.get(key), list)
     ]
-    if metadata.get("llama.rope.scaling.type", "none") != "none":
-        faults.append(f"llama.rope.scaling.type={metadata['llama.rope.scaling.type']!r}, only 'none' is implemented")
+    faults += [
+        f"{key}={metadata[key]!r}, only {' or '.join(map(repr, accepted))} is implemented"
+        for key, accepted in _ACCEPTED.items()
+        if key in metadata and metadata[key] not in accepted
+    ]
     return faults
 
 

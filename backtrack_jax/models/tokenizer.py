@@ -11,6 +11,7 @@ quotes `<｜Assistant｜>` stays text.
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ import tokenizers
 from gguf import GGUFReader, TokenType
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from backtrack_jax.paths import local_path
 
 Span = tuple[int, int]
 
@@ -52,8 +55,22 @@ _DIGITS = {"type": "Digits", "individual_digits": True}
 _GGUF_PRE = {
     "gpt-2": _GgufPre([_BYTE_LEVEL], ignore_merges=False, add_bos=False),
     "smollm": _GgufPre([_DIGITS, _BYTE_LEVEL], ignore_merges=False, add_bos=False),
-    "llama-bpe": _GgufPre(_LLAMA3_STEPS, ignore_merges=True, add_bos=True),
+    # llama.cpp's three names of one pre-tokenizer.
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), _GgufPre(_LLAMA3_STEPS, ignore_merges=True, add_bos=True)),
 }
+# Texts of control tokens that end a reply whatever a GGUF file says, which names one `eos` only: Llama-3-Instruct has
+# three. As in llama.cpp.
+_GGUF_ENDS = frozenset(
+    (
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|end_of_text|>",
+        "<|im_end|>",
+        "<|endoftext|>",
+        "<|end|>",
+        "<｜end▁of▁sentence｜>",
+    )
+)
 
 
 def _byte_of_char() -> dict[str, int]:
@@ -158,16 +175,34 @@ class Tokenizer:
         self._marker_split = re.compile(f"({wholes or _NEVER})")
 
     @classmethod
-    def load(cls, path: Path | str) -> "Tokenizer":
-        """Read the tokenizer of a checkpoint, from its folder or its `.gguf` file (`models.checkpoint.resolve`)."""
-        return cls.from_gguf(path) if Path(path).suffix == ".gguf" else cls.from_folder(path)
+    def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
+        """Read the tokenizer of a checkpoint.
+
+        Args:
+            path: its folder or `.gguf` file, or `package:NAME/FILE`, one inside an installed Python package.
+
+        Returns:
+            The tokenizer.
+
+        Raises:
+            FileNotFoundError: there is no such folder or file, or it lacks a needed file.
+            ValueError: the tokenizer is not handled.
+        """
+        found = local_path(path)
+        if not found.exists():
+            raise FileNotFoundError(
+                f"there is no folder or file {path}; for a model of the Hugging Face hub, give what "
+                "backtrack_jax.models.checkpoint.resolve returns for its id"
+            )
+        return cls.from_gguf(found) if found.suffix == ".gguf" else cls.from_folder(found)
 
     @classmethod
-    def from_folder(cls, folder: Path | str) -> "Tokenizer":
+    def from_folder(cls, folder: str | os.PathLike[str]) -> "Tokenizer":
         """Read a Hugging Face folder.
 
-        Uses `tokenizer.json`, `tokenizer_config.json` and, where present, `chat_template.jinja` and the stop ids of
-        `generation_config.json` (nothing else of it: sampling settings are never taken from a model folder).
+        Uses `tokenizer.json`, `tokenizer_config.json` and, where present, `chat_template.jinja`, in old folders
+        `special_tokens_map.json`, and the stop ids of `generation_config.json` (nothing else of it: sampling settings
+        are never taken from a model folder) or, if it has none, of `config.json`.
 
         Args:
             folder: the folder.
@@ -187,12 +222,19 @@ class Tokenizer:
                 )
         spec = _read_json(folder / "tokenizer.json")
         config = _read_json(folder / "tokenizer_config.json")
-        generation = folder / "generation_config.json"
-        stop = _read_json(generation).get("eos_token_id") if generation.is_file() else None
+        # As transformers do, which take the model's config where there is no generation config.
+        stops = (
+            _optional_json(folder / f"{name}.json").get("eos_token_id") for name in ("generation_config", "config")
+        )
+        stop = next((ids for ids in stops if ids is not None), None)
+        # And for which the map of old folders goes before a config that does not list the added tokens.
+        named = config
+        if "added_tokens_decoder" not in config:
+            named = config | _optional_json(folder / "special_tokens_map.json")
         special = {
-            key: config[key]["content"] if isinstance(config[key], dict) else config[key]
+            key: named[key]["content"] if isinstance(named[key], dict) else named[key]
             for key in ("bos_token", "eos_token", "pad_token", "unk_token")
-            if config.get(key) is not None
+            if named.get(key) is not None
         }
         ids = {key: _id_of(spec, token, key, str(folder)) for key, token in special.items()}
         add_bos = config.get("add_bos_token")
@@ -211,7 +253,7 @@ class Tokenizer:
         )
 
     @classmethod
-    def from_gguf(cls, path: Path | str) -> "Tokenizer":
+    def from_gguf(cls, path: str | os.PathLike[str]) -> "Tokenizer":
         """Build the tokenizer that a GGUF file describes in its metadata.
 
         Args:
@@ -257,23 +299,31 @@ class Tokenizer:
                 "ignore_merges": ignore_merges,
             },
         }
-        ids = {key: read(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos", "eot", "eom", "padding")}
+        keys = ("bos", "eos", "eot", "eom", "padding", "unknown")
+        ids = {key: read(f"tokenizer.ggml.{key}_token_id") for key in keys}
+        # What has another use is no end: SmolLM2's <|endoftext|> is its unknown token.
+        ends = [
+            i
+            for i, (text, kind) in enumerate(zip(texts, kinds, strict=True))
+            if kind == TokenType.CONTROL and text in _GGUF_ENDS and i not in (ids["bos"], ids["unknown"])
+        ]
         return cls(
             spec,
             name=str(path),
             bos_id=ids["bos"] if read("tokenizer.ggml.add_bos_token", add_bos) else None,
-            stop_ids=[ids[key] for key in ("eos", "eot", "eom") if ids[key] is not None],
+            stop_ids=[ids[key] for key in ("eos", "eot", "eom") if ids[key] is not None] + ends,
             pad_id=ids["padding"],
             chat_template=read("tokenizer.chat_template"),
             special_tokens={f"{key}_token": texts[ids[key]] for key in ("bos", "eos") if ids[key] is not None},
         )
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes `tokenizer.json`, `tokenizer_config.json` and the stop ids, as `from_folder` reads them.
 
         Args:
             folder: a folder that is there, usually a model's.
         """
+        folder = Path(folder)
         config = {"add_bos_token": self.bos_id is not None, **self.special_tokens, "chat_template": self.chat_template}
         config |= {"clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"}
         stop = {"eos_token_id": list(self.stop_ids)}
@@ -430,12 +480,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text("utf-8"))
 
 
+def _optional_json(path: Path) -> dict[str, Any]:
+    return _read_json(path) if path.is_file() else {}
+
+
 def _id_of(spec: Mapping[str, Any], token: str, key: str, name: str) -> int:
     for added in spec["added_tokens"]:
         if added["content"] == token:
             return added["id"]
     if token not in spec["model"]["vocab"]:
-        raise ValueError(f"{name}: {key} {token!r} of tokenizer_config.json is not in the vocabulary of tokenizer.json")
+        raise ValueError(f"{name}: {key} {token!r} is not in the vocabulary of tokenizer.json")
     return spec["model"]["vocab"][token]
 
 
@@ -448,8 +502,8 @@ def _post_processor_starts_with(spec: Mapping[str, Any], token: str) -> bool:
 def _default_template(config: Mapping[str, Any]) -> str | None:
     template = config.get("chat_template")
     if isinstance(template, list):  # several named templates
-        return next((entry["template"] for entry in template if entry["name"] == "default"), None)
-    return template
+        template = {entry["name"]: entry["template"] for entry in template}
+    return template.get("default") if isinstance(template, dict) else template
 
 
 def _char_widths(data: bytes) -> list[int]:

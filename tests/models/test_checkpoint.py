@@ -278,11 +278,15 @@ def test_largest_numbers_are_finite_and_overflow_is_not(folder):
     assert f"read as float16) in\n  {UP}" in message(folder, dtype="float16")
 
 
-def test_a_folder_without_weights_says_what_is_looked_for(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+@pytest.mark.parametrize("other", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "consolidated.00.pth"])
+def test_a_folder_without_weights_says_what_is_looked_for(folder, other):
+    (folder / "model.safetensors").rename(folder / other)
     text = message(folder, FileNotFoundError)
     assert "model.safetensors" in text
     assert "model.safetensors.index.json" in text
+    assert text.endswith(f"; it has {other}: convert that to Hugging Face's safetensors")
+    (folder / "config.json").unlink()
+    assert f"; it has {other}: convert" in message(folder, FileNotFoundError)
 
 
 def test_a_folder_without_config_is_no_checkpoint(folder):
@@ -301,8 +305,27 @@ def test_a_malformed_index_is_named(shards, index):
     assert "model.safetensors.index.json is no index" in message(shards)
 
 
-def test_a_dtype_that_is_not_offered_is_refused(folder):
-    assert "dtype='int8', expected one of ('bfloat16', 'float16', 'float32')" in message(folder, dtype="int8")
+@pytest.mark.parametrize("dtype", ["int8", "fp16", jnp.int8, float, torch.float32])
+def test_a_dtype_that_is_not_offered_is_refused(folder, dtype):
+    assert f"dtype={dtype!r}, expected one of ('bfloat16', 'float16', 'float32')" in message(folder, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, np.float16, np.dtype("float16"), jnp.bfloat16, ml_dtypes.bfloat16])
+def test_a_dtype_may_be_given_as_such(original, dtype):
+    assert checkpoint.load(original, dtype).dtype == np.dtype(dtype)
+
+
+def test_paths_are_strings_or_paths(original, tmp_path):
+    assert checkpoint.resolve(original) == checkpoint.resolve(str(original)) == original
+    assert checkpoint.read_config(str(original)) == LlamaConfig.from_file(original / "config.json")
+    assert checkpoint.hub_commit(original) is None
+    assert not checkpoint.is_hub_id(original)
+    checkpoint.check(str(original))
+    model = checkpoint.load(original)
+    checkpoint.save_hf(model, str(tmp_path / "hf"))
+    checkpoint.save_orbax(model, str(tmp_path / "orbax"))
+    for name in ("hf", "orbax"):
+        assert_same(checkpoint.load(tmp_path / name), arrays(model))
 
 
 def test_check_refuses_the_same_and_accepts_the_rest(folder, original_shards):

@@ -221,6 +221,21 @@ def test_what_a_file_may_leave_unsaid(reference, tmp_path):
         assert config.norm_eps == 1e-5  # not 9.999999747378752e-06
 
 
+def test_keys_that_change_nothing(reference, tmp_path):
+    keys = {
+        "mradermacher.quantized_by": "mradermacher",
+        "llama.tensor_data_layout": "Meta AI original pth",
+        "llama.expert_count": 0,
+        "llama.expert_used_count": 0,
+        "split.no": 0,
+        "split.count": 1,
+        "split.tensors.count": 30,
+    }
+    plain, extended = (open_gguf(write(tmp_path / f"{len(k)}.gguf", reference, keys=k)) for k in ({}, keys))
+    assert plain[0] == extended[0]
+    assert plain[1].keys() == extended[1].keys()
+
+
 def refused(path: Path) -> str:
     with pytest.raises(ValueError) as caught:
         checkpoint.load(str(path))
@@ -231,9 +246,10 @@ def refused(path: Path) -> str:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"keys": {"llama.expert_count": 8}}, "unknown key llama.expert_count=8"),
+        ({"keys": {"llama.expert_count": 8}}, "llama.expert_count=8, only 0 is implemented"),
         ({"keys": {"llama.attention.sliding_window": 512}}, "unknown key llama.attention.sliding_window=512"),
-        ({"keys": {"split.count": 3}}, "unknown key split.count=3"),
+        ({"keys": {"split.count": 3}}, "split.count=3, only 0 or 1 is implemented"),
+        ({"keys": {"adapter.type": "lora"}}, "unknown key adapter.type='lora'"),
         ({"keys": {"llama.rope.scaling.type": "yarn"}}, "llama.rope.scaling.type='yarn', only 'none'"),
         ({"keys": {"llama.attention.head_count_kv": [2, 4]}}, "head_count_kv differs between layers"),
         ({"keys": {"llama.rope.dimension_count": 8}}, "llama.rope.dimension_count=8, expected 16"),
@@ -251,6 +267,35 @@ def refused(path: Path) -> str:
 )
 def test_other_models_are_refused_by_name(changes, words, reference, tmp_path):
     assert words in refused(write(tmp_path / "model.gguf", reference, **changes))
+
+
+UP = b"blk.1.ffn_up.weight"
+
+
+def with_entry_changed(path: Path, *, kind: int | None = None, shift: int = 0) -> Path:
+    """The header's line of one tensor, name, number of axes, axes, kind, offset, with another kind or offset."""
+    data = bytearray(path.read_bytes())
+    place = data.index(UP) + len(UP)
+    place += 4 + 8 * int.from_bytes(data[place : place + 4], "little")
+    offset = int.from_bytes(data[place + 4 : place + 12], "little") + shift
+    data[place + 4 : place + 12] = offset.to_bytes(8, "little")
+    if kind is not None:
+        data[place : place + 4] = kind.to_bytes(4, "little")
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kind": 31}, "tensor blk.1.ffn_up.weight is stored as type 31, which the gguf package does not know"),
+        ({"kind": 24}, "tensor blk.1.ffn_up.weight is stored as I8, expected one of"),
+        ({"shift": -4}, "tensor blk.1.ffn_up.weight starts at byte"),
+        ({"shift": -64}, "tensors overlap\n  blk.1.ffn_up.weight starts at byte"),
+    ],
+)
+def test_tensors_that_cannot_be_read_are_named(changes, words, reference, tmp_path):
+    assert words in refused(with_entry_changed(write(tmp_path / "model.gguf", reference), **changes))
 
 
 def test_all_faults_come_in_one_message(reference, tmp_path):
@@ -279,7 +324,7 @@ def test_empty_and_truncated_files_are_named(original, size, tmp_path):
     [
         (b"PK\x03\x04" + bytes(100), "it starts with b'PK\\x03\\x04', expected b'GGUF'"),
         (b"GGUF" + (1).to_bytes(4, "little") + bytes(100), "GGUF version 1"),
-        (b"GGUF" + (3).to_bytes(4, "big") + bytes(100), "GGUF version 50331648"),
+        (b"GGUF" + (3).to_bytes(4, "big") + bytes(100), "it is big-endian, only little-endian files are read"),
     ],
 )
 def test_other_files_are_refused(content, words, tmp_path):

@@ -88,7 +88,31 @@ def test_fields_that_may_be_left_out():
     config = LlamaConfig.from_hf(fields)
     assert (config.n_kv_heads, config.head_dim, config.tied) == (32, 128, False)
     assert LlamaConfig.from_hf(changed(head_dim=64)).head_dim == 64
-    assert LlamaConfig.from_hf(changed(unsloth_fixed=True, unsloth_version="2024.9")) == LlamaConfig.from_hf(changed())
+
+
+def test_fields_that_change_nothing():
+    without_effect = [
+        {"unsloth_fixed": True, "unsloth_version": "2024.9"},
+        {"max_sequence_length": 2048},
+        {"sliding_window": None, "a_field_of_later_versions": None},
+        {"layer_types": ["full_attention"] * 32},
+        {"layer_types": None},
+        {"pretraining_tp": 2},
+    ]
+    assert {LlamaConfig.from_hf(changed(**changes)) for changes in without_effect} == {EXPECTED}
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize("scaling", [None, LLAMA_31_8B["rope_scaling"]], ids=["plain", "llama3"])
+def test_no_rope_theta_is_transformers_default(scaling, tmp_path):
+    """As in the files of Llama 2."""
+    fields = changed(rope_theta=..., rope_scaling=scaling)
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    ours = LlamaConfig.from_file(str(tmp_path / "config.json"))
+    transformers.LlamaConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "theirs")
+    theirs = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    assert ours.rope_theta == theirs["rope_parameters"]["rope_theta"] == 10000.0
+    assert ours == LlamaConfig.from_hf(theirs)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +122,7 @@ def test_fields_that_may_be_left_out():
         ({"quantization_config": {"bits": 4}}, "unknown field quantization_config={'bits': 4}"),
         ({"hidden_size": ...}, "missing field hidden_size"),
         ({"rms_norm_eps": ...}, "missing field rms_norm_eps"),
-        ({"rope_theta": ...}, "missing field rope_theta"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "only 'full_attention' is implemented"),
         ({"model_type": "mistral"}, "model_type='mistral', only 'llama' is implemented"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu', only 'silu' is implemented"),
         ({"attention_bias": True}, "attention_bias=True, only False is implemented"),

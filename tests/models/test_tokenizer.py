@@ -60,7 +60,7 @@ def tiny_spec(**changes: object) -> dict:
 def write_tiny(
     folder: Path, *, spec: dict | None = None, config: dict | None = None, generation: dict | None = None
 ) -> Path:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     config = {"bos_token": "<|bos|>", "eos_token": {"content": "<|end|>"}, "chat_template": CHATML, **(config or {})}
     (folder / "tokenizer.json").write_text(json.dumps(spec or tiny_spec()), "utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
@@ -201,6 +201,38 @@ def test_stop_ids_come_from_both_files(tmp_path: Path) -> None:
     assert Tokenizer.from_folder(write_tiny(tmp_path, generation={"eos_token_id": 260})).stop_ids == (259, 260)
 
 
+def test_stop_ids_of_the_model_s_config_stand_in_for_a_generation_config(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [260, 258]}))
+    assert Tokenizer.from_folder(tmp_path).stop_ids == (258, 259, 260)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 260}))
+    assert Tokenizer.from_folder(tmp_path).stop_ids == (259, 260)
+    write_tiny(tmp_path, generation={"temperature": 0.6})
+    assert Tokenizer.from_folder(tmp_path).stop_ids == (259, 260)
+    write_tiny(tmp_path, generation={"eos_token_id": 258})
+    assert Tokenizer.from_folder(tmp_path).stop_ids == (258, 259)
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize("old", [True, False])
+def test_special_tokens_map_of_old_folders(old: bool, tmp_path: Path) -> None:
+    """As transformers read it: only beside a config that does not list the added tokens, and then before it."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers as the oracle")
+    listed = {str(token["id"]): {**token} for token in tiny_spec()["added_tokens"]}
+    for token in listed.values():
+        del token["id"]
+    config = {"eos_token": "<|end|>", "add_bos_token": True, "tokenizer_class": "PreTrainedTokenizerFast"}
+    write_tiny(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(config | ({} if old else {"added_tokens_decoder": listed}))
+    )
+    named = {"bos_token": {"content": "<|bos|>"}, "eos_token": "<|turn|>"}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(named))
+    read, oracle = Tokenizer.from_folder(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (read.bos_id, read.eos_id) == (oracle.bos_token_id, oracle.eos_token_id)
+    assert (read.bos_id, read.stop_ids) == ((258, (260,)) if old else (None, (259,)))
+
+
 @pytest.mark.parametrize(("flag", "bos"), [(True, 258), (False, None), (None, None)])
 def test_bos_follows_the_config(tmp_path: Path, flag: bool | None, bos: int | None) -> None:
     assert Tokenizer.from_folder(write_tiny(tmp_path, config={"add_bos_token": flag})).bos_id == bos
@@ -230,9 +262,27 @@ def test_faulty_folders_are_refused(tmp_path: Path) -> None:
         Tokenizer.from_folder(write_tiny(tmp_path, spec=spec))
 
 
+def test_a_tokenizer_is_loaded_by_any_name_of_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiny(tmp_path / "a_package" / "tokenizer")
+    (tmp_path / "a_package" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in (tmp_path / "a_package" / "tokenizer", "package:a_package/tokenizer"):
+        assert Tokenizer.load(name).bos_id is None
+        assert Tokenizer.load(str(name)).vocab_size == 262
+    (tmp_path / "saved").mkdir()
+    Tokenizer.load("package:a_package/tokenizer").save(str(tmp_path / "saved"))
+    assert Tokenizer.load(str(tmp_path / "saved")).vocab_size == 262
+    with pytest.raises(
+        FileNotFoundError, match=r"no folder or file owner/name; .* what \S+checkpoint\.resolve returns"
+    ):
+        Tokenizer.load("owner/name")
+
+
 def test_chat_template_file_goes_before_the_config(tmp_path: Path) -> None:
     named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
     write_tiny(tmp_path, config={"chat_template": named})
+    assert Tokenizer.from_folder(tmp_path).chat_template == "yes"
+    write_tiny(tmp_path, config={"chat_template": {entry["name"]: entry["template"] for entry in named}})
     assert Tokenizer.from_folder(tmp_path).chat_template == "yes"
     (tmp_path / "chat_template.jinja").write_text("file", "utf-8")
     assert Tokenizer.from_folder(tmp_path).chat_template == "file"
@@ -361,12 +411,39 @@ def test_gguf_of_the_tiny_tokenizer(tiny: Tokenizer, tmp_path: Path) -> None:
         assert read.encode(text) == tiny.encode(text)
 
 
+def test_gguf_stops_at_every_control_token_that_ends_a_reply(tmp_path: Path) -> None:
+    """The file names one `eos`; llama.cpp stops at the others too."""
+    spec = tiny_spec()
+    flags = spec["added_tokens"][0]
+    added = ["<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>"]
+    spec["added_tokens"] += [
+        {**flags, "id": 262 + i, "content": text, "special": i < 3} for i, text in enumerate(added)
+    ]
+    read = Tokenizer.from_gguf(write_gguf(tmp_path / "three.gguf", spec, bos=258, eos=263))
+    assert (read.stop_ids, read.eos_id) == ((259, 262, 263, 264), 263)
+    read = Tokenizer.from_gguf(write_gguf(tmp_path / "bos.gguf", spec, bos=262, eos=263))
+    assert read.stop_ids == (259, 263, 264)
+    read = Tokenizer.from_gguf(write_gguf(tmp_path / "both.gguf", spec, bos=262, eos=262))  # as GPT-2's
+    assert read.stop_ids == (259, 262, 263, 264)
+
+
+@pytest.mark.parametrize("pre", ["llama3", "llama-v3"])
+def test_gguf_names_of_one_pre_tokenizer(pre: str, tmp_path: Path) -> None:
+    one, other = (
+        Tokenizer.from_gguf(write_gguf(tmp_path / f"{name}.gguf", tiny_spec(), pre=name, bos=258, eos=259))
+        for name in ("llama-bpe", pre)
+    )
+    assert one.bos_id == other.bos_id == 258
+    for text in HARD_TEXTS:
+        assert one.encode(text) == other.encode(text)
+
+
 @pytest.mark.slow
 def test_gguf_of_llama3(r1: Tokenizer, r1_folder: Path, tmp_path: Path) -> None:
     spec = json.loads((r1_folder / "tokenizer.json").read_text("utf-8"))
     path = write_gguf(tmp_path / "r1.gguf", spec, pre="llama-bpe", bos=128000, eos=128001)
     read = Tokenizer.from_gguf(path)
-    assert (read.bos_id, read.stop_ids, read.markers) == (128000, (128001,), r1.markers)
+    assert (read.bos_id, read.stop_ids, read.markers) == (128000, (128001, 128008, 128009), r1.markers)
     for text in HARD_TEXTS:
         assert read.encode(text) == r1.encode(text)
         assert read.encode(text, markers=False) == r1.encode(text, markers=False)
