@@ -30,7 +30,7 @@ from backtrack_jax.models.llama import BlockOutput, Llama
 from backtrack_jax.models.sharding import place_rows
 
 ESTIMATORS = ("trace_mean", "token_mean")
-_ARRAYS = ("sums", "counts", "read", "dropped", "norm_sum", "trace_means")
+_ARRAYS = ("sums", "counts", "read", "dropped", "norm_sum", "trace_means", "trace_counts")
 
 Window = tuple[int, int]
 
@@ -98,6 +98,7 @@ class WindowSums:
       trace_ids: the traces summed, in the order of their batches, which is not that in which they were given.
       trace_means: [n, len(plan.layers), G, D] float32, each trace's mean over the first window, in the order of
         `trace_ids`; NaN where it has none. `means_by_trace` takes them out in another order.
+      trace_counts: [n, G] int64, number of positions that each of these means is over.
     """
 
     plan: WindowPlan
@@ -109,6 +110,7 @@ class WindowSums:
     n_tokens: int
     trace_ids: list[str]
     trace_means: np.ndarray
+    trace_counts: np.ndarray
 
     @classmethod
     def zeros(cls, plan: WindowPlan, n_layers: int, d_model: int) -> "WindowSums":
@@ -127,6 +129,7 @@ class WindowSums:
             n_tokens=0,
             trace_ids=[],
             trace_means=np.zeros((0, len(plan.layers), G, d_model), np.float32),
+            trace_counts=np.zeros((0, G), np.int64),
         )
 
     def mean(self, group: str, window: Window, estimator: str = "trace_mean") -> np.ndarray:
@@ -150,10 +153,25 @@ class WindowSums:
         """
         g = _index("group", group, tuple(self.plan.groups))
         at_layer = _index("layer", layer, self.plan.layers)
+        return self.trace_means[self._rows(trace_ids), at_layer, g]
+
+    def weights_by_trace(self, trace_ids: Sequence[str], group: str, estimator: str) -> np.ndarray:
+        """How much each of `means_by_trace` counts in a mean over traces, [n] int64.
+
+        Every trace that has a window counts once (`trace_mean`) or by its positions (`token_mean`); others do not.
+
+        Raises:
+          ValueError: if a trace or the group was not summed, or the estimator is unknown.
+        """
+        _index("estimator", estimator, ESTIMATORS)
+        counts = self.trace_counts[self._rows(trace_ids), _index("group", group, tuple(self.plan.groups))]
+        return counts if estimator == "token_mean" else np.minimum(counts, 1)
+
+    def _rows(self, trace_ids: Sequence[str]) -> list[int]:
         row = {trace_id: number for number, trace_id in enumerate(self.trace_ids)}
         if unknown := [trace_id for trace_id in trace_ids if trace_id not in row]:
             raise ValueError(f"trace {unknown[0]!r} was not summed")
-        return self.trace_means[[row[trace_id] for trace_id in trace_ids], at_layer, g]
+        return [row[trace_id] for trace_id in trace_ids]
 
     @property
     def mean_norm(self) -> np.ndarray:
@@ -287,6 +305,8 @@ def _add_batch(total: WindowSums, model: Llama, rows: Sequence[TokenTrace], padd
     total.trace_ids += [row.id for row in rows]
     means = np.where((group_reads[:, :, 0] > 0)[:, None, :, None], out["trace_means"], np.nan)[: len(rows)]
     total.trace_means = np.concatenate([total.trace_means, means])
+    counts = group_reads[: len(rows), :, 0].astype(np.int64)
+    total.trace_counts = np.concatenate([total.trace_counts, counts])
 
 
 def _contract_batch(

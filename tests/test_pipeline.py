@@ -24,11 +24,12 @@ from safetensors.numpy import load_file
 from sklearn import metrics
 
 from backtrack_jax import conditions, extract, generate, pipeline, store, vectors
-from backtrack_jax.analysis import activations, probe
+from backtrack_jax.analysis import activations, probe, similarity
 from backtrack_jax.config import UNITS, Experiment
 from backtrack_jax.data import records
 from backtrack_jax.models import checkpoint, prompts
 from backtrack_jax.models.tokenizer import Tokenizer
+from backtrack_jax.stages import analysis as stage_analysis
 from backtrack_jax.stages import steering
 from backtrack_jax.stages import vectors as stage_vectors
 
@@ -292,10 +293,18 @@ def test_rates_follow_from_the_generations(tiny_run: Path) -> None:
     assert len({rate["rate"] for rate in rates}) > 10
 
 
-@pytest.mark.parametrize("source", ROLES)
-def test_the_direction_is_scored_on_problems_that_it_was_not_read_from(finished: Path, source: str) -> None:
+@pytest.mark.parametrize(
+    ("source", "estimator"), [(role, "trace_mean") for role in ROLES] + [("reasoning", "token_mean")]
+)
+def test_the_direction_is_scored_on_problems_that_it_was_not_read_from(
+    finished: Path, source: str, estimator: str
+) -> None:
     """T30, from the chains on: each fold's direction is read anew from the other folds' chains alone."""
-    made = pipeline.Run(tiny.get_config())
+    wanted = tiny.get_config()
+    wanted.vectors.estimator = estimator
+    if estimator != tiny.get_config().vectors.estimator:
+        run(wanted, "vectors", "steering", "analysis")
+    made = pipeline.Run(wanted)
     e, layer = made.experiment, made.experiment.steering.layer
     traces = records.read_traces(finished / "1-traces" / "traces.jsonl")
     pairs = records.pair_annotations(traces, annotations(finished.parents[1]))
@@ -314,7 +323,8 @@ def test_the_direction_is_scored_on_problems_that_it_was_not_read_from(finished:
         inside, outside = (np.flatnonzero(mask).tolist() for mask in (fold == held_out, fold != held_out))
         others = [tokens[source][i] for i in outside]
         read = extract.window_sums(made.model(source), others, sums.plan, batch_size=3)
-        v = read.mean("backtracking", e.vectors.window)[layer] - read.mean("all", e.vectors.window)[layer]
+        positive, contrast = (read.mean(group, e.vectors.window, estimator)[layer] for group in ("backtracking", "all"))
+        v = positive - contrast
         centre = np.concatenate([states[i] for i in outside])[:, 0].mean(0)
         for i in inside:
             starts = [s for label, s in tokens["reasoning"][i].starts if label == "backtracking"]
@@ -325,6 +335,53 @@ def test_the_direction_is_scored_on_problems_that_it_was_not_read_from(finished:
     (row,) = (r for r in rows if (int(r["layer"]), int(r["horizon"])) == (layer, e.analysis.horizons[0]))
     assert float(row["auc"]) == pytest.approx(metrics.roc_auc_score(soon, scores), abs=1e-4)
     assert float(row["average_precision"]) == pytest.approx(metrics.average_precision_score(soon, scores), abs=1e-3)
+
+
+@pytest.mark.parametrize("estimator", extract.ESTIMATORS)
+def test_halves_are_weighted_like_the_vectors(finished: Path, estimator: str) -> None:
+    """Split-half reliability is that of the run's vectors: under token_mean a trace counts by its positions."""
+    e = tiny.get_config()
+    e.vectors.estimator = estimator
+    if estimator != tiny.get_config().vectors.estimator:
+        run(e, "vectors", "steering", "analysis")
+    made = pipeline.Run(e)
+    traces = records.read_traces(finished / "1-traces" / "traces.jsonl")
+    pairs = records.pair_annotations(traces, annotations(finished.parents[1]))
+    sums = extract.load_sums(finished / "3-vectors" / "base.sums.safetensors")
+    read = [stage_vectors.token_trace(made, "base", *pair) for pair in pairs]
+    counts = np.array([extract.count_windows(t, sums.plan, len(t.ids))[0][:, 0].sum(-1) for t in read])
+    own = counts[:, sums.plan.labels.index("backtracking")]
+    every = counts.sum(-1)  # none is drawn as `shuffled` here
+    assert len(set(own)) > 2
+    weights = (own, every) if estimator == "token_mean" else (np.ones(len(own)), np.ones(len(own)))
+    ids, problems = [trace.id for trace, _ in pairs], [trace.problem_id for trace, _ in pairs]
+    positive, contrast = (sums.means_by_trace(ids, group, 1) for group in ("backtracking", "all"))
+    expected = similarity.split_half(positive, contrast, problems, weights=weights)
+    with (finished / "5-analysis" / "reliability.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if (row["role"], row["layer"]) == ("base", "1")]
+    (row,) = (row for row in rows if row["label"] == "backtracking")
+    assert float(row["cosine"]) == pytest.approx(expected.cosine, abs=1e-6)
+
+
+def test_problems_are_counted_where_tokens_are_scored(finished: Path) -> None:
+    """If one problem alone has windows of the label, nothing is left to score that problem's fold by."""
+    made = pipeline.Run(tiny.get_config())
+    e = made.experiment
+    traces = records.read_traces(finished / "1-traces" / "traces.jsonl")
+    sums = extract.load_sums(finished / "3-vectors" / "base.sums.safetensors")
+    only, group = traces[0].problem_id, list(sums.plan.groups).index("backtracking")
+    others = [number for number, name in enumerate(sums.trace_ids) if name != traces[0].id]
+    sums.trace_means[others, :, group] = np.nan
+    rng = np.random.default_rng(0)
+    states = rng.standard_normal((2 * len(traces), sums.trace_means.shape[-1]), np.float32)
+    tokens = probe.Tokens(states, np.repeat(np.arange(len(traces)), 2), np.arange(2 * len(traces)) % 2 == 0)
+    rows = stage_analysis._probe_rows(made, "base", 2, 13, tokens, traces, {"base": sums})
+    found = {row["method"]: (row["n_problems"], row["n_tokens"]) for row in rows}
+    fold = probe.folds([trace.problem_id for trace in traces], e.analysis.folds, e.seed)
+    left_out = fold == fold[[trace.problem_id for trace in traces].index(only)]
+    problems = {trace.problem_id for trace, out in zip(traces, left_out, strict=True) if not out}
+    assert found["base-derived direction"] == (len(problems), 2 * int((~left_out).sum()))
+    assert found["random directions"] == (len({trace.problem_id for trace in traces}), 2 * len(traces))
 
 
 def test_every_stage_keeps_what_it_was_computed_with(tiny_run: Path) -> None:

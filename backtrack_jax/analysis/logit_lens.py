@@ -45,18 +45,31 @@ def keyword_ids(tokenizer: Tokenizer, keywords: Sequence[str] = KEYWORDS) -> lis
     """Ids whose decoded text contains a keyword, case-insensitively: ` Wait`, `waiting`, `button`, ...
 
     Raises:
-      ValueError: no token does.
+      ValueError: no token does, or the keywords are no sequence of words.
     """
+    folded = _folded("keywords", keywords)
     texts = (tokenizer.decode([i]).casefold() for i in range(tokenizer.vocab_size))
-    found = [i for i, text in enumerate(texts) if any(keyword in text for keyword in keywords)]
+    found = [i for i, text in enumerate(texts) if any(keyword in text for keyword in folded)]
     if not found:
         raise ValueError(f"{tokenizer.name}: no token contains any of {', '.join(keywords)}")
     return found
 
 
 def word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> frozenset[int]:
-    """Ids whose text is one of the (lower-case) words, whatever its case and the white space around it."""
-    return frozenset(i for i in range(tokenizer.vocab_size) if tokenizer.decode([i]).strip().casefold() in words)
+    """Ids whose text is one of the words, whatever its case and the white space around it.
+
+    Raises:
+      ValueError: the words are no sequence of words.
+    """
+    folded = _folded("words", words)
+    return frozenset(i for i in range(tokenizer.vocab_size) if tokenizer.decode([i]).strip().casefold() in folded)
+
+
+def _folded(what: str, words: Sequence[str]) -> list[str]:
+    """The words without their case; ValueError for a bare string, which would be read as letters, and for no text."""
+    if isinstance(words, str) or not words or not all(isinstance(word, str) and word for word in words):
+        raise ValueError(f"{what}={words!r}: expected a list of words, none of them empty, such as {list(KEYWORDS)}")
+    return [word.casefold() for word in words]
 
 
 def logit_lens(
@@ -66,22 +79,31 @@ def logit_lens(
 
     Args:
       model: whose unembedding (and final norm) is used; not necessarily the model that the directions come from.
-      directions: [L, D] float32, one per layer, as found.
+      directions: [L, D] float32, one per layer, as found: `directions` of a `SteeringVector`.
       ids: the items that `a` selects, see `keyword_ids`.
       n_items: vocabulary items that have a text; an embedding may have more rows, which are left out.
       final_norm: whether the final norm stands in between; Eq. 2 has none.
-      n_top: how many top and bottom items are kept.
+      n_top: how many top and bottom items are kept, at least 1.
 
     Returns:
       Scores and items.
 
     Raises:
-      ValueError: directions of another width than the model's, or that are not finite.
+      ValueError: directions that are no array, of another width than the model's, or not finite; no ids, or ids that
+        are no items; n_top < 1.
     """
+    if not isinstance(directions, np.ndarray | jax.Array):
+        raise ValueError(f"directions: expected an array [n_layers, d_model], got a {type(directions).__name__}")
     if directions.ndim != 2 or directions.shape[1] != model.config.d_model:
         raise ValueError(f"directions have shape {directions.shape}, expected [n_layers, {model.config.d_model}]")
     if not np.isfinite(directions).all():
         raise ValueError("a direction is not finite")
+    if not len(ids):
+        raise ValueError(f"ids={ids!r}: expected at least one vocabulary item")
+    if beyond := [i for i in ids if not 0 <= i < n_items]:
+        raise ValueError(f"ids: {beyond[0]} is outside 0..{n_items - 1}")
+    if n_top < 1:
+        raise ValueError(f"n_top={n_top}: expected at least 1")
     selected = np.zeros(n_items, bool)
     selected[list(ids)] = True
     logits = np.asarray(_logits(model, jnp.asarray(directions), final_norm))[:, :n_items]

@@ -120,7 +120,13 @@ def folds(problems: Sequence[str], n_folds: int, seed: int = 0) -> np.ndarray:
     return (shuffled % n_folds)[group]
 
 
-def direction_scores(tokens: Tokens, positive: np.ndarray, contrast: np.ndarray, fold: np.ndarray) -> np.ndarray:
+def direction_scores(
+    tokens: Tokens,
+    positive: np.ndarray,
+    contrast: np.ndarray,
+    fold: np.ndarray,
+    weights: tuple[np.ndarray, np.ndarray] | None = None,
+) -> np.ndarray:
     """Projection on the difference of means of the other folds' problems.
 
     Args:
@@ -128,15 +134,17 @@ def direction_scores(tokens: Tokens, positive: np.ndarray, contrast: np.ndarray,
       positive: [n, D], each trace's mean over its windows of D+; NaN where it has none.
       contrast: [n, D], likewise of D.
       fold: [n] int, fold of each trace.
+      weights: [n] each, how much a trace counts in the mean of D+ and in that of D; default once.
 
     Returns:
       [N] float64, projections of activations on the unit direction, centred on the other folds' mean token; nan where
       the other folds have no window.
     """
     scores = np.full(len(tokens.traces), np.nan)
+    of_positive, of_contrast = weights or (np.ones(len(fold)), np.ones(len(fold)))
     for held_out in np.unique(fold):
-        test = fold[tokens.traces] == held_out
-        v = _mean(positive[fold != held_out]) - _mean(contrast[fold != held_out])
+        test, others = fold[tokens.traces] == held_out, fold != held_out
+        v = _mean(positive[others], of_positive[others]) - _mean(contrast[others], of_contrast[others])
         u = v / np.linalg.norm(v)
         centre = tokens.activations[~test].mean(0, dtype=np.float64) if (~test).any() else np.nan
         scores[test] = (tokens.activations[test] - centre) @ u
@@ -170,7 +178,9 @@ def logistic_scores(tokens: Tokens, fold: np.ndarray, *, strength: float = 1e-2)
     return scores
 
 
-def _mean(rows: np.ndarray) -> np.ndarray:
-    """Mean over the rows that are not NaN, [D] float64; NaN if there is none."""
+def _mean(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weighted mean of the rows that are not NaN, [D] float64; NaN if there is none."""
     has = np.isfinite(rows).all(-1)
-    return rows[has].mean(0, dtype=np.float64) if has.any() else np.full(rows.shape[-1], np.nan)
+    if not has.any():
+        return np.full(rows.shape[-1], np.nan)
+    return np.average(rows[has].astype(np.float64), axis=0, weights=weights[has])

@@ -37,6 +37,7 @@ def split_half(
     contrast: np.ndarray,
     problems: Sequence[str],
     *,
+    weights: tuple[np.ndarray, np.ndarray] | None = None,
     n_splits: int = 200,
     seed: int = 0,
 ) -> SplitHalf:
@@ -46,6 +47,7 @@ def split_half(
       positive: [n, D], each trace's mean over its windows of D+; NaN where it has none.
       contrast: [n, D], likewise of D.
       problems: problem of each trace.
+      weights: [n] each, how much a trace counts in the mean of D+ and in that of D; default once.
       n_splits: number of random splits.
       seed: of the splits.
 
@@ -61,7 +63,8 @@ def split_half(
     rng = np.random.default_rng(seed)
     ranks = np.argsort(rng.random((n_splits, len(names))), axis=-1)
     first = (ranks < len(names) // 2)[:, group]  # [splits, n]: the trace is in the first half
-    halves = [_means(positive, half) - _means(contrast, half) for half in (first, ~first)]
+    of_positive, of_contrast = weights or (np.ones(len(problems)), np.ones(len(problems)))
+    halves = [_means(positive, half * of_positive) - _means(contrast, half * of_contrast) for half in (first, ~first)]
     dot = np.sum(halves[0] * halves[1], axis=-1)
     cosines = dot / (np.linalg.norm(halves[0], axis=-1) * np.linalg.norm(halves[1], axis=-1))
     cosines = cosines[np.isfinite(cosines)]
@@ -72,10 +75,10 @@ def split_half(
     return SplitHalf(mean, float(low), float(high), 2 * mean / (1 + mean), len(cosines))
 
 
-def _means(values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Mean over the chosen rows that have a value: [n, D] and [S, n] to [S, D] float64; nan where there is none."""
+def _means(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weighted mean of the rows that have a value: [n, D] and [S, n] to [S, D] float64; nan where there is none."""
     has = np.all(np.isfinite(values), axis=-1)
-    weights = (chosen & has).astype(np.float64)
+    weights = np.where(has, weights, 0.0)
     sums = weights @ np.where(has[:, None], values, 0).astype(np.float64)
     count = weights.sum(-1, keepdims=True)
     return np.divide(sums, count, out=np.full_like(sums, np.nan), where=count > 0)

@@ -2,11 +2,15 @@
 
 import functools
 import json
+import math
 from importlib import resources
 from typing import Any
 
-from backtrack_jax.conditions import UNSTEERED
+from backtrack_jax.conditions import UNSTEERED, window_name
 from backtrack_jax.report.results import Results, Rows
+
+LABEL = "backtracking"
+"""The label of the vectors that the paper's numbers are about."""
 
 
 @functools.cache
@@ -15,18 +19,38 @@ def numbers() -> dict[str, Any]:
     return json.loads((resources.files("backtrack_jax.report") / "reference.json").read_text("utf-8"))
 
 
-def highest(cells: Rows) -> dict[str, Any] | None:
-    """The cell steered along (not against) a direction that has the highest rate; of equal ones the most steered."""
-    steered = (cell for cell in cells if cell["kind"] != UNSTEERED and cell["magnitude"] > 0)
-    return max(steered, key=lambda cell: (cell["rate"], cell["magnitude"]), default=None)
+def highest(cells: Rows, *, either_way: bool = False) -> dict[str, Any] | None:
+    """The steered cell that has the highest rate; of equal ones the most steered.
+
+    Args:
+      cells: rows of rates.csv.
+      either_way: whether negative magnitudes count too, as they have to where a direction's sign means nothing: noise,
+        random directions, and whatever a vector is compared with. Else cells steered along the direction alone do.
+    """
+    steered = (c for c in cells if c["kind"] != UNSTEERED and (c["magnitude"] > 0 or either_way))
+    return max(steered, key=lambda cell: (cell["rate"], abs(cell["magnitude"])), default=None)
 
 
-def percent(cell: dict[str, Any], *, interval: bool = True) -> str:
+def on_fewer(r: Results, cell: dict[str, Any]) -> str:
+    """How many problems a cell has, to be appended where it has fewer than the run."""
+    return f", {cell['n_problems']} problems" if cell["n_problems"] < r.n_problems else ""
+
+
+def interval(cell: dict[str, Any]) -> str:
+    """95 % interval of a cell's rate in % of words; empty where there is none.
+
+    Problems without a hit, drawn again, never have one: there the bootstrap would be sure of 0. The rule of three says
+    how high the rate may be: 3 / words.
+    """
+    if cell["n_words"] and not cell["n_hits"]:
+        return f"no hit in {cell['n_words']} words: at most {min(100, 300 / cell['n_words']):.2f}"
+    return "" if math.isnan(cell["low"]) else f"{100 * cell['low']:.2f} to {100 * cell['high']:.2f}"
+
+
+def percent(cell: dict[str, Any]) -> str:
     """Rate of a cell in % of words, with its interval where there is one."""
-    text = f"{100 * cell['rate']:.2f}"
-    if interval and cell["low"] == cell["low"]:
-        text += f" ({100 * cell['low']:.2f} to {100 * cell['high']:.2f})"
-    return text
+    bounds = interval(cell)
+    return _percent(cell["rate"]) + (f" ({bounds})" if bounds else "")
 
 
 def _percent(share: float) -> str:
@@ -55,6 +79,7 @@ def settings(r: Results) -> list[dict[str, str]]:
         "reasoning model": e.reasoning.path if "reasoning" in e.roles else "-",
         "layers": len(r.vectors[r.author]["mean_norm"]),
         "labels by": e.annotations.openai.model if e.judge == "openai" else e.judge,
+        "label of the vector": e.vectors.label,
         "vector read at layer": e.steering.layer,
         "window": list(e.vectors.window),
         "contrast": e.vectors.contrast,
@@ -63,7 +88,7 @@ def settings(r: Results) -> list[dict[str, str]]:
         "unit of magnitudes": e.steering.unit,
         "span": e.steering.span,
         "new tokens": e.steering.max_new_tokens,
-        "problems": len({line["problem_id"] for line in r.generations}),
+        "problems": r.n_problems,
     }
     rows = []
     for name, value in run.items():
@@ -76,6 +101,27 @@ def settings(r: Results) -> list[dict[str, str]]:
 
 def _this_run(r: Results) -> dict[str, str]:
     """Key of reference.json -> what this run gave, as text."""
+    return (_own_vectors(r) if r.experiment.vectors.label == LABEL else {}) | _baselines(r)
+
+
+def _baselines(r: Results) -> dict[str, str]:
+    """Highest rates under what a vector is compared with; the experiment's own vector is no baseline."""
+    found = {}
+    for key, kinds in {
+        "noise": ("noise",),
+        "self-amplification": ("self-amplification",),
+        "other_baselines": ("overall-mean", "deduction", "initializing"),
+    }.items():
+        others = [kind for kind in kinds if kind != r.experiment.vectors.label]
+        tried = [cell for kind in others for source in (r.author, "") for cell in r.cells(r.author, kind, source)]
+        if best := highest(tried, either_way=True):
+            named = f" ({best['kind']})" if len(kinds) > 1 else ""
+            found[key] = f"{percent(best)} at magnitude {best['magnitude']:g}{named}{on_fewer(r, best)}"
+    return found
+
+
+def _own_vectors(r: Results) -> dict[str, str]:
+    """What the experiment's vectors are, do and tell; beside the paper's numbers only where they have its label."""
     e, author = r.experiment, r.author
     label, layer = e.vectors.label, e.steering.layer
     found = {}
@@ -85,48 +131,33 @@ def _this_run(r: Results) -> dict[str, str]:
                 found["cosine"] = f"{row['cosine']:.3f} at layer {layer}"
             found |= {f"norm_{role}": f"{row[f'norm_{role}']:.3g}" for role in r.roles}
     found |= _offsets_and_layers(r)
-    plain = r.unsteered(author)
-    start = f"{100 * plain['rate']:.2f}, then " if plain else ""
     for source in r.roles:
         if best := highest(r.cells(author, label, source)):
-            found[f"{source}_on_{author}"] = f"{start}{percent(best)} at magnitude {best['magnitude']:g}"
+            plain, best = r.beside_unsteered(best)
+            start = f"{_percent(plain['rate'])}, then " if plain else ""
+            found[f"{source}_on_{author}"] = (
+                f"{start}{percent(best)} at magnitude {best['magnitude']:g}{on_fewer(r, best)}"
+            )
     on_base = [cell for source in r.roles for cell in r.cells("base", label, source)] if "base" in r.roles else []
     if best := highest(on_base):
         found["on_base"] = f"{percent(best)} at magnitude {best['magnitude']:g}"
-    for key, kinds in {
-        "noise": ("noise",),
-        "self-amplification": ("self-amplification",),
-        "other_baselines": ("overall-mean", "deduction", "initializing"),
-    }.items():
-        tried = [cell for kind in kinds for source in (author, "") for cell in r.cells(author, kind, source)]
-        if best := highest(tried):
-            named = f" ({best['kind']})" if len(kinds) > 1 else ""
-            found[key] = f"{percent(best)} at magnitude {best['magnitude']:g}{named}"
     return found | _readings(r)
 
 
 def _offsets_and_layers(r: Results) -> dict[str, str]:
-    e, author, found = r.experiment, r.author, {}
-    mine = [
-        row
-        for row in r.tables["rates"]
-        if (row["target"], row["kind"]) == (author, e.vectors.label)
-        and row["magnitude"] in (e.steering.grid_magnitudes or e.steering.magnitudes)
-        and row["magnitude"] > 0
-    ]
-    windows = {f"{a}..{b}": o for o in e.steering.offsets for a, b in [e.vectors.window_at(o)]}
-    swept = [
-        row for row in mine if row["source"] == author and row["layer"] == e.steering.layer and row["window"] in windows
-    ]
+    e, found = r.experiment, {}
+    windows = {window_name(e.vectors.window_at(offset)): offset for offset in e.steering.offsets}
+    swept = [cell for cell in r.offset_cells() if cell["kind"] != UNSTEERED]
     if best := highest(swept):
-        found["best_offset"] = f"{percent(best)} at offset {windows[best['window']]}, magnitude {best['magnitude']:g}"
-    if best := highest([row for row in swept if windows[row["window"]] == 0]):
-        found["offset_zero"] = f"{percent(best)} at magnitude {best['magnitude']:g}"
+        at = f"offset {windows[best['window']]}, magnitude {best['magnitude']:g}"
+        found["best_offset"] = f"{percent(best)} at {at}{on_fewer(r, best)}"
+    if best := highest([cell for cell in swept if windows[cell["window"]] == 0]):
+        found["offset_zero"] = f"{percent(best)} at magnitude {best['magnitude']:g}{on_fewer(r, best)}"
+    by_layer = r.layer_cells()
     for source in r.roles:
-        by_layer = [row for row in mine if row["source"] == source and row["window"] == r.window]
-        if e.steering.layers and (best := highest([row for row in by_layer if row["layer"] in e.steering.layers])):
-            of = len(r.vectors[author]["mean_norm"])
-            found[f"best_layer_{source}"] = f"{best['layer']} of {of} ({percent(best, interval=False)} % of words)"
+        if best := highest([cell for cell in by_layer if cell["source"] == source]):
+            of, rate = len(r.vectors[r.author]["mean_norm"]), _percent(best["rate"])
+            found[f"best_layer_{source}"] = f"{best['layer']} of {of} ({rate} % of words{on_fewer(r, best)})"
     return found
 
 
@@ -141,7 +172,8 @@ def _readings(r: Results) -> dict[str, str]:
     if scores:
         found["lens"] = f"{scores[layer]:.3g} at layer {layer}, {scores[max(scores)]:.3g} at layer {max(scores)}"
     for row in r.tables["probe"]:
-        if (row["role"], row["layer"], row["method"]) == (r.author, layer, "base-derived direction"):
+        mine = (row["role"], row["layer"], row["method"]) == (r.author, layer, "base-derived direction")
+        if mine and not math.isnan(row["auc"]):
             found["probe"] = f"{row['auc']:.3f} ({row['low']:.3f} to {row['high']:.3f}), next {row['horizon']} tokens"
     compared = [(f"at magnitude {row['group']}", row) for row in r.tables.get("judge_agreement", [])]
     compared = [(where, row) for where, row in compared if row["group"] != "all"]

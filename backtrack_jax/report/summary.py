@@ -4,7 +4,8 @@ import math
 from typing import Any
 
 from backtrack_jax.conditions import UNSTEERED
-from backtrack_jax.report.reference import comparison, highest, percent, settings
+from backtrack_jax.report.figures import TOO_NARROW
+from backtrack_jax.report.reference import LABEL, comparison, highest, interval, on_fewer, percent, settings
 from backtrack_jax.report.results import Results, Rows
 
 
@@ -19,14 +20,18 @@ def sentences(r: Results) -> list[str]:
 
 def _steering(r: Results) -> list[str]:
     label, author, plain = r.experiment.vectors.label, r.author, r.unsteered(r.author)
-    found, texts = {source: highest(r.cells(author, label, source)) for source in r.roles}, []
-    reached = [
-        f"{percent(best)} % at magnitude {best['magnitude']:g} with the {source}-derived {label} vector"
-        for source, best in found.items()
-        if best
-    ]
+    found, texts, reached = {source: highest(r.cells(author, label, source)) for source in r.roles}, [], []
+    for source, best in found.items():
+        if best:
+            before, cell = r.beside_unsteered(best)
+            text = f"{percent(cell)} % at magnitude {cell['magnitude']:g} with the {source}-derived {label} vector"
+            if before and cell["n_problems"] < r.n_problems:
+                text += f" (on {cell['n_problems']} problems, and {percent(before)} % unsteered on these)"
+            reached.append(text)
     if reached and plain:
-        texts.append(f"Unsteered, the {author} model says wait or hmm in {percent(plain)} % of its words.")
+        texts.append(
+            f"Unsteered, the {author} model says wait or hmm in {percent(plain)} % of its words{on_fewer(r, plain)}."
+        )
     if reached:
         says = "it says so" if plain else f"the {author} model says wait or hmm"
         texts.append(f"Steered, {says} in up to {', and '.join(reached)} (in brackets 95 % intervals over problems).")
@@ -42,7 +47,8 @@ def _baselines(r: Results) -> str:
     others = [kind for kind in s.all_kinds if kind != label]
     directions = f"{len(others)} other direction{'s' * (len(others) > 1)}"
     directions += "" if s.unit == "raw" and s.vector_files else " of equal norm"
-    best = highest([cell for kind in others for source in (author, "") for cell in r.cells(author, kind, source)])
+    tried = [cell for kind in others for source in (author, "") for cell in r.cells(author, kind, source)]
+    best = highest(tried, either_way=True)
     if not best:
         return ""
     if not best["rate"]:
@@ -53,15 +59,21 @@ def _baselines(r: Results) -> str:
     )
 
 
-def _highest(r: Results) -> dict[str, Any] | None:
-    """The cell of the experiment's vectors, on the model that writes the traces, that has the highest rate."""
-    return highest([c for source in r.roles for c in r.cells(r.author, r.experiment.vectors.label, source)])
+def _highest(r: Results) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The unsteered cell of the model that writes the traces, and its highest one under the experiment's vectors.
+
+    Both over the problems that both have; None if one of them was not sampled.
+    """
+    best = highest([c for source in r.roles for c in r.cells(r.author, r.experiment.vectors.label, source)])
+    plain, best = r.beside_unsteered(best) if best else (None, None)
+    return (plain, best) if plain and best else None
 
 
 def _judged(r: Results) -> str:
-    plain, best = r.unsteered(r.author), _highest(r)
-    if not plain or not best or math.isnan(best["judge_rate"]):
+    pair = _highest(r)
+    if not pair or math.isnan(pair[1]["judge_rate"]):
         return ""
+    plain, best = pair
     rates = [f"{100 * cell['judge_rate']:.0f} %" for cell in (best, plain)]
     return (
         f"At the highest rate of these vectors the judge ({r.experiment.analysis.judge}) calls {rates[0]} of the "
@@ -70,9 +82,10 @@ def _judged(r: Results) -> str:
 
 
 def _coherence(r: Results) -> str:
-    plain, best = r.unsteered(r.author), _highest(r)
-    if not plain or not best:
+    pair = _highest(r)
+    if not pair:
         return ""
+    plain, best = pair
     return (
         "At the highest rate the replies' mean log-likelihood under the unsteered model is "
         f"{best['log_likelihood']:.2f} nats a token (unsteered {plain['log_likelihood']:.2f}), and "
@@ -86,7 +99,8 @@ def _cosine(r: Results) -> str:
     found = [row["cosine"] for row in r.tables["similarity"] if (row["label"], row["layer"]) == key]
     if not found or math.isnan(found[0]):
         return ""
-    return f"Base- and reasoning-derived {key[0]} vectors have cosine {found[0]:.3f} at layer {key[1]} (paper: 0.74)."
+    paper = " (paper: 0.74)" if key[0] == LABEL else ""
+    return f"Base- and reasoning-derived {key[0]} vectors have cosine {found[0]:.3f} at layer {key[1]}{paper}."
 
 
 def _probe(r: Results) -> str:
@@ -106,9 +120,10 @@ def _probe(r: Results) -> str:
 def _dropped(r: Results) -> str:
     windows = r.vectors[r.author]["windows"]
     own, total = windows[r.experiment.vectors.label], windows["all"]
+    leave = "leave the text or reach its BOS token" if r.experiment.vectors.into_prompt else "leave the reply"
     return (
         f"The {r.author}-derived vector rests on {own['read']} of {own['read'] + own['dropped']} windows "
-        f"({total['dropped']} of all were dropped because they leave the reply)."
+        f"({total['dropped']} of all were dropped because they {leave})."
     )
 
 
@@ -132,8 +147,9 @@ def _explain(r: Results) -> str:
     s = r.experiment.steering
     return (
         f"Span `{s.span}`; magnitude in unit `{s.unit}`. Rate: share of words in {{wait, hmm}} (Eq. 1), with a 95 % "
-        "bootstrap interval over problems. Log-likelihood: mean per token under the unsteered model, nats. "
-        "Repetition: mean share of repeated 3-grams."
+        f"bootstrap interval over problems, {TOO_NARROW}. Where no word is one of them, the upper bound is 3 / words "
+        "(rule of three). Log-likelihood: mean per token under the unsteered model, nats. Repetition: mean share of "
+        "repeated 3-grams."
     )
 
 
@@ -148,7 +164,7 @@ def _cells(rates: Rows) -> list[dict[str, str]]:
             "magnitude": f"{row['magnitude']:g}",
             "norm added": f"{row['length']:.3g}",
             "rate %": f"{100 * row['rate']:.2f}",
-            "interval %": "-" if math.isnan(row["low"]) else f"{100 * row['low']:.2f} to {100 * row['high']:.2f}",
+            "interval %": interval(row) or "-",
             "log-likelihood": f"{row['log_likelihood']:.2f}",
             "repetition": f"{row['repeated_3grams']:.2f}",
             "words": str(row["n_words"]),

@@ -246,7 +246,8 @@ def _probe_rows(
     for source, total in sums.items():
         groups = (e.vectors.label, e.vectors.contrast)
         positive, contrast = (total.means_by_trace(ids, group, layer) for group in groups)
-        scored[f"{source}-derived direction"] = probe.direction_scores(tokens, positive, contrast, fold)
+        weights = _weights(total, ids, groups, e.vectors.estimator)
+        scored[f"{source}-derived direction"] = probe.direction_scores(tokens, positive, contrast, fold, weights)
     if layer == e.steering.layer:
         scored["logistic regression"] = probe.logistic_scores(tokens, fold)
     everywhere = np.ones(len(of_token), bool)
@@ -259,9 +260,16 @@ def _probe_rows(
         {"role": role, "layer": layer, "horizon": horizon, "method": method}
         | dataclasses.asdict(score)
         | {"n_tokens": int(kept.sum()), "n_positive": int(tokens.positive[kept].sum())}
-        | {"n_problems": len(set(of_token))}
+        | {"n_problems": len(set(of_token[kept]))}
         for method, kept, score in found
     ]
+
+
+def _weights(
+    total: extract.WindowSums, ids: Sequence[str], groups: tuple[str, str], estimator: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """How much each trace counts in the means of D+ and D, [n] each, so that they are those of the run's vectors."""
+    return total.weights_by_trace(ids, groups[0], estimator), total.weights_by_trace(ids, groups[1], estimator)
 
 
 def _shown(run: "Run", read: Sequence[extract.TokenTrace]) -> list[int]:
@@ -379,7 +387,8 @@ def _reliability(run: "Run", sums: dict[str, extract.WindowSums], traces: Sequen
             for label in (name for name in total.plan.groups if name not in ("all", "rest")):
                 groups = (label, spec.contrast if label == spec.label else "all")
                 positive, contrast = (total.means_by_trace(ids, group, layer) for group in groups)
-                found = similarity.split_half(positive, contrast, problems, seed=run.experiment.seed)
+                weights = _weights(total, ids, groups, spec.estimator)
+                found = similarity.split_half(positive, contrast, problems, weights=weights, seed=run.experiment.seed)
                 rows.append({"role": role, "layer": layer, "label": label} | found._asdict())
     return rows
 

@@ -1,7 +1,9 @@
 """Eq. 2 against torch, and the keyword set by decoded text."""
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from helpers import hf_llama, save
 from backtrack_jax.analysis.logit_lens import keyword_ids, logit_lens, word_ids
 from backtrack_jax.models import checkpoint
 from backtrack_jax.models.tokenizer import Tokenizer
+from backtrack_jax.vectors import SteeringVector
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +75,19 @@ def test_keywords_are_found_in_decoded_text(tokenizer: Tokenizer) -> None:
         keyword_ids(tokenizer, ("perhaps",))
 
 
+def test_the_case_of_keywords_does_not_matter(tokenizer: Tokenizer) -> None:
+    assert keyword_ids(tokenizer, ["WAI"]) == keyword_ids(tokenizer, ["wai"])
+    assert word_ids(tokenizer, ["Wait", "X"]) == word_ids(tokenizer, ["wait", "x"])
+
+
+@pytest.mark.parametrize("words", ["wait", [""], ["wait", ""], [], [3]])
+def test_what_is_no_list_of_words_is_refused(tokenizer: Tokenizer, words: Any) -> None:
+    """A bare string would be its letters, and every text holds the empty word."""
+    for name, find in (("keywords", keyword_ids), ("words", word_ids)):
+        with pytest.raises(ValueError, match=re.escape(f"{name}={words!r}: expected a list of words")):
+            find(tokenizer, words)
+
+
 def test_vectors_of_another_width_or_not_finite_are_refused(tmp_path: Path) -> None:
     tiny.write_model(tmp_path / "model", vocab_size=tiny.VOCAB_SIZE, seed=0)
     model = checkpoint.load(str(tmp_path / "model"), dtype="float32")
@@ -79,3 +95,23 @@ def test_vectors_of_another_width_or_not_finite_are_refused(tmp_path: Path) -> N
         logit_lens(model, np.ones((3, 15), np.float32), [1], n_items=9)
     with pytest.raises(ValueError, match="not finite"):
         logit_lens(model, np.full((3, 16), np.nan, np.float32), [1], n_items=9)
+    vector: Any = SteeringVector(np.ones((3, 16), np.float32))
+    with pytest.raises(ValueError, match=r"expected an array \[n_layers, d_model\], got a SteeringVector"):
+        logit_lens(model, vector, [1], n_items=9)
+
+
+@pytest.mark.parametrize(
+    ("ids", "n_top", "message"),
+    [
+        ([], 10, r"ids=\[\]: expected at least one"),
+        ([1, -1], 10, r"ids: -1 is outside 0\.\.8"),
+        ([9], 10, r"ids: 9 is outside 0\.\.8"),
+        ([1], 0, "n_top=0: expected at least 1"),
+        ([1], -1, "n_top=-1: expected at least 1"),
+    ],
+)
+def test_items_that_are_not_there_are_refused(tmp_path: Path, ids: list[int], n_top: int, message: str) -> None:
+    tiny.write_model(tmp_path / "model", vocab_size=tiny.VOCAB_SIZE, seed=0)
+    model = checkpoint.load(str(tmp_path / "model"), dtype="float32")
+    with pytest.raises(ValueError, match=message):
+        logit_lens(model, np.ones((3, 16), np.float32), ids, n_items=9, n_top=n_top)

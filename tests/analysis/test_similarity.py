@@ -53,6 +53,15 @@ def test_a_split_by_hand_with_absent_windows() -> None:
     assert np.isnan(nothing.cosine) and nothing.n_splits == 0
 
 
+def test_weights_make_the_mean_of_traces_one_of_positions() -> None:
+    """Two problems are one split: a half is the two traces of `a`, of 3 positions and of 1, or the one of `b`."""
+    positive = np.array([[1.0, 0], [0, 1], [1, 0]])
+    weights = np.array([3, 1, 2]), np.array([1, 1, 1])
+    found = split_half(positive, np.zeros((3, 2)), ["a", "a", "b"], weights=weights)
+    assert found.cosine == pytest.approx(3 / 10**0.5)
+    assert split_half(positive, np.zeros((3, 2)), ["a", "a", "b"]).cosine == pytest.approx(1 / 2**0.5)
+
+
 def test_shapes_are_checked() -> None:
     with pytest.raises(ValueError, match="do not match"):
         split_half(np.zeros((3, 2)), np.zeros((3, 2)), ["a", "b"])

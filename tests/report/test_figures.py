@@ -13,6 +13,7 @@ from matplotlib import colors, image
 from matplotlib.container import ErrorbarContainer
 
 from backtrack_jax import tables
+from backtrack_jax.analysis import replies
 from backtrack_jax.report import figures, interactive, plots, reference, results, static, summary, tokens
 
 
@@ -102,9 +103,114 @@ def test_what_is_compared_and_counted_is_what_is_drawn(r: results.Results) -> No
         row["rate"], row["magnitude"] = 0.9, 9.0  # at no magnitude of the heat map
     plot = figures.layers(changed(r, "rates", rows))
     assert plot is not None and plot.panels[0][0].heat is not None
-    assert f"{figures.counted([dict(c) for c in plot.rows if c['magnitude'] in (0, 8)])}. Mean" in plot.caption
+    assert f"{figures.counted([dict(c) for c in plot.rows if c['magnitude'] in (0, 8)])}, the same" in plot.caption
     best = {row["what"]: row["run"] for row in reference.comparison(changed(r, "rates", rows))}
     assert all("90.00" not in best[f"best layer, {source}-derived"] for source in ("base", "reasoning"))
+
+
+def counting(r: results.Results, hits: dict[tuple[str, float], tuple[int, int, int]]) -> results.Results:
+    """The results if each reply had 10 words, and so many hits in the cells of one kind, magnitude and problem.
+
+    The first two problems are those of the grids; a negative number of hits takes the replies away.
+    """
+    rows: list[dict[str, Any]] = [
+        {**row, "words": 10, "hits": 0} for row in r.tables["replies"] if row["target"] == "reasoning"
+    ]
+    few = {row["problem_id"] for row in rows if row["layer"] == 0}
+    every = sorted({row["problem_id"] for row in rows}, key=lambda name: (name not in few, name))
+    assert (len(few), len(every)) == (2, 3)
+    own = [row for row in rows if row["layer"] == 1 and row["window"] in ("", "-5..-2")]
+    own = [row for row in own if row["kind"] in ("unsteered", "backtracking")]
+    made = [row for row in rows if row not in own]
+    for row in own:
+        of = hits.get((row["kind"], row["magnitude"]), (-1, -1, -1))[every.index(row["problem_id"])]
+        made += [row | {"hits": of}] if of >= 0 else []
+    return changed(changed(r, "replies", made), "rates", replies.summarise(made))
+
+
+def test_rates_are_compared_over_the_same_problems(r: results.Results) -> None:
+    """A cell that only a grid asked for has fewer problems, which may have lower or higher rates."""
+    mixed = counting(
+        r, {("unsteered", 0): (1, 1, 10), ("backtracking", -4): (1, 1, 10), ("backtracking", 8): (5, 5, -1)}
+    )
+    assert [cell["magnitude"] for cell in mixed.cells("reasoning", "backtracking", "base")] == [-4, 0]
+    assert not any(text.startswith("Steered") for text in summary.sentences(mixed))
+    alone = counting(r, {("unsteered", 0): (1, 1, 10), ("backtracking", 8): (2, 2, -1)})
+    said = " ".join(summary.sentences(alone))
+    assert "says wait or hmm in 40.00 (10.00 to 100.00) % of its words." in said
+    on_these = "on 2 problems, and 10.00 (10.00 to 10.00) % unsteered on these"
+    assert f"20.00 (20.00 to 20.00) % at magnitude 8 with the base-derived backtracking vector ({on_these})" in said
+    found = {row["what"]: row["run"] for row in reference.comparison(alone)}
+    (pair,) = (run for what, run in found.items() if what.startswith("base-derived vector on the reasoning model"))
+    assert pair == "10.00, then 20.00 (20.00 to 20.00) at magnitude 8, 2 problems"
+
+
+def test_layers_are_compared_over_the_same_problems(r: results.Results) -> None:
+    """The experiment's own layer has the problems of Fig. 3 too."""
+    more = counting(r, {("unsteered", 0): (1, 1, 10), ("backtracking", 8): (2, 2, 10)})
+    plot = figures.layers(more)
+    assert plot is not None and "4 replies to 2 problems a cell, the same ones in every cell" in plot.caption
+    for panel, _ in plot.panels:
+        assert panel.heat is not None
+        np.testing.assert_allclose(panel.heat.values, [[10, 0], [10, 20], [10, 0]])
+    best = {row["what"]: row["run"] for row in reference.comparison(more)}
+    assert best["best layer, base-derived"] == "1 of 3 (20.00 % of words, 2 problems)"
+
+
+def test_a_baseline_is_counted_at_either_sign(r: results.Results) -> None:
+    rows = [
+        row | {"rate": 0.9} if (row["kind"], row["magnitude"]) == ("noise", -4) else row for row in r.tables["rates"]
+    ]
+    negative = changed(r, "rates", rows)
+    (run,) = (row["run"] for row in reference.comparison(negative) if row["what"].startswith("noise"))
+    assert run.startswith("90.00") and run.endswith("at magnitude -4")
+    assert "noise reached most: 90.00" in " ".join(summary.sentences(negative))
+
+
+def test_the_papers_numbers_stand_beside_those_of_its_label_only(r: results.Results) -> None:
+    e = dataclasses.replace(r.experiment, vectors=dataclasses.replace(r.experiment.vectors, label="deduction"))
+    other = dataclasses.replace(r, experiment=e)
+    assert "have cosine" in " ".join(summary.sentences(other)) and "paper: 0.74" not in summary.markdown(other)
+    measured = {row["what"].split(":")[0] for row in reference.comparison(other) if row["run"] != "not measured"}
+    assert measured == {"noise", "self-amplification", "overall mean, deduction, initializing"}
+    rows = [row | {"rate": 0.9} if row["kind"] == "deduction" else row for row in r.tables["rates"]]
+    runs = [row["run"] for row in reference.comparison(changed(other, "rates", rows))]
+    assert not any("90.00" in run for run in runs)  # its own vector is no baseline
+    labels = [{row["setting"]: row for row in reference.settings(x)}["label of the vector"] for x in (r, other)]
+    assert [(row["paper"], row["run"], row["same"]) for row in labels] == [
+        ("backtracking", "backtracking", "yes"),
+        ("backtracking", "deduction", "no"),
+    ]
+
+
+def test_no_hit_is_no_certainty(r: results.Results) -> None:
+    nothing = counting(r, {("unsteered", 0): (0, 0, 0)})
+    plain = nothing.unsteered("reasoning")
+    assert plain is not None and (plain["low"], plain["high"]) == (0, 0)
+    assert reference.percent(plain) == "0.00 (no hit in 60 words: at most 5.00)"
+    assert "| 0.00 | no hit in 60 words: at most 5.00 |" in summary.markdown(nothing)
+
+
+def test_captions_count_what_is_drawn(r: results.Results) -> None:
+    some = [row | {"n_splits": 105 if row["label"] == "deduction" else 200} for row in r.tables["reliability"]]
+    plot = figures.reliability(changed(r, "reliability", some))
+    assert plot is not None and "of 105 to 200 splits." in plot.caption
+    own = [row for row in r.tables["effects"] if (row["kind"], row["layer"]) == ("backtracking", 1)]
+    left_out = next(row for row in own if row["target"] == "reasoning" and row["window"] == "-5..-2")
+    plot = figures.effects(changed(r, "effects", [row for row in r.tables["effects"] if row is not left_out]))
+    assert plot is not None and "one point per problem (2 to 3)" in plot.caption
+    rows = [row | {"n_problems": 1, "n_tokens": 7} for row in r.tables["probe"][1:]]
+    plot = figures.probe(changed(r, "probe", [*r.tables["probe"], *rows]))
+    first = r.tables["probe"][0]
+    counted = f"7 to {first['n_tokens']} tokens of 1 to {first['n_problems']} problems"
+    assert plot is not None and counted in plot.caption
+
+
+@pytest.mark.parametrize("into_prompt", [False, True])
+def test_why_windows_were_dropped(r: results.Results, into_prompt: bool) -> None:
+    e = dataclasses.replace(r.experiment, vectors=dataclasses.replace(r.experiment.vectors, into_prompt=into_prompt))
+    said = summary.sentences(dataclasses.replace(r, experiment=e))[-1]
+    assert said.endswith("leave the text or reach its BOS token)." if into_prompt else "leave the reply).")
 
 
 def test_chance_is_drawn_where_it_is_one(r: results.Results) -> None:
