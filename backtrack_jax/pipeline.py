@@ -42,7 +42,8 @@ from backtrack_jax.progress import say
 from backtrack_jax.stages import analysis, annotations, report, steering, traces, vectors
 
 STAGES = ("1-traces", "2-annotations", "3-vectors", "4-steering", "5-analysis", "6-report")
-_FORMAT = 3  # of the artifacts and of what a seed draws; a higher number makes every stage run again
+# Of a stage's artifacts and of what a seed draws; a higher number makes this stage and those after it run again.
+_FORMAT = dict.fromkeys(STAGES, 3) | {"3-vectors": 4}
 
 
 def stage_names(wanted: Sequence[str]) -> tuple[str, ...]:
@@ -224,7 +225,7 @@ def _chained(own: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     before = ""
     for name in STAGES:
         # Through JSON, so that what is compared is what is written.
-        chained[name] = json.loads(json.dumps({**own[name], "earlier stages": before, "format": _FORMAT}))
+        chained[name] = json.loads(json.dumps({**own[name], "earlier stages": before, "format": _FORMAT[name]}))
         before = store.fingerprint(chained[name])
     return chained
 

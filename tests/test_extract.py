@@ -38,7 +38,7 @@ WINDOWS = ((-5, -3), (-2, -2), (-1, 3))
 PLAN = WindowPlan(LABELS, GROUPS, WINDOWS, layers=(2, 0))
 MODEL = tiny_llama()
 BATCH_SIZE = 3
-SUMMED = ("sums", "counts", "read", "dropped", "norm_sum", "n_tokens", "trace_means")
+SUMMED = ("sums", "counts", "read", "dropped", "norm_sum", "n_tokens", "trace_means", "trace_counts")
 
 
 def made_traces() -> list[TokenTrace]:
@@ -80,6 +80,7 @@ def naive_sums(residuals: Sequence[np.ndarray], plan: WindowPlan) -> WindowSums:
     total = WindowSums.zeros(plan, L, D)
     earliest = {trace.id: 1 if plan.into_prompt else trace.reply_start for trace in TRACES}
     trace_means = np.full((len(TRACES), len(plan.layers), len(plan.groups), D), np.nan)
+    trace_counts = np.zeros((len(TRACES), len(plan.groups)), np.int64)
     for t, (trace, x) in enumerate(zip(TRACES, residuals, strict=True)):
         x = x.astype(np.float64)
         for g, members in enumerate(plan.groups.values()):
@@ -101,11 +102,12 @@ def naive_sums(residuals: Sequence[np.ndarray], plan: WindowPlan) -> WindowSums:
                     total.counts[:, g, w] += 1, len(rows)
                     if w == 0:
                         trace_means[t, :, g] = mean[list(plan.layers)]
+                        trace_counts[t, g] = len(rows)
         reply = x[:, trace.reply_start :]
         total.norm_sum += np.linalg.norm(reply, axis=-1).sum(1)
         total.n_tokens += reply.shape[1]
         total.trace_ids.append(trace.id)
-    return dataclasses.replace(total, trace_means=trace_means)
+    return dataclasses.replace(total, trace_means=trace_means, trace_counts=trace_counts)
 
 
 def in_order_of(ids: Sequence[str], sums: WindowSums) -> np.ndarray:
@@ -158,6 +160,10 @@ def test_sums_equal_naive_loops_over_torch_activations(residuals, into_prompt):
     assert cosines(mine.sums, naive.sums).min() >= 0.999999
     np.testing.assert_allclose(mine.norm_sum, naive.norm_sum, rtol=1e-5)
     np.testing.assert_allclose(in_order_of(naive.trace_ids, mine), naive.trace_means, rtol=1e-4, atol=1e-4)
+    for group in plan.groups:
+        for estimator, counts in (("token_mean", naive.trace_counts), ("trace_mean", naive.trace_counts > 0)):
+            weights = mine.weights_by_trace(naive.trace_ids, group, estimator)
+            np.testing.assert_array_equal(weights, counts[:, list(plan.groups).index(group)])
     assert (naive.dropped > 0).any()
     assert (naive.read > 0).all()
 
@@ -267,7 +273,7 @@ def test_batch_size_does_not_matter():
 def test_order_of_traces_does_not_matter(sums):
     again = window_sums(MODEL, TRACES[::-1], PLAN, batch_size=BATCH_SIZE)
     assert again.trace_ids != sums.trace_ids
-    for name in SUMMED[:-1]:
+    for name in SUMMED[:-2]:  # the last two are by trace
         np.testing.assert_allclose(getattr(again, name), getattr(sums, name), rtol=1e-5, atol=1e-4, err_msg=name)
     np.testing.assert_allclose(in_order_of(sums.trace_ids, again), sums.trace_means, rtol=1e-5, atol=1e-5)
 
