@@ -179,13 +179,15 @@ def _sampling(e: Experiment, role: str, rows: int, new_tokens: int, batch_size: 
     config = architecture(e.model(role).path)
     if config is None:
         return [*lines, f"  memory: unknown until {e.model(role).path} is here"]
-    slots = bucket(_PROMPT_TOKENS) + new_tokens
+    prompt = bucket(_PROMPT_TOKENS)
     per_token = 2 * config.n_layers * config.n_kv_heads * config.head_dim * _BYTES[e.model(role).dtype]
-    cache, logits = batch_size * slots * per_token, 3 * 4 * batch_size * config.vocab_size
+    cache, logits = batch_size * (prompt + new_tokens) * per_token, 3 * 4 * batch_size * config.vocab_size
+    # Its own keys and values, before they are moved into the cache, and a block's activations: as compiled for a TPU.
+    prefill = batch_size * prompt * (per_token + 6 * config.d_mlp + 28 * config.d_model)
     rows_bytes = 2 * 4 * batch_size * config.n_layers * config.d_model
     return [
         *lines,
-        f"  memory: weights {_weights(e, role, config)}, cache {_gigabytes(cache)}, "
+        f"  memory: weights {_weights(e, role, config)}, cache {_gigabytes(cache)}, prefill {_gigabytes(prefill)}, "
         f"interventions and logits {_gigabytes(rows_bytes + logits)}",
     ]
 
