@@ -5,6 +5,7 @@ Shapes are few on purpose: most tests run the one program that `generate_rows` c
 
 import dataclasses
 import re
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -253,6 +254,27 @@ def test_16_bit_replies_are_those_of_the_full_pass():
     assert 0.01 < np.abs(rounded - exact).max() < 0.3, "of logits with a standard deviation of 1.2"
     chosen = np.take_along_axis(rounded, replies.T[:, :, None], axis=-1)[..., 0]
     assert (rounded.max(-1) - chosen).max() < 0.05
+
+
+def test_blocks_one_by_one_or_under_a_scan_give_the_same_cached_decoding(monkeypatch):
+    ids, positions = map(jnp.asarray, left_pad(PROMPTS, T))
+    replies = []
+    for one_by_one in (True, False):
+        monkeypatch.setattr(generate_module, "_one_by_one", lambda model, answer=one_by_one: answer)
+        program = jax.jit(lambda rows: generate(MODEL, ids, positions, jnp.stack(KEYS), rows, max_new_tokens=G))
+        replies.append(program(stack_rows(STEERED)).ids)
+    np.testing.assert_array_equal(*replies)
+
+
+@pytest.mark.parametrize(("gigabytes", "expected"), [(60, True), (36, False), (None, False)])
+def test_a_gpu_runs_blocks_one_by_one_if_it_has_room(monkeypatch, gigabytes, expected):
+    """60 and 36: what JAX takes of 80 and 48. An 8B model's blocks are 14 GB."""
+    device = types.SimpleNamespace(memory_stats=lambda: gigabytes and {"bytes_limit": gigabytes * 10**9})
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    blocks = jax.ShapeDtypeStruct((14 * 10**9 // 2,), jnp.bfloat16)
+    for backend, answer in (("gpu", expected), ("tpu", False), ("cpu", True)):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        assert generate_module._one_by_one(types.SimpleNamespace(layers=blocks)) == answer  # pyright: ignore[reportArgumentType]
 
 
 def test_every_pass_is_steered_inside_the_span_and_nowhere_else(recorder):

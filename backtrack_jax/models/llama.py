@@ -360,7 +360,7 @@ class Llama(nnx.Module):
         past_mask, slot = None, None
         if cache is not None:
             of_keys = lax.dynamic_update_slice_in_dim(cache.positions, positions, filled, axis=1)
-            # Under a scan a layer's part of the cache is read where it lies, as long as nothing is written into it;
+            # Under a scan a TPU reads a layer's part of the cache where it lies, as long as nothing is written into it;
             # written first, it would be copied. One by one, XLA's CPU backend copies what is written after it is read.
             past_mask = _may_see(positions, cache.positions if layers is None else of_keys)
             slot = None if layers is None else filled
@@ -394,10 +394,10 @@ class Llama(nnx.Module):
         return Output(x, KVCache(k, v, of_keys, filled + ids.shape[1]), captured)
 
     def unstacked_layers(self) -> tuple[Block, ...]:
-        """The blocks one by one, for a decode loop on CPU.
+        """The blocks one by one, for a decode loop.
 
-        Under a scan every step copies every layer's weights and cache out of their stacks. One by one they are taken
-        out once, before the loop, at the price of a second copy of the weights and of a longer compilation.
+        Under a scan every step copies every layer's weights out of their stacks, but on a TPU. One by one they are
+        taken out once, before the loop, at the price of a second copy of the weights and of a longer compilation.
         """
         return tuple(_block_at(self.layers, layer) for layer in range(self.config.n_layers))
 

@@ -30,10 +30,10 @@ def test_sampling_and_reading_compile_and_copy_no_cache(tmp_path: Path, flags: l
     pytest.importorskip("libtpu", reason="needs libtpu, which the extra `tpu` brings")
     (tmp_path / "config.json").write_text(json.dumps(SIZES))
     shapes = ["--rows=16", "--prompt_tokens=128", "--new_tokens=128", "--read_rows=8", "--read_tokens=256"]
-    command = [sys.executable, str(SCRIPTS / "compile_for_tpu.py"), f"--config_json={tmp_path / 'config.json'}"]
+    command = [sys.executable, str(SCRIPTS / "compile_ahead.py"), f"--config_json={tmp_path / 'config.json'}"]
     done = subprocess.run([*command, "--topology=v5e:2x2", *flags, *shapes], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     sampled, read = (json.loads(line) for line in done.stdout.splitlines())
-    assert sampled["cache_copies_per_block"] == 0
+    assert sampled["copied_per_block_gb"] == 0
     assert sampled["given_gb"] < 0.1
     assert read["on_the_way_gb"] < 0.1

@@ -1,13 +1,15 @@
-"""Compiles sampling and reading for a TPU that need not be here, and says what memory they take on each of its chips.
+"""Compiles sampling and reading for a TPU or GPU that need not be here, and says what memory they take on each device.
 
     pip install -e '.[tpu]'      libtpu's compiler runs on any Linux machine with an x86-64 processor
-    python scripts/compile_for_tpu.py --preset=llama-3.1-8b --topology=v5p:2x2x1 --chips=1
-    python scripts/compile_for_tpu.py --preset=llama-3.1-8b --topology=v5e:2x2 --chips=4 --model_parallel=4
-    python scripts/compile_for_tpu.py --config_json=FOLDER/config.json --rows=64 --prompt_tokens=256 --new_tokens=500
+    python scripts/compile_ahead.py --preset=llama-3.1-8b --topology=v5p:2x2x1 --chips=1
+    python scripts/compile_ahead.py --preset=llama-3.1-8b --topology=v5e:2x2 --chips=4 --model_parallel=4
+    python scripts/compile_ahead.py --config_json=FOLDER/config.json --rows=64 --prompt_tokens=256 --new_tokens=500
+    pip install -e '.[cuda13]'   and so does XLA's for NVIDIA's GPUs; --memory_gb is what JAX may take of one
+    python scripts/compile_ahead.py --preset=llama-3.1-8b --topology=h100 --memory_gb=60
 
-Prints one JSON line per program: GB of 1e9 bytes on each chip for what is given (the weights, above all) and for what
-is computed on the way, seconds of compilation, and how often a pass through a block copies that block's part of the
-cache; a decode step that reads the cache where it lies copies it never.
+Prints one JSON line per program: GB of 1e9 bytes on each device for what is given (the weights, above all) and for what
+is computed on the way, seconds of compilation, and GB that every block of a decode step copies out of the stacks that
+hold all blocks' weights and caches, into a device's main memory.
 """
 
 import json
@@ -15,10 +17,11 @@ import math
 import os
 import re
 import time
+import types
 from pathlib import Path
 from typing import Any
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # libtpu compiles; it is not asked for chips
+os.environ["JAX_PLATFORMS"] = "cpu"  # the compiler is not asked for devices
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nor a cloud for its machine
 
 import jax
@@ -36,27 +39,51 @@ from backtrack_jax.models.llama import Llama
 from backtrack_jax.models.sharding import DATA, batch_sharding, make_mesh, shardings
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("topology", "v5p:2x2x1", "Kind and shape of the slice, as libtpu calls it.")
-flags.DEFINE_integer("chips", 1, "Chips of the slice that are used.", lower_bound=1)
-flags.DEFINE_integer("model_parallel", 1, "Chips that one copy of the weights is spread over.", lower_bound=1)
+flags.DEFINE_string("topology", "v5p:2x2x1", "Kind and shape of the TPU slice, as libtpu calls it; or h100.")
+flags.DEFINE_integer("chips", 1, "Devices that are used.", lower_bound=1)
+flags.DEFINE_integer("model_parallel", 1, "Devices that one copy of the weights is spread over.", lower_bound=1)
+flags.DEFINE_float("memory_gb", 60, "Of a GPU, what JAX may take: three quarters, unless it is told otherwise.")
 flags.DEFINE_integer("rows", 128, "Rows of a sampled batch.", lower_bound=1)
 flags.DEFINE_integer("prompt_tokens", 128, "Tokens of a padded prompt.", lower_bound=1)
 flags.DEFINE_integer("new_tokens", 128, "Tokens sampled.", lower_bound=1)
 flags.DEFINE_integer("read_rows", 16, "Traces of a batch that is read.", lower_bound=1)
 flags.DEFINE_integer("read_tokens", 1024, "Tokens of a padded trace.", lower_bound=1)
 GROUPS, WINDOWS = 9, 7  # of the paper's plan
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
+  shared_memory_per_block: 49152  shared_memory_per_core: 233472  shared_memory_per_block_optin: 232448
+  core_count: 132  fpus_per_core: 128  clock_rate_ghz: 1.98
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000  l2_cache_size: 52428800  device_memory_size: 84942979072
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+  cuda_compute_capability { major: 9 }
+}
+platform_name: "CUDA"  runtime_version { major: 13 }  dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1 or (FLAGS.preset is None) == (FLAGS.config_json is None):
         raise app.UsageError("give one of --preset and --config_json, and no other arguments")
     config = PRESETS[FLAGS.preset] if FLAGS.preset else LlamaConfig.from_file(Path(FLAGS.config_json))
-    jax.default_backend = lambda: "tpu"  # the package asks, and does some things otherwise on a CPU
-    slice_ = topologies.get_topology_desc(platform="tpu", topology_name=FLAGS.topology)
-    mesh = make_mesh(FLAGS.model_parallel, slice_.devices[: FLAGS.chips])
+    mesh = make_mesh(FLAGS.model_parallel, devices())
     model = placed_model(config, mesh)
     for name, lower in {"sample": lower_sampling, "read": lower_reading}.items():
-        print(json.dumps({"program": name} | measure(lower(model, mesh), config, mesh)), flush=True)
+        print(json.dumps({"program": name} | measure(lower(model, mesh))), flush=True)
+
+
+def devices() -> list[Any]:
+    """Those that are compiled for. The package, which asks where it is and how much memory there is, is told."""
+    if FLAGS.topology == "h100":
+        jax.default_backend = lambda: "gpu"
+        memory = {"bytes_limit": int(FLAGS.memory_gb * 1e9)}
+        jax.local_devices = lambda: [types.SimpleNamespace(memory_stats=lambda: memory)]
+        shape = f"1x1x{FLAGS.chips}"
+        return topologies.get_topology_desc("1x1x1", "cuda", topology=shape, target_config=H100).devices
+    jax.default_backend = lambda: "tpu"
+    return topologies.get_topology_desc(FLAGS.topology, "tpu").devices[: FLAGS.chips]
 
 
 def placed_model(config: LlamaConfig, mesh: Mesh) -> Llama:
@@ -100,7 +127,7 @@ def abstract(values: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), values)
 
 
-def measure(lowered: Any, config: LlamaConfig, mesh: Mesh) -> dict[str, Any]:
+def measure(lowered: Any) -> dict[str, Any]:
     """Compiles, and looks at what came of it."""
     start = time.perf_counter()
     compiled = lowered.compile()
@@ -109,23 +136,16 @@ def measure(lowered: Any, config: LlamaConfig, mesh: Mesh) -> dict[str, Any]:
         "given_gb": round(memory.argument_size_in_bytes / 1e9, 2),
         "on_the_way_gb": round(memory.temp_size_in_bytes / 1e9, 2),
         "compile_s": round(time.perf_counter() - start, 1),
-        "cache_copies_per_block": cache_copies(compiled.as_text(), config, mesh),
+        "copied_per_block_gb": round(copied_bytes(compiled.as_text()) / 1e9, 3),
     }
 
 
-def cache_copies(program: str, config: LlamaConfig, mesh: Mesh) -> int:
-    """Operations inside loops that write as much as one block's keys of a whole batch into a chip's main memory."""
-    rows = FLAGS.rows // (1 if FLAGS.rows % mesh.shape[DATA] else mesh.shape[DATA])
-    heads, slots = config.n_kv_heads // FLAGS.model_parallel, FLAGS.prompt_tokens + FLAGS.new_tokens
-    size = math.prod((rows, heads, slots, config.head_dim))
-    bodies = set(re.findall(r"body=%?([\w.\-]+)", program))
-    found = 0
-    for computation in re.split(r"\n(?=%|ENTRY)", program):
-        if computation.lstrip("%").split(" ", 1)[0] in bodies:
-            results = re.findall(r"= bf16\[([\d,]+)\](\S*) (?!get-tuple-element|parameter|bitcast)\w", computation)
-            written = [shape for shape, layout in results if "S(1)" not in layout]  # space 1 is the core's own memory
-            found += sum(math.prod(map(int, shape.split(","))) == size and str(slots) in shape for shape in written)
-    return found
+def copied_bytes(program: str) -> int:
+    """Of slices that are written to main memory in the loop over blocks inside the loop over tokens."""
+    slices = re.findall(r"dynamic[-_]slice\S* = bf16\[([\d,]+)\](\S*) (.*/while/body/while/body/.*)", program)
+    # A part of a fused operation is written nowhere. Memory space 1 is a TPU core's own.
+    written = [shape for shape, layout, rest in slices if rest.startswith("fusion(") and "S(1)" not in layout]
+    return sum(2 * math.prod(map(int, shape.split(","))) for shape in written)
 
 
 if __name__ == "__main__":
