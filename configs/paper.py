@@ -14,8 +14,8 @@ Reads base- and reasoning-derived vectors at every layer, window -13..-8, and ad
 answers (Fig. 3), beside baselines of equal norm (Fig. 4), from other offsets (Fig. 2), and at other layers (Fig. B.1).
 Llama-3.1-8B is gated on the hub: accept its licence and log in, or give folders (`--config.base.path=FOLDER`).
 
-Hardware: one GPU with 48 GB (weights are 16.06 GB in bfloat16; one model is held at a time; `--dry_run` adds up the
-rest). With 40 GB, `--config.traces.batch_size=64`: JAX takes three quarters of a GPU unless told otherwise.
+Hardware: one GPU with 40 GB, of which JAX takes 30 (weights are 16.06 GB in bfloat16; one model is held at a time;
+sampling traces comes to 28 GB in all as compiled for an H100). With 80 GB decoding reads a third of the bytes.
 Expected (paper): both vectors raise Wait/Hmm of the reasoning model, comparably, from about 0.7 % of words to about
 36 % at magnitude 12; the base model stays at 0; cosine of the two vectors at layer 10 about 0.74.
 """
