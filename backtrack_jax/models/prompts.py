@@ -172,8 +172,12 @@ def prompt_ids(tokenizer: Tokenizer, problem: str, prompt: PromptFormat, prefill
         The ids; one BOS, at index 0, if the model has one.
 
     Raises:
-        ValueError: a text brings a BOS of its own, or the tokenizer does not fit the format.
+        ValueError: a text brings a BOS of its own or is no text, or the tokenizer does not fit the format.
     """
+    if not isinstance(prompt, PromptFormat):
+        raise ValueError(f"prompt={prompt!r}, expected a PromptFormat, such as PromptFormat('chat')")
+    if not isinstance(problem, str):
+        raise ValueError(f"problem={problem!r}, expected one text")
     for text, what in ((problem, "problem"), (prompt.system or "", "system text"), (prefill, "prefill")):
         _refuse_bos(tokenizer, text, what)
     if prompt.format == Format.R1:

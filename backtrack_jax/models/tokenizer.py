@@ -415,8 +415,13 @@ class Tokenizer:
             The ids, with a BOS only if the template writes one.
 
         Raises:
-            ValueError: there is no template, it fails or refuses the messages, or a message holds U+FDD0.
+            ValueError: there is no template, it fails or refuses the messages, or a message is none or holds U+FDD0.
         """
+        for message in messages or [None]:
+            if not isinstance(message, Mapping) or not all(
+                isinstance(message.get(k), str) for k in ("role", "content")
+            ):
+                raise ValueError(f"messages={messages!r}, expected dicts with the texts `role` and `content`")
         if self.chat_template is None:
             raise ValueError(f"{self.name} has no chat template; use the prompt format 'plain' or 'r1'")
         for message in messages:

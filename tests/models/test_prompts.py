@@ -317,3 +317,25 @@ def test_released_traces(r1: Tokenizer, ward2025: Path) -> None:
                 assert start <= char < stop
                 assert "\ufffd" in r1.decode([reply[token]]) or r1.decode([reply[token]]) == kept[start:stop]
     assert cut == 6
+
+
+ORGANISM = Tokenizer.load("package:backtrack_jax/organism/base")
+
+
+@pytest.mark.parametrize(
+    ("problem", "prompt", "message"),
+    [
+        ("a", "chat", "prompt='chat', expected a PromptFormat"),
+        (["a", "b"], PromptFormat("plain"), r"problem=\['a', 'b'\], expected one text"),
+        (None, PromptFormat("plain"), "problem=None, expected one text"),
+    ],
+)
+def test_what_is_no_prompt_is_named(problem, prompt, message):
+    with pytest.raises(ValueError, match=message):
+        prompt_ids(ORGANISM, problem, prompt)
+
+
+@pytest.mark.parametrize("messages", ["hello", [], {"role": "user", "content": "a"}, [{"role": "user"}]])
+def test_what_is_no_conversation_is_named(messages):
+    with pytest.raises(ValueError, match=r"messages=.*expected dicts with the texts `role` and `content`"):
+        ORGANISM.encode_chat(messages)
