@@ -443,4 +443,4 @@ def generate_text(
     )
     texts = [tokenizer.decode([i for i in replies[n].ids if i not in tokenizer.stop_ids]) for n in range(len(rows))]
     width = len(interventions)
-    return [texts[start : start + width] for start in range(0, len(texts), width)]
+    return [texts[number * width : (number + 1) * width] for number in range(len(prompts))]

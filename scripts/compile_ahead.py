@@ -33,6 +33,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from make_random_checkpoint import PRESETS
 
 from backtrack_jax import extract, generate
+from backtrack_jax.command_line import ends_in_one_line
 from backtrack_jax.intervention import no_intervention, stack_rows
 from backtrack_jax.models.config import LlamaConfig
 from backtrack_jax.models.llama import Llama
@@ -67,23 +68,29 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 def main(argv: list[str]) -> None:
     if len(argv) > 1 or (FLAGS.preset is None) == (FLAGS.config_json is None):
         raise app.UsageError("give one of --preset and --config_json, and no other arguments")
-    config = PRESETS[FLAGS.preset] if FLAGS.preset else LlamaConfig.from_file(Path(FLAGS.config_json))
-    mesh = make_mesh(FLAGS.model_parallel, devices())
-    model = placed_model(config, mesh)
-    for name, lower in {"sample": lower_sampling, "read": lower_reading}.items():
-        print(json.dumps({"program": name} | measure(lower(model, mesh))), flush=True)
+    with ends_in_one_line(remedy="lower --rows or --read_rows, or use more --chips", resumed="nothing is kept"):
+        config = PRESETS[FLAGS.preset] if FLAGS.preset else LlamaConfig.from_file(Path(FLAGS.config_json))
+        mesh = make_mesh(FLAGS.model_parallel, devices())
+        model = placed_model(config, mesh)
+        for name, lower in {"sample": lower_sampling, "read": lower_reading}.items():
+            print(json.dumps({"program": name} | measure(lower(model, mesh))), flush=True)
 
 
 def devices() -> list[Any]:
     """Those that are compiled for. The package, which asks where it is and how much memory there is, is told."""
-    if FLAGS.topology == "h100":
-        jax.default_backend = lambda: "gpu"
-        memory = {"bytes_limit": int(FLAGS.memory_gb * 1e9)}
-        jax.local_devices = lambda: [types.SimpleNamespace(memory_stats=lambda: memory)]
-        shape = f"1x1x{FLAGS.chips}"
-        return topologies.get_topology_desc("1x1x1", "cuda", topology=shape, target_config=H100).devices
-    jax.default_backend = lambda: "tpu"
-    return topologies.get_topology_desc(FLAGS.topology, "tpu").devices[: FLAGS.chips]
+    gpu = FLAGS.topology == "h100"
+    jax.default_backend = lambda: "gpu" if gpu else "tpu"
+    memory = {"bytes_limit": int(FLAGS.memory_gb * 1e9)}
+    jax.local_devices = lambda: [types.SimpleNamespace(memory_stats=lambda: memory)]
+    wanted = {"topology": f"1x1x{FLAGS.chips}", "target_config": H100} if gpu else {}
+    try:
+        name, platform = ("1x1x1", "cuda") if gpu else (FLAGS.topology, "tpu")
+        found = topologies.get_topology_desc(name, platform, **wanted).devices
+    except RuntimeError as error:  # no compiler, or it knows no such devices
+        raise ValueError(f"--topology={FLAGS.topology}: {error}") from error
+    if FLAGS.chips > len(found):
+        raise ValueError(f"--chips={FLAGS.chips}, but --topology={FLAGS.topology} has {len(found)}")
+    return found[: FLAGS.chips]
 
 
 def placed_model(config: LlamaConfig, mesh: Mesh) -> Llama:

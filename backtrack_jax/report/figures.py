@@ -1,6 +1,7 @@
 """The paper's figures, each a `Plot` made from the tables of stage 5; one whose sweep was not run is left out."""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -409,8 +410,7 @@ def effects(r: Results) -> Plot | None:
     if not rows:
         return None
     problems = sorted({row["problem_id"] for row in rows})
-    curves = itertools.groupby(rows, key=lambda row: (row["source"], row["magnitude"]))
-    counts = [{"points": len(list(members))} for _, members in curves]
+    counts = Counter((row["source"], row["magnitude"]) for row in rows)
     magnitudes = sorted({row["magnitude"] for row in rows})
     lane = 0.38 * min((b - a for a, b in itertools.pairwise(magnitudes)), default=1.0)  # of a source, at a magnitude
     place = {problem: lane * (n + 0.5) / len(problems) for n, problem in enumerate(problems)}
@@ -431,7 +431,7 @@ def effects(r: Results) -> Plot | None:
         for i, source in enumerate(r.roles)
     ]
     panel = Panel("", unit_label(r, author), "change of the rate, % of words", series, level=0.0)
-    points = _range(counts, "points")
+    points = _range([{"points": count} for count in counts.values()], "points")
     caption = (
         f"Rate under steering less the unsteered rate, one point per problem ({points}), side by side in one order at "
         f"each magnitude; {author} model, {_where(r)}."
