@@ -5,6 +5,7 @@ from random weights, `scripts/finetune.py` any loaded checkpoint on traces.
 """
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +21,10 @@ from flax import nnx
 from jax import lax
 
 from backtrack_jax import store
-from backtrack_jax.models.llama import PAD, Llama
+from backtrack_jax.models.llama import PAD, Llama, RMSNorm, matmul
 from backtrack_jax.progress import Progress
+
+Head = tuple[RMSNorm, jax.Array]  # final norm and unembedding [V, D]
 
 
 class Batch(NamedTuple):
@@ -116,20 +119,48 @@ def cross_entropy(model: Llama, batch: Batch, dtype: jnp.dtype | None = None) ->
       The two sums; their quotient is the mean loss.
     """
     resid = model(batch.ids, batch.positions, segments=batch.segments, dtype=dtype, remat=True).resid
+    together = len(batch.ids) if model.config.vocab_size <= _SMALL_VOCABULARY else 1
+    groups = [a.reshape(-1, together, *a.shape[1:]) for a in (resid, batch.ids, batch.weights)]
+    total: Any = _loss_of_groups((model.norm, model.unembedding), *groups, dtype)
+    return total, jnp.sum(batch.weights[:, 1:])
 
-    @jax.checkpoint
-    def of_row(row: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        """One row's loss; its logits [T, V] are not kept for the backward pass, which computes them again."""
-        x, ids, weights = row
-        logits = model.logits(x[:-1], dtype)
-        picked = jnp.take_along_axis(logits, ids[1:, None], axis=-1)[:, 0]
-        return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * weights[1:])
 
-    small = model.config.vocab_size <= _SMALL_VOCABULARY
-    rows = (resid, batch.ids, batch.weights)
-    losses = jax.vmap(of_row)(rows) if small else lax.map(of_row, rows)
-    return jnp.sum(losses), jnp.sum(batch.weights[:, 1:])
+def _loss_of_group(head: Head, resid: jax.Array, ids: jax.Array, weights: jax.Array, dtype: Any) -> jax.Array:
+    """Summed loss of b rows: residual stream [b, T, D], ids and weights [b, T]."""
+    norm, unembedding = head
+    logits = matmul(norm(resid[:, :-1]), unembedding.astype(dtype or unembedding.dtype), "...d,vd->...v")
+    picked = jnp.take_along_axis(logits, ids[:, 1:, None], axis=-1)[..., 0]
+    return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * weights[:, 1:])
 
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _loss_of_groups(head: Head, resid: jax.Array, ids: jax.Array, weights: jax.Array, dtype: Any) -> jax.Array:
+    """`_loss_of_group` of n groups [n, b, T], one after the other, summed: logits of one group exist at a time.
+
+    A gradient is computed beside the loss, group by group, and multiplied in the end by what the sum counts in the
+    loss as a whole: so the logits are neither kept for it nor computed twice.
+    """
+    return jnp.sum(lax.map(lambda group: _loss_of_group(head, *group, dtype=dtype), (resid, ids, weights)))
+
+
+def _loss_and_gradients(
+    head: Head, resid: jax.Array, ids: jax.Array, weights: jax.Array, dtype: Any
+) -> tuple[jax.Array, Any]:
+    def add(sums: Any, group: Any) -> tuple[Any, list[jax.Array]]:
+        loss, (of_head, *of_rows) = jax.value_and_grad(_loss_of_group, (0, 1, 3))(head, *group, dtype)
+        return jax.tree.map(jnp.add, sums, (loss, of_head)), of_rows
+
+    nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (jnp.zeros(()), head))
+    (total, of_head), of_rows = lax.scan(add, nothing, (resid, ids, weights))
+    return total, (jax.tree.map(lambda summed, a: summed.astype(a.dtype), of_head, head), *of_rows)
+
+
+def _times_outer(dtype: Any, gradients: Any, outer: jax.Array) -> tuple[Any, jax.Array, None, jax.Array]:
+    of_head, of_resid, of_weights = jax.tree.map(lambda a: (outer * a).astype(a.dtype), gradients)
+    return of_head, of_resid, None, of_weights
+
+
+_loss_of_groups.defvjp(_loss_and_gradients, _times_outer)
 
 _SMALL_VOCABULARY = 4096  # up to here all rows' logits fit into memory together
 
@@ -168,20 +199,26 @@ def make_step(
       dtype: of matrix-product inputs; None for that of the weights.
 
     Returns:
-      (state, batch) -> (new state, mean loss of the batch before the step). The old state's memory is given to the new.
+      (state, batch) -> (new state, mean loss of the batch before the step). The old state's memory is given to the new,
+      but for the frozen weights: they belong to a model that may be used elsewhere.
     """
 
     def loss_of(params: Any, frozen: Any, batch: Batch) -> jax.Array:
         total, weight = cross_entropy(build(params, frozen), batch, dtype)
         return total / jnp.maximum(weight, 1.0)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
-        loss, gradients = jax.value_and_grad(loss_of)(state.params, state.frozen, batch)
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, jax.Array]:
+        loss, gradients = jax.value_and_grad(loss_of)(state.params, frozen, batch)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(params, optimizer_state, state.step + 1, state.frozen), loss
+        return TrainState(params, optimizer_state, state.step + 1), loss
 
-    return jax.jit(step, donate_argnums=0)
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
+        updated, loss = update(dataclasses.replace(state, frozen=()), state.frozen, batch)
+        return dataclasses.replace(updated, frozen=state.frozen), loss
+
+    return step
 
 
 def muon(learning_rate: optax.Schedule, adam_learning_rate: optax.Schedule) -> optax.GradientTransformation:

@@ -111,6 +111,36 @@ def test_packed_loss_is_that_of_the_sequences_one_by_one(vocabulary: str, monkey
     assert weight == sum(len(sequence.ids) - sequence.start for sequence in sequences(12))
 
 
+@pytest.mark.parametrize("vocabulary", ["small", "large"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradient_of_the_loss_is_that_of_its_definition(
+    vocabulary: str, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the squared mean, so that what comes from outside the sum is not 1; of weights and of what tokens count."""
+    if vocabulary == "large":
+        monkeypatch.setattr(train, "_SMALL_VOCABULARY", 0)
+    llama = Llama(dataclasses.replace(CONFIG, tied=tied), rngs=nnx.Rngs(0))
+    params, build = train.trainable(llama)
+    batch = train.pack(sequences(12), 24)
+
+    def defined(params: Any, weights: jax.Array) -> jax.Array:
+        out = build(params)(batch.ids, batch.positions, segments=batch.segments)
+        chances = jax.nn.log_softmax(build(params).logits(out.resid[:, :-1]))
+        picked = jnp.take_along_axis(chances, batch.ids[:, 1:, None], axis=-1)[..., 0]
+        return jnp.square(-jnp.sum(picked * weights[:, 1:]) / jnp.sum(weights[:, 1:]))
+
+    def computed(params: Any, weights: jax.Array) -> jax.Array:
+        total, weight = train.cross_entropy(build(params), batch._replace(weights=weights))
+        return jnp.square(total / weight)
+
+    weights = batch.weights * np.random.default_rng(0).uniform(0.5, 2, batch.weights.shape).astype(np.float32)
+    expected, found = (
+        jax.jit(jax.value_and_grad(loss, (0, 1)))(params, jnp.asarray(weights)) for loss in (defined, computed)
+    )
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
+
+
 def test_gradient_of_16_bit_products_is_close_to_that_of_float32() -> None:
     params, build = train.trainable(model())
     batch = train.pack(sequences(12), 24)

@@ -301,6 +301,11 @@ class Llama(nnx.Module):
         """Dtype of the weights."""
         return self.embed_tokens.dtype
 
+    @property
+    def unembedding(self) -> jax.Array:
+        """W_U, [V, D]."""
+        return (self.embed_tokens if self.lm_head is None else self.lm_head)[...]
+
     def __call__(
         self,
         ids: jax.Array,
@@ -407,8 +412,7 @@ class Llama(nnx.Module):
 
     def unembed(self, x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
         """W_U x, without the final norm: [..., D] to [..., V] float32."""
-        unembedding = (self.embed_tokens if self.lm_head is None else self.lm_head)[...]
-        return matmul(x, unembedding.astype(dtype or unembedding.dtype), spec="...d,vd->...v")
+        return matmul(x, self.unembedding.astype(dtype or self.unembedding.dtype), spec="...d,vd->...v")
 
 
 def _checked_tokens(ids: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
