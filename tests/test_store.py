@@ -142,6 +142,26 @@ def test_a_file_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [file.name for file in tmp_path.iterdir()] == ["rates.csv"]
 
 
+def test_saving_takes_a_twentieth_of_the_time_and_ends_with_everything_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, done, saved = 0.0, 0, []
+
+    def save() -> None:
+        nonlocal now
+        now += 2.0
+        saved.append(done)
+
+    monkeypatch.setattr(store.time, "monotonic", lambda: now)
+    saver = store.Saver(save)
+    for _ in range(100):
+        now += 1.0
+        done += 1
+        saver.turn()
+    assert saved == [1, 39, 77]  # 38 turns of a second between two saves of two seconds
+    saver.end()
+    saver.end()
+    assert saved == [1, 39, 77, 100]
+
+
 def test_lines_come_back_and_an_unfinished_one_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "replies.jsonl"
     assert store.recover_lines(path) == []

@@ -58,7 +58,7 @@ def _sums_of_role(
     plan: extract.WindowPlan,
     wanted: Collection[str],
 ) -> extract.WindowSums:
-    """Window sums of one model, saved after every batch; ValueError if a wanted group has no window."""
+    """Window sums of one model, saved on the way; ValueError if a wanted group has no window."""
     e = run.experiment
     file = folder / f"{role}.sums.safetensors"
     sums = extract.load_sums(file, plan) if file.exists() else None
@@ -74,10 +74,12 @@ def _sums_of_role(
     model = run.model(role)
     length = {trace.id: len(trace.ids) for trace in traces}
     sums = sums or extract.WindowSums.zeros(plan, model.config.n_layers, model.config.d_model)
+    saver = store.Saver(lambda: extract.save_sums(sums, file))
     with Progress(f"  reading the {role} model", len(traces), seen) as progress:
         for new in extract.add_traces(sums, model, traces, batch_size=e.vectors.batch_size):
-            extract.save_sums(sums, file)
+            saver.turn()
             progress.update(len(new), sum(length[i] for i in new))
+    saver.end()
     return sums
 
 
