@@ -13,9 +13,9 @@ with 0/1 counts of which positions each window reads, so nothing of size L x B x
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -212,15 +212,18 @@ def add_traces(
     for trace in traces:
         _check_trace(trace, model.config.vocab_size)
     done = set(total.trace_ids)
+    todo = []
     for padded, members in batches([len(trace.ids) for trace in traces], batch_size):
         rows = [traces[i] for i in members]
         already = [row.id for row in rows if row.id in done]
-        if len(already) == len(rows):
-            continue
-        if already:
+        if already and len(already) < len(rows):
             raise ValueError(f"trace {already[0]!r} was summed in another batch; resume with the same batch size")
-        _add_batch(total, model, rows, padded, batch_size)
-        yield [row.id for row in rows]
+        if not already:
+            todo.append((rows, padded))
+    started = (_start_batch(total.plan, model, rows, padded, batch_size) for rows, padded in todo)
+    for batch in _one_ahead(started):
+        _add_batch(total, batch)
+        yield [row.id for row in batch.rows]
 
 
 def count_windows(trace: TokenTrace, plan: WindowPlan, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -278,35 +281,70 @@ def _plan(fields: Mapping[str, Any]) -> WindowPlan:
     )
 
 
-def _add_batch(total: WindowSums, model: Llama, rows: Sequence[TokenTrace], padded: int, batch_size: int) -> None:
-    """Adds one batch to the running sums; the batch is filled up with padding rows to a fixed shape."""
-    plan = total.plan
+class _Batch(NamedTuple):
+    """A batch that the device works on.
+
+    Attributes:
+      rows: its traces.
+      reads: [B, G, W] float32, positions that are read; rows that fill the batch up read none.
+      dropped: [G, W], windows that are not read.
+      n_reply: reply tokens.
+      out: of `_contract_batch`, perhaps not computed yet.
+    """
+
+    rows: Sequence[TokenTrace]
+    reads: np.ndarray
+    dropped: np.ndarray
+    n_reply: int
+    out: dict[str, jax.Array]
+
+
+def _start_batch(plan: WindowPlan, model: Llama, rows: Sequence[TokenTrace], padded: int, batch_size: int) -> _Batch:
+    """Sends a batch to the device, filled up with padding rows to a fixed shape, and does not wait for it."""
     members = np.array([[label in group for label in plan.labels] for group in plan.groups.values()], np.float32)
     counted = [count_windows(trace, plan, padded) for trace in rows]
     reads = np.zeros((batch_size, len(plan.groups), len(plan.windows), padded), np.float32)
     reads[: len(rows)] = [np.tensordot(members, of_labels, 1) for of_labels, _ in counted]
+    dropped = members @ sum(dropped for _, dropped in counted)
     group_reads = reads.sum(-1)
     scale = np.divide(1.0, group_reads, out=np.zeros_like(group_reads), where=group_reads > 0)
     ids, positions = right_pad([row.ids for row in rows] + [[0]] * (batch_size - len(rows)), padded)
     reply = np.zeros(ids.shape, np.float32)
     for i, row in enumerate(rows):
         reply[i, row.reply_start : len(row.ids)] = 1
+    arrays = place_rows(model, (ids, positions, reads, scale, reply))
+    return _Batch(
+        rows, group_reads, dropped, int(reply.sum()), _program(model)(model, *arrays, np.array(plan.layers, int))
+    )
 
-    batch = place_rows(model, (ids, positions, reads, scale, reply))
-    out = jax.device_get(_program(model)(model, *batch, np.array(plan.layers, int)))
-    _check_finite(out["finite"], rows)
+
+def _one_ahead(items: Iterable[_Batch]) -> Iterator[_Batch]:
+    """The same items, each one when the next is there: so the device works on that while the host adds up this."""
+    held = None
+    for item in items:
+        if held is not None:
+            yield held
+        held = item
+    if held is not None:
+        yield held
+
+
+def _add_batch(total: WindowSums, batch: _Batch) -> None:
+    """Waits for a batch and adds it to the running sums."""
+    out = jax.device_get(batch.out)
+    _check_finite(out["finite"], batch.rows)
     total.sums += out["sums"]
-    total.counts += np.stack([(group_reads > 0).sum(0), group_reads.sum(0)])
-    span = np.array([last - first + 1 for first, last in plan.windows])
-    total.read += (group_reads.sum(0) / span).round().astype(np.int64)
-    total.dropped += (members @ sum(dropped for _, dropped in counted)).astype(np.int64)
+    total.counts += np.stack([(batch.reads > 0).sum(0), batch.reads.sum(0)])
+    span = np.array([last - first + 1 for first, last in total.plan.windows])
+    total.read += (batch.reads.sum(0) / span).round().astype(np.int64)
+    total.dropped += batch.dropped.astype(np.int64)
     total.norm_sum += out["norm_sum"]
-    total.n_tokens += int(reply.sum())
-    total.trace_ids += [row.id for row in rows]
-    means = np.where((group_reads[:, :, 0] > 0)[:, None, :, None], out["trace_means"], np.nan)[: len(rows)]
+    total.n_tokens += batch.n_reply
+    total.trace_ids += [row.id for row in batch.rows]
+    first = batch.reads[: len(batch.rows), :, 0]
+    means = np.where((first > 0)[:, None, :, None], out["trace_means"][: len(first)], np.nan)
     total.trace_means = np.concatenate([total.trace_means, means])
-    counts = group_reads[: len(rows), :, 0].astype(np.int64)
-    total.trace_counts = np.concatenate([total.trace_counts, counts])
+    total.trace_counts = np.concatenate([total.trace_counts, first.astype(np.int64)])
 
 
 def _contract_batch(
