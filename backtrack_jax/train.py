@@ -21,10 +21,12 @@ from flax import nnx
 from jax import lax
 
 from backtrack_jax import store
-from backtrack_jax.models.llama import PAD, Llama, RMSNorm, matmul
+from backtrack_jax.models.llama import PAD, Llama, RMSNorm, unembed
 from backtrack_jax.progress import Progress
 
 Head = tuple[RMSNorm, jax.Array]  # final norm and unembedding [V, D]
+
+_SMALL_VOCABULARY = 4096  # up to here all rows' logits fit into memory together
 
 
 class Batch(NamedTuple):
@@ -108,7 +110,8 @@ def pack(sequences: Sequence[Tokens], length: int) -> Batch:
 def cross_entropy(model: Llama, batch: Batch, dtype: jnp.dtype | None = None) -> tuple[jax.Array, jax.Array]:
     """Summed loss of the predicted tokens and their summed weights, both float32, in nats.
 
-    A gradient keeps no more than the residual stream between the blocks, and computes these again.
+    A gradient keeps no more than the residual stream between the blocks, and computes these again. It is to be had in
+    reverse mode only (`jax.grad`, `jax.vjp`).
 
     Args:
       model: the model.
@@ -121,33 +124,31 @@ def cross_entropy(model: Llama, batch: Batch, dtype: jnp.dtype | None = None) ->
     resid = model(batch.ids, batch.positions, segments=batch.segments, dtype=dtype, remat=True).resid
     together = len(batch.ids) if model.config.vocab_size <= _SMALL_VOCABULARY else 1
     groups = [a.reshape(-1, together, *a.shape[1:]) for a in (resid, batch.ids, batch.weights)]
-    total: Any = _loss_of_groups((model.norm, model.unembedding), *groups, dtype)
+    total: Any = _loss_of_groups((model.norm, model.unembedding.astype(dtype or model.dtype)), *groups)
     return total, jnp.sum(batch.weights[:, 1:])
 
 
-def _loss_of_group(head: Head, resid: jax.Array, ids: jax.Array, weights: jax.Array, dtype: Any) -> jax.Array:
+def _loss_of_group(head: Head, resid: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
     """Summed loss of b rows: residual stream [b, T, D], ids and weights [b, T]."""
     norm, unembedding = head
-    logits = matmul(norm(resid[:, :-1]), unembedding.astype(dtype or unembedding.dtype), "...d,vd->...v")
+    logits = unembed(norm(resid[:, :-1]), unembedding)
     picked = jnp.take_along_axis(logits, ids[:, 1:, None], axis=-1)[..., 0]
     return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * weights[:, 1:])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _loss_of_groups(head: Head, resid: jax.Array, ids: jax.Array, weights: jax.Array, dtype: Any) -> jax.Array:
+@jax.custom_vjp
+def _loss_of_groups(head: Head, resid: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
     """`_loss_of_group` of n groups [n, b, T], one after the other, summed: logits of one group exist at a time.
 
     A gradient is computed beside the loss, group by group, and multiplied in the end by what the sum counts in the
     loss as a whole: so the logits are neither kept for it nor computed twice.
     """
-    return jnp.sum(lax.map(lambda group: _loss_of_group(head, *group, dtype=dtype), (resid, ids, weights)))
+    return jnp.sum(lax.map(lambda group: _loss_of_group(head, *group), (resid, ids, weights)))
 
 
-def _loss_and_gradients(
-    head: Head, resid: jax.Array, ids: jax.Array, weights: jax.Array, dtype: Any
-) -> tuple[jax.Array, Any]:
+def _loss_and_gradients(head: Head, resid: jax.Array, ids: jax.Array, weights: jax.Array) -> tuple[jax.Array, Any]:
     def add(sums: Any, group: Any) -> tuple[Any, list[jax.Array]]:
-        loss, (of_head, *of_rows) = jax.value_and_grad(_loss_of_group, (0, 1, 3))(head, *group, dtype)
+        loss, (of_head, *of_rows) = jax.value_and_grad(_loss_of_group, (0, 1, 3))(head, *group)
         return jax.tree.map(jnp.add, sums, (loss, of_head)), of_rows
 
     nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (jnp.zeros(()), head))
@@ -155,14 +156,12 @@ def _loss_and_gradients(
     return total, (jax.tree.map(lambda summed, a: summed.astype(a.dtype), of_head, head), *of_rows)
 
 
-def _times_outer(dtype: Any, gradients: Any, outer: jax.Array) -> tuple[Any, jax.Array, None, jax.Array]:
+def _times_outer(gradients: Any, outer: jax.Array) -> tuple[Any, jax.Array, None, jax.Array]:
     of_head, of_resid, of_weights = jax.tree.map(lambda a: (outer * a).astype(a.dtype), gradients)
     return of_head, of_resid, None, of_weights
 
 
 _loss_of_groups.defvjp(_loss_and_gradients, _times_outer)
-
-_SMALL_VOCABULARY = 4096  # up to here all rows' logits fit into memory together
 
 
 @jax.tree_util.register_dataclass

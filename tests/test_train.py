@@ -141,6 +141,29 @@ def test_gradient_of_the_loss_is_that_of_its_definition(
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
 
 
+def _memory_of_gradient(config: LlamaConfig, loss: Callable[[Llama, train.Batch], jax.Array]) -> int:
+    """Bytes that the gradient of a loss of 8 rows of 64 tokens holds beside the weights and their gradient."""
+    llama = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    batch = train.Batch(*(jnp.zeros((8, 64), dtype) for dtype in (np.int32, np.int32, np.int32, np.float32)))
+    compiled: Any = jax.jit(jax.grad(loss)).lower(llama, batch).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_a_gradient_of_the_loss_holds_the_logits_of_one_row() -> None:
+    config = dataclasses.replace(CONFIG, vocab_size=20_000)
+    held = _memory_of_gradient(config, lambda llama, batch: train.cross_entropy(llama, batch)[0])
+    assert held < 3 * 64 * 20_000 * 4  # they and their gradient
+
+
+def test_a_gradient_of_the_loss_computes_the_blocks_again() -> None:
+    def of_everything_kept(llama: Llama, batch: train.Batch) -> jax.Array:
+        return jnp.sum(llama(batch.ids, batch.positions, segments=batch.segments).resid)
+
+    config = dataclasses.replace(CONFIG, n_layers=12)
+    held = _memory_of_gradient(config, lambda llama, batch: train.cross_entropy(llama, batch)[0])
+    assert held < 0.8 * _memory_of_gradient(config, of_everything_kept)
+
+
 def test_gradient_of_16_bit_products_is_close_to_that_of_float32() -> None:
     params, build = train.trainable(model())
     batch = train.pack(sequences(12), 24)

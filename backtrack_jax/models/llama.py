@@ -406,13 +406,18 @@ class Llama(nnx.Module):
         """
         return tuple(_block_at(self.layers, layer) for layer in range(self.config.n_layers))
 
-    def logits(self, resid: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
-        """Final norm and unembedding: [..., D] to [..., V] float32; `dtype` as in a call of the model."""
-        return self.unembed(self.norm(resid), dtype)
+    def logits(self, resid: jax.Array) -> jax.Array:
+        """Final norm and unembedding: [..., D] to [..., V] float32."""
+        return self.unembed(self.norm(resid))
 
-    def unembed(self, x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+    def unembed(self, x: jax.Array) -> jax.Array:
         """W_U x, without the final norm: [..., D] to [..., V] float32."""
-        return matmul(x, self.unembedding.astype(dtype or self.unembedding.dtype), spec="...d,vd->...v")
+        return unembed(x, self.unembedding)
+
+
+def unembed(x: jax.Array, unembedding: jax.Array) -> jax.Array:
+    """W_U x of [..., D] and W_U [V, D]: [..., V] float32."""
+    return matmul(x, unembedding, spec="...d,vd->...v")
 
 
 def _checked_tokens(ids: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
