@@ -24,8 +24,7 @@ from jax import lax
 from safetensors import safe_open
 
 from backtrack_jax import store
-from backtrack_jax.generate import batches
-from backtrack_jax.models.batching import check_ids, right_pad
+from backtrack_jax.models.batching import batches, check_ids, right_pad
 from backtrack_jax.models.llama import BlockOutput, Llama
 from backtrack_jax.models.sharding import place_rows
 

@@ -6,7 +6,6 @@ notebook calls.
 """
 
 import dataclasses
-import itertools
 import zlib
 from collections.abc import Container, Iterator, Sequence
 
@@ -17,8 +16,9 @@ from jax import lax
 from jax.core import Tracer
 
 from backtrack_jax.intervention import Intervention, stack_rows
-from backtrack_jax.models.batching import bucket, check_ids, left_pad
-from backtrack_jax.models.llama import PAD, KVCache, Llama
+from backtrack_jax.models.attention import PAD, KVCache
+from backtrack_jax.models.batching import batches, check_ids, left_pad
+from backtrack_jax.models.llama import Llama
 from backtrack_jax.models.sharding import place_rows
 from backtrack_jax.models.tokenizer import Tokenizer
 
@@ -324,28 +324,6 @@ class Reply:
 
     ids: tuple[int, ...]
     finish_reason: str
-
-
-def batches(lengths: Sequence[int], batch_size: int) -> list[tuple[int, list[int]]]:
-    """Groups rows into (padded length, row numbers) of at most `batch_size` rows of similar length, longest first.
-
-    What does not fill a batch joins the next longer bucket, since an incomplete batch takes as long as a full one and
-    a bucket of its own takes a compilation. The longest come first, so that what does not fit into memory fails at once
-    and not after hours.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}, expected at least 1")
-    order = sorted(range(len(lengths)), key=lambda row: bucket(lengths[row]))
-    groups = []
-    waiting: list[int] = []
-    for padded, rows in itertools.groupby(order, key=lambda row: bucket(lengths[row])):
-        waiting += rows
-        while len(waiting) >= batch_size:
-            groups.append((padded, waiting[:batch_size]))
-            waiting = waiting[batch_size:]
-    if waiting:
-        groups.append((bucket(lengths[waiting[-1]]), waiting))
-    return sorted(groups, key=lambda group: -group[0])
 
 
 def generate_rows(

@@ -21,7 +21,8 @@ from safetensors import safe_open
 
 from backtrack_jax import store
 from backtrack_jax.models import checkpoint
-from backtrack_jax.models.llama import Adapted, Llama
+from backtrack_jax.models.llama import Llama
+from backtrack_jax.models.products import Adapted
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -21,7 +21,8 @@ from flax import nnx
 from jax import lax
 
 from backtrack_jax import store
-from backtrack_jax.models.llama import PAD, Llama, RMSNorm, unembed
+from backtrack_jax.models.attention import PAD
+from backtrack_jax.models.llama import Llama, RMSNorm, unembed
 from backtrack_jax.progress import Progress
 
 Head = tuple[RMSNorm, jax.Array]  # final norm and unembedding [V, D]

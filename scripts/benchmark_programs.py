@@ -383,7 +383,7 @@ def jax_product(m: int, k: int, n: int, dtype: str) -> Callable[[int], object]:
     """A function that multiplies [m, k] x [k, n] so many times, as this package's model does."""
     import jax
 
-    from backtrack_jax.models.llama import matmul
+    from backtrack_jax.models.products import matmul
 
     x, w = (jax.random.normal(jax.random.key(0), shape).astype(dtype) for shape in ((m, k), (k, n)))
     product = jax.jit(matmul)
@@ -411,7 +411,7 @@ def jax_product_and_gradients(m: int, k: int, n: int, dtype: str) -> Callable[[i
     import jax
     import jax.numpy as jnp
 
-    from backtrack_jax.models.llama import matmul
+    from backtrack_jax.models.products import matmul
 
     x, w = (jax.random.normal(jax.random.key(0), shape).astype(dtype) for shape in ((m, k), (k, n)))
     y = jnp.ones((m, n))

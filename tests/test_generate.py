@@ -22,7 +22,6 @@ from backtrack_jax.generate import (
     Reply,
     Row,
     Sampling,
-    batches,
     compiled_generate,
     generate,
     generate_rows,
@@ -43,7 +42,7 @@ from backtrack_jax.intervention import (
     stack_rows,
 )
 from backtrack_jax.models import checkpoint, llama
-from backtrack_jax.models.batching import left_pad, right_pad
+from backtrack_jax.models.batching import batches, left_pad, right_pad
 from backtrack_jax.models.llama import Llama
 from backtrack_jax.models.tokenizer import Tokenizer
 

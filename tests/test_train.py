@@ -12,9 +12,11 @@ import pytest
 from flax import nnx
 
 from backtrack_jax import train
+from backtrack_jax.models.attention import PAD
 from backtrack_jax.models.batching import right_pad
 from backtrack_jax.models.config import LlamaConfig
-from backtrack_jax.models.llama import PAD, Llama, matmul
+from backtrack_jax.models.llama import Llama
+from backtrack_jax.models.products import matmul
 
 CONFIG = LlamaConfig(
     vocab_size=37,

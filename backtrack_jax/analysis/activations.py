@@ -7,8 +7,7 @@ import jax
 import numpy as np
 
 from backtrack_jax.extract import TokenTrace
-from backtrack_jax.generate import batches
-from backtrack_jax.models.batching import bucket, right_pad
+from backtrack_jax.models.batching import batches, bucket, right_pad
 from backtrack_jax.models.llama import Llama
 from backtrack_jax.models.sharding import place_rows
 

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from backtrack_jax.generate import batches
-from backtrack_jax.models.batching import right_pad
+from backtrack_jax.models.batching import batches, right_pad
 from backtrack_jax.models.llama import Llama
 from backtrack_jax.models.sharding import place_rows
 

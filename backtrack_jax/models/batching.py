@@ -1,10 +1,11 @@
 """Padded batches out of sequences of unequal length, in a short list of shapes so that little is compiled."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
-from backtrack_jax.models.llama import PAD
+from backtrack_jax.models.attention import PAD
 
 
 def left_pad(sequences: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -63,3 +64,25 @@ def _blank(sequences: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray,
             raise ValueError(f"sequence {row} has {len(sequence)} tokens, expected 1 to {length}")
     shape = (len(sequences), length)
     return np.zeros(shape, np.int32), np.full(shape, PAD, np.int32)
+
+
+def batches(lengths: Sequence[int], batch_size: int) -> list[tuple[int, list[int]]]:
+    """Groups rows into (padded length, row numbers) of at most `batch_size` rows of similar length, longest first.
+
+    What does not fill a batch joins the next longer bucket, since an incomplete batch takes as long as a full one and
+    a bucket of its own takes a compilation. The longest come first, so that what does not fit into memory fails at once
+    and not after hours.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}, expected at least 1")
+    order = sorted(range(len(lengths)), key=lambda row: bucket(lengths[row]))
+    groups = []
+    waiting: list[int] = []
+    for padded, rows in itertools.groupby(order, key=lambda row: bucket(lengths[row])):
+        waiting += rows
+        while len(waiting) >= batch_size:
+            groups.append((padded, waiting[:batch_size]))
+            waiting = waiting[batch_size:]
+    if waiting:
+        groups.append((bucket(lengths[waiting[-1]]), waiting))
+    return sorted(groups, key=lambda group: -group[0])

@@ -19,8 +19,8 @@ import ml_dtypes
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequantize
 
+from backtrack_jax.models.attention import rope_frequencies
 from backtrack_jax.models.config import Llama3RopeScaling, LlamaConfig
-from backtrack_jax.models.llama import rope_frequencies
 from backtrack_jax.models.safetensors import LazyTensor
 
 _STORED_AS_IS = {

@@ -13,7 +13,6 @@ so they cannot disagree, and padding may stand on either side:
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,11 +24,9 @@ from jax import lax
 from jax.core import Tracer
 
 from backtrack_jax.intervention import Intervention, intervene
-from backtrack_jax.models.config import Llama3RopeScaling, LlamaConfig
-
-PAD = -1  # position of a padding token
-_QUERY_CHUNK = 128  # queries of a causal chunk, at least; shorter ones make products too small to be fast
-_MAX_CHUNKS = 16  # since each adds to the compilation
+from backtrack_jax.models.attention import PAD, Attention, KeysValues, KVCache, Past, may_see, rope_tables, write
+from backtrack_jax.models.config import LlamaConfig
+from backtrack_jax.models.products import matmul, random_param, take
 
 
 class BlockOutput(NamedTuple):
@@ -56,99 +53,7 @@ class BlockOutput(NamedTuple):
     written: "KeysValues | None"
 
 
-KeysValues = tuple[jax.Array, jax.Array]
 Capture = Callable[[BlockOutput], Any]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KVCache:
-    """Keys and values of the tokens so far. Every row uses the same slot at the same step.
-
-    A batch of two left-padded prompts (`.` is padding) after two generated tokens, with S = 7:
-
-        slot        0  1  2  3  4  5  6        filled = 6
-        row 0       .  B  h  i  x  y  -
-        positions  -1  0  1  2  3  4 -1
-        row 1       B  y  o  u  z  w  -
-        positions   0  1  2  3  4  5 -1
-
-    Attributes:
-      k: [L, B, K, H, S] keys, rotated; slots come last, which is how a decode step multiplies them. Beside unstacked
-        layers, a tuple of L arrays without the axis L.
-      v: [L, B, K, S, H] values, likewise.
-      positions: [B, S] int32, PAD where a slot is empty or holds padding.
-      filled: int32, number of slots in use.
-    """
-
-    k: Any
-    v: Any
-    positions: jax.Array
-    filled: jax.Array
-
-    def extended(self, slots: int) -> "KVCache":
-        """The same cache with `slots` more, empty ones."""
-
-        none, more = (0, 0), (0, slots)
-        return KVCache(
-            jnp.pad(self.k, (none, none, none, none, more)),
-            jnp.pad(self.v, (none, none, none, more, none)),
-            jnp.pad(self.positions, (none, more), constant_values=PAD),
-            self.filled,
-        )
-
-    def unstacked(self) -> "KVCache":
-        """The same cache as one array per layer, to go with `Llama.unstacked_layers`."""
-        return dataclasses.replace(self, k=tuple(self.k), v=tuple(self.v))
-
-
-class Past(NamedTuple):
-    """What the new tokens of one layer attend to beside each other.
-
-    Attributes:
-      k: [B, K, H, S] cached keys.
-      v: [B, K, S, H] cached values.
-      mask: [B, T, S] bool, which slots a query may attend to.
-      slot: where the new keys and values are written before anything is attended to, and `mask` is of what is there
-        then; None if the cache stays as it is and the new ones are attended to beside it.
-    """
-
-    k: jax.Array
-    v: jax.Array
-    mask: jax.Array
-    slot: jax.Array | None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Adapted:
-    """A matrix W + A B, in the place of any weight of the blocks: x W + (x A) B, without forming the sum.
-
-    The gradient of A and B then costs a product with their few columns instead of the whole gradient of W.
-
-    Attributes:
-      weight: [..., in, out], W; leading axes are layers, as in all three.
-      a: [..., in, rank].
-      b: [..., rank, out].
-    """
-
-    weight: Any
-    a: Any
-    b: Any
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """Dtype of W."""
-        return self.weight.dtype
-
-    def __getitem__(self, layers: Any) -> "Adapted":
-        """The adapted matrices of these layers."""
-        return jax.tree.map(lambda leaf: leaf[layers], self)
-
-    def folded(self) -> jax.Array:
-        """W + A B in the dtype of W, summed in float32."""
-        change = jnp.einsum("...ir,...ro->...io", self.a, self.b, precision=lax.Precision.HIGHEST)
-        return (self.weight.astype(jnp.float32) + change).astype(self.weight.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -165,62 +70,14 @@ class RMSNorm(nnx.Module):
         return x * scale * self.weight[...].astype(jnp.float32)
 
 
-class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions."""
-
-    def __init__(self, config: LlamaConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
-        """Starts from random weights; `checkpoint` replaces them."""
-        D, N, K, H = config.d_model, config.n_heads, config.n_kv_heads, config.head_dim
-        self.q_proj = _random_param(rngs, (D, N * H), dtype)
-        self.k_proj = _random_param(rngs, (D, K * H), dtype)
-        self.v_proj = _random_param(rngs, (D, K * H), dtype)
-        self.o_proj = _random_param(rngs, (N * H, D), dtype)
-        self.config = config
-
-    def __call__(
-        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], mask: jax.Array, past: Past | None
-    ) -> tuple[jax.Array, jax.Array, jax.Array, KeysValues | None]:
-        """Attends from x to the cached tokens and to x itself.
-
-        Args:
-          x: [B, T, D] normalised residual stream.
-          rope: cosines and sines, [B, T, H/2] float32.
-          mask: [B, T, T] bool, which tokens of x a query may attend to.
-          past: this layer's cached keys and values, or None.
-
-        Returns:
-          Output [B, T, D] float32, new keys [B, K, H, T] and values [B, K, T, H], and the cached ones with the new
-          written in, if they were.
-        """
-        c = self.config
-        B, T, _ = x.shape
-        dtype = cache_dtype(self.q_proj.dtype)
-        q = matmul(x, self.q_proj[...]).reshape(B, T, c.n_heads, c.head_dim)
-        k = matmul(x, self.k_proj[...]).reshape(B, T, c.n_kv_heads, c.head_dim)
-        v = matmul(x, self.v_proj[...]).reshape(B, T, c.n_kv_heads, c.head_dim)
-        q = rotate(q, *rope) * c.head_dim**-0.5
-        q = q.reshape(B, T, c.n_kv_heads, c.n_heads // c.n_kv_heads, c.head_dim).astype(dtype)
-        k = jnp.transpose(rotate(k, *rope), (0, 2, 3, 1)).astype(dtype)
-        v = jnp.swapaxes(v, 1, 2).astype(dtype)
-        written = None
-        if past is None:
-            z = _attend_causally(q, k, v, mask)
-        elif past.slot is None:
-            z = _attend(q, (past.k, past.v, past.mask), (k, v, mask))
-        else:
-            written = _write((past.k, past.v), (k, v), past.slot)
-            z = _attend(q, (*written, past.mask))
-        return matmul(z, self.o_proj[...]), k, v, written
-
-
 class MLP(nnx.Module):
     """down(silu(gate(x)) * up(x))."""
 
     def __init__(self, config: LlamaConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         """Starts from random weights; `checkpoint` replaces them."""
-        self.gate_proj = _random_param(rngs, (config.d_model, config.d_mlp), dtype)
-        self.up_proj = _random_param(rngs, (config.d_model, config.d_mlp), dtype)
-        self.down_proj = _random_param(rngs, (config.d_mlp, config.d_model), dtype)
+        self.gate_proj = random_param(rngs, (config.d_model, config.d_mlp), dtype)
+        self.up_proj = random_param(rngs, (config.d_model, config.d_mlp), dtype)
+        self.down_proj = random_param(rngs, (config.d_mlp, config.d_model), dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] to [B, T, D] float32."""
@@ -291,10 +148,10 @@ class Llama(nnx.Module):
           rngs: source of the random weights.
         """
         self.config = config
-        self.embed_tokens = _random_param(rngs, (config.vocab_size, config.d_model), dtype)
+        self.embed_tokens = random_param(rngs, (config.vocab_size, config.d_model), dtype)
         self.layers = nnx.vmap(lambda layer_rngs: Block(config, dtype, layer_rngs))(rngs.split(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps, dtype)
-        self.lm_head = None if config.tied else _random_param(rngs, (config.vocab_size, config.d_model), dtype)
+        self.lm_head = None if config.tied else random_param(rngs, (config.vocab_size, config.d_model), dtype)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -354,12 +211,12 @@ class Llama(nnx.Module):
         if intervention is not None:
             intervention.check_shape(len(ids), self.config.n_layers, self.config.d_model)
             intervention.check_resolved()
-        x = _take(self.embed_tokens[...], ids).astype(jnp.float32)
+        x = take(self.embed_tokens[...], ids).astype(jnp.float32)
         # Behind the barrier, or XLA's CPU backend would compute sines anew in every block of a decode step.
         rope = lax.optimization_barrier(rope_tables(jnp.maximum(positions, 0), self.config))
         filled = jnp.zeros((), jnp.int32) if cache is None else cache.filled
         of_keys = positions
-        mask = _may_see(positions, positions)
+        mask = may_see(positions, positions)
         if segments is not None:
             mask &= segments[:, :, None] == segments[:, None, :]
         past_mask, slot = None, None
@@ -367,7 +224,7 @@ class Llama(nnx.Module):
             of_keys = lax.dynamic_update_slice_in_dim(cache.positions, positions, filled, axis=1)
             # Under a scan a TPU reads a layer's part of the cache where it lies, as long as nothing is written into it;
             # written first, it would be copied. One by one, XLA's CPU backend copies what is written after it is read.
-            past_mask = _may_see(positions, cache.positions if layers is None else of_keys)
+            past_mask = may_see(positions, cache.positions if layers is None else of_keys)
             slot = None if layers is None else filled
 
         def body(x, scanned):
@@ -394,7 +251,7 @@ class Llama(nnx.Module):
         else:
             x, (kept, captured) = _scan_blocks(body, x, self.layers, others, remat)
             if cache is not None:
-                kept = _write((cache.k, cache.v), kept, filled)
+                kept = write((cache.k, cache.v), kept, filled)
         k, v = kept
         return Output(x, KVCache(k, v, of_keys, filled + ids.shape[1]), captured)
 
@@ -448,55 +305,6 @@ def _check_stop(stop_at_layer: int, n_layers: int, cache: KVCache | None, layers
         raise ValueError(f"stop_at_layer={stop_at_layer} was given with {given}; expected it without both")
 
 
-def matmul(x: jax.Array, weight: jax.Array | Adapted, spec: str = "...d,df->...f") -> jax.Array:
-    """Product in the weight's dtype with float32 accumulation and result.
-
-    float32 inputs are multiplied in full float32: accelerators would otherwise round them to TF32 or bfloat16.
-    Gradients of a 16-bit product are 16-bit products too, likewise accumulated in float32.
-    """
-    if isinstance(weight, Adapted):
-        return matmul(x, weight.weight, spec) + matmul(matmul(x, weight.a, spec), weight.b, spec)
-    if weight.dtype.itemsize == 2:
-        return _matmul_16_bit(spec, x, weight)
-    return _einsum(spec, x.astype(weight.dtype), weight)
-
-
-def _product_16_bit(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-    return _einsum(spec, x.astype(weight.dtype), weight)
-
-
-def _matmul_16_bit_forward(spec: str, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _product_16_bit(spec, x, weight), (x.astype(weight.dtype), weight)
-
-
-def _matmul_16_bit_backward(
-    spec: str, kept: tuple[jax.Array, jax.Array], gradient: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Left to itself, JAX would multiply the float32 gradient by the 16-bit factor, in float32."""
-    x, weight = kept
-    inputs, result = spec.split("->")
-    of_x, of_weight = inputs.split(",")
-    d_x = _einsum(f"{result},{of_weight}->{of_x}", gradient.astype(weight.dtype), weight)
-    # Summed over all tokens; XLA's CPU backend is no faster at such products in 16 bits than in 32.
-    dtype = jnp.float32 if jax.default_backend() == "cpu" else weight.dtype
-    rows, gradients = (a.reshape(-1, a.shape[-1]).astype(dtype) for a in (x, gradient))
-    flat = [part.replace("...", "n") for part in (of_x, result, of_weight)]
-    d_weight = _einsum(f"{flat[0]},{flat[1]}->{flat[2]}", rows, gradients)
-    return d_x, d_weight.astype(weight.dtype)
-
-
-_matmul_16_bit = jax.custom_vjp(_product_16_bit, nondiff_argnums=(0,))
-_matmul_16_bit.defvjp(_matmul_16_bit_forward, _matmul_16_bit_backward)
-
-
-def cache_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """Dtype of cached keys and values for weights of a dtype: the same, but float32 on CPU.
-
-    XLA's CPU backend has no batched products of 16-bit floats and rewrites a whole 16-bit cache at every step.
-    """
-    return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else jnp.dtype(dtype)
-
-
 def _scan_blocks(
     body: Callable, x: jax.Array, blocks: Block, others: tuple[Any, ...], remat: bool
 ) -> tuple[jax.Array, Any]:
@@ -539,93 +347,4 @@ def _loop_blocks(
 
 def _block_at(blocks: Block, layer: jax.Array | int) -> Block:
     """One layer's block out of the stacked ones."""
-    return jax.tree.map(lambda leaf: _take(leaf, layer), blocks)
-
-
-def _take(table: jax.Array, index: jax.Array | int) -> jax.Array:
-    """table[index]; on CPU, 16-bit floats are looked up as integers, since XLA would widen the whole table first."""
-    if jax.default_backend() != "cpu" or table.dtype.itemsize != 2:
-        return table[index]
-    return lax.bitcast_convert_type(lax.bitcast_convert_type(table, jnp.uint16)[index], table.dtype)
-
-
-def _einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _write(past: KeysValues, new: KeysValues, filled: jax.Array) -> KeysValues:
-    """Cached keys and values with new ones behind the `filled` slots, stacked over layers or not."""
-    k = lax.dynamic_update_slice_in_dim(past[0], new[0], filled, axis=-1)
-    v = lax.dynamic_update_slice_in_dim(past[1], new[1], filled, axis=-2)
-    return k, v
-
-
-def _attend_causally(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """`_attend` without a cache, in chunks of queries that do not look at the keys behind them.
-
-    Half the scores are never computed, and those of one chunk are all that is held at a time.
-    """
-    T = q.shape[1]
-    size = max(_QUERY_CHUNK, -(-T // _MAX_CHUNKS))
-    chunks = []
-    for start in range(0, T, size):
-        stop = min(start + size, T)
-        chunks.append(_attend(q[:, start:stop], (k[..., :stop], v[:, :, :stop], mask[:, start:stop, :stop])))
-    return jnp.concatenate(chunks, axis=1) if len(chunks) > 1 else chunks[0]
-
-
-def _attend(q: jax.Array, *parts: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-    """Softmax attention of queries [B, T, K, G, H] over all parts together.
-
-    A part is its keys [B, K, H, S], values [B, K, S, H], and which of them a query may attend to, [B, T, S].
-    Returns [B, T, N * H] float32.
-
-    The queries of a key head's group are rows of one matrix, [B, K, T * G, H].
-    """
-    B, T, K, G, H = q.shape
-    rows = jnp.moveaxis(q, 2, 1).reshape(B, K, T * G, H)
-    keys, values, masks = zip(*parts, strict=True)
-    scores = [_einsum("BKRH,BKHS->BKRS", rows, k) for k in keys]
-    masks = [jnp.repeat(mask, G, axis=1)[:, None] for mask in masks]
-    scores = [jnp.where(mask, score, -1e30) for mask, score in zip(masks, scores, strict=True)]
-    highest = functools.reduce(jnp.maximum, [jnp.max(score, axis=-1, keepdims=True) for score in scores])
-    weights = [jnp.exp(score - lax.stop_gradient(highest)) for score in scores]
-    sums = [_einsum("BKRS,BKSH->BKRH", w.astype(v.dtype), v) for w, v in zip(weights, values, strict=True)]
-    totals = [jnp.sum(w, axis=-1, keepdims=True) for w in weights]
-    z = functools.reduce(jnp.add, sums) / functools.reduce(jnp.add, totals)
-    return jnp.moveaxis(z.reshape(B, K, T, G, H), 1, 2).reshape(B, T, K * G * H)
-
-
-def _may_see(queries: jax.Array, keys: jax.Array) -> jax.Array:
-    """[B, T, S]: the key is a token (not padding) and does not come after the query."""
-    return (keys[:, None, :] >= 0) & (keys[:, None, :] <= queries[:, :, None])
-
-
-def rope_frequencies(head_dim: int, theta: float, scaling: Llama3RopeScaling | None) -> np.ndarray:
-    """Angle per position of each rotated pair, [H/2] float32, scaled as in Llama 3.1 if `scaling` is given."""
-    frequencies = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    if scaling is not None:
-        rotations = scaling.original_context * frequencies / (2 * np.pi)  # turns within the original context
-        blend = (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        kept = np.clip(blend, 0.0, 1.0)
-        frequencies = kept * frequencies + (1 - kept) * frequencies / scaling.factor
-    return frequencies.astype(np.float32)
-
-
-def rope_tables(positions: jax.Array, config: LlamaConfig) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [B, T, H/2] float32 of positions [B, T]; bfloat16 could not hold position 257."""
-    frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates [B, T, heads, H]; pairs are (i, i + H/2), as in Hugging Face weights, not Meta's (2i, 2i + 1)."""
-    first, second = jnp.split(x, 2, axis=-1)
-    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-def _random_param(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jnp.dtype) -> nnx.Param:
-    return nnx.Param((0.02 * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype))
+    return jax.tree.map(lambda leaf: take(leaf, layer), blocks)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from backtrack_jax.models.attention import PAD
 from backtrack_jax.models.batching import bucket, left_pad, right_pad
-from backtrack_jax.models.llama import PAD
 
 LENGTHS = range(1, 20_000)
 

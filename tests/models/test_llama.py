@@ -22,8 +22,9 @@ from helpers import LLAMA3_ROPE, hf_llama, relative_error, save
 
 from backtrack_jax.intervention import Intervention, add_vector, gaussian_noise, no_intervention, stack_rows
 from backtrack_jax.models import checkpoint
+from backtrack_jax.models.attention import KVCache, rope_frequencies, rope_tables
 from backtrack_jax.models.batching import left_pad, right_pad
-from backtrack_jax.models.llama import Block, KVCache, Llama, Output, rope_frequencies, rope_tables
+from backtrack_jax.models.llama import Block, Llama, Output
 
 pytestmark = pytest.mark.hf
 
