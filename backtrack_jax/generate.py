@@ -390,7 +390,8 @@ def generate_text(
       model: the model.
       tokenizer: its tokenizer.
       prompts: token ids (`models.prompts.prompt_ids`).
-      interventions: single rows; `no_intervention` for a reply as it is.
+      interventions: single rows; `no_intervention` for a reply as it is. Noise is another one for every prompt, drawn
+        from `seed` and the noise's own key.
       max_new_tokens: limit of a reply.
       sampling: temperature, top-p and top-k; greedy by default.
       seed: of the random numbers. One prompt's replies meet the same ones under every intervention.
@@ -402,9 +403,10 @@ def generate_text(
     Raises:
       As `generate_rows`.
     """
+    keys = [row_key(seed, str(number), 0) for number in range(len(prompts))]
     rows = [
-        Row(prompt, row_key(seed, str(number), 0), intervention, f"prompt {number}")
-        for number, prompt in enumerate(prompts)
+        Row(prompt, key, _with_noise_of(key, intervention), f"prompt {number}")
+        for number, (prompt, key) in enumerate(zip(prompts, keys, strict=True))
         for intervention in interventions
     ]
     replies = dict(
@@ -422,3 +424,8 @@ def generate_text(
     texts = [tokenizer.decode([i for i in replies[n].ids if i not in tokenizer.stop_ids]) for n in range(len(rows))]
     width = len(interventions)
     return [texts[number * width : (number + 1) * width] for number in range(len(prompts))]
+
+
+def _with_noise_of(row: jax.Array, intervention: Intervention) -> Intervention:
+    """The intervention with noise of a row's own: a key of the row's and of the intervention's key together."""
+    return dataclasses.replace(intervention, key=jax.random.fold_in(noise_key(row), jax.random.bits(intervention.key)))

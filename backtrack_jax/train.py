@@ -27,6 +27,7 @@ from backtrack_jax.progress import Progress
 
 Head = tuple[RMSNorm, jax.Array]  # final norm and unembedding [V, D]
 
+_RESULTS = ("adapter", "base", "checkpoints", "model", "reasoning")  # what trainings write into their folders
 _SMALL_VOCABULARY = 4096  # up to here all rows' logits fit into memory together
 
 
@@ -123,10 +124,13 @@ def cross_entropy(model: Llama, batch: Batch, dtype: jnp.dtype | None = None) ->
       The two sums; their quotient is the mean loss.
     """
     resid = model(batch.ids, batch.positions, segments=batch.segments, dtype=dtype, remat=True).resid
-    together = len(batch.ids) if model.config.vocab_size <= _SMALL_VOCABULARY else 1
-    groups = [a.reshape(-1, together, *a.shape[1:]) for a in (resid, batch.ids, batch.weights)]
-    total: Any = _loss_of_groups((model.norm, model.unembedding.astype(dtype or model.dtype)), *groups)
-    return total, jnp.sum(batch.weights[:, 1:])
+    together = max(1, len(batch.ids)) if model.config.vocab_size <= _SMALL_VOCABULARY else 1
+    weight = jnp.sum(batch.weights[:, 1:])
+    # Weighted by shares, or the gradient of many tokens' sum could leave float16's range before it is divided.
+    count = lax.stop_gradient(jnp.maximum(weight, 1.0))
+    groups = [a.reshape(-1, together, *a.shape[1:]) for a in (resid, batch.ids, batch.weights / count)]
+    mean: Any = _loss_of_groups((model.norm, model.unembedding.astype(dtype or model.dtype)), *groups)
+    return mean * count, weight
 
 
 def _loss_of_group(head: Head, resid: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
@@ -268,6 +272,8 @@ def check_numbers(settings: Mapping[str, float], least: Mapping[str, int]) -> No
         if not math.isfinite(value) or (value <= 0 if lowest is None else value < lowest):
             accepted = "above 0" if lowest is None else f"of at least {lowest}"
             faults.append(f"{name}={value}, expected {'an integer' if whole else 'a finite number'} {accepted}")
+        elif whole and value >= 1 << 31:
+            faults.append(f"{name}={value}, expected an integer below 2**31")
     if faults:
         raise ValueError("; ".join(faults))
 
@@ -280,10 +286,15 @@ def keep_to(folder: Path, settings: Mapping[str, Any]) -> None:
       settings: all that the result depends on, as JSON values.
 
     Raises:
-      ValueError: the folder holds files of a training with other settings; names those that differ.
+      ValueError: the folder holds files of a training with other settings, names those that differ; or a model that no
+        training made.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "settings.json"
+    if not path.exists() and (there := sorted(child.name for child in folder.iterdir() if child.name in _RESULTS)):
+        raise ValueError(
+            f"{folder} holds {', '.join(there)}, but no {path.name}: no training made them. Name another folder"
+        )
     begun = any(file.is_file() and file != path for file in folder.rglob("*"))  # a mistyped setting stops before that
     if not (begun and path.exists()):
         store.write_text(path, json.dumps(settings, indent=1) + "\n")
@@ -329,7 +340,7 @@ def fit(
       The last state, and the mean loss over the last tenth of the steps that this call did (NaN if it did none).
 
     Raises:
-      FloatingPointError: names the step whose loss is not finite.
+      FloatingPointError: names the step whose loss is not finite, or after which weights are not.
     """
     options = ocp.CheckpointManagerOptions(max_to_keep=2)
     with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
@@ -344,9 +355,17 @@ def fit(
                     raise FloatingPointError(f"{title}: the loss of step {number} is {losses[-1]}")
                 progress.update(1, int((batch.positions >= 0).sum()), f"loss {np.mean(losses[-20:]):.4f}")
                 if (number + 1) % save_every == 0 or number + 1 == steps:
+                    if not finite(state.params):
+                        raise FloatingPointError(f"{title}: weights are not finite after step {number}")
                     manager.save(number + 1, args=ocp.args.StandardSave(_numbered(state)))
                     manager.wait_until_finished()
     return state, float(np.mean(losses[-max(1, steps // 10) :])) if losses else math.nan
+
+
+@jax.jit
+def finite(params: Any) -> jax.Array:
+    """Whether all values of a pytree are."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
 
 
 def _restored(manager: ocp.CheckpointManager, state: TrainState) -> tuple[TrainState, int]:

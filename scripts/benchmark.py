@@ -16,6 +16,8 @@ Tasks
            included; no early stop. Speeds are new tokens per second, prefill included.
   extract  Activations of all layers. This package sums 24 offsets x 6 labels, all that an experiment needs; the others
            make a plain forward pass that keeps the hidden states and reduces nothing. Speeds are tokens per second.
+  finetune Steps of AdamW on all weights, float32 with the program's dtype in products. Not by default, as the next.
+  lora     The same on adapters of rank 8 alone.
 
 Programs
   ours_*   this package: `generate_rows` in one batch, `window_sums`, `train.make_step`.

@@ -89,6 +89,8 @@ def finetune(model: Llama, rows: train.Batch, arguments: argparse.Namespace) -> 
     if lora is None:
         return trained
     lora_.save(state.params, lora, a.out / "adapter", a.model)
+    if a.save_dtype != a.dtype:  # the base as precise as what is saved, and not only as it was multiplied
+        trained = lora_.attach(checkpoint.load(a.model, a.save_dtype), state.params, lora)
     return lora_.fold(trained)
 
 
@@ -129,11 +131,15 @@ def run(arguments: argparse.Namespace) -> None:
     settings["rows"] = hashlib.sha256(b"".join(np.asarray(array).tobytes() for array in rows)).hexdigest()
     train.keep_to(a.out, settings)
     made = a.out / "model"
-    if not made.exists():
-        # Weights that are not trained need no more than the products' precision.
-        model = finetune(checkpoint.load(a.model, a.dtype if a.lora_rank else "float32"), rows, a)
-        checkpoint.save_hf(jax.tree.map(lambda weight: weight.astype(a.save_dtype), model), made)
-    tokenizer.save(made)
+    with store.locked(a.out):
+        if not made.exists():
+            # Weights that are not trained need no more than the products' precision.
+            model = finetune(checkpoint.load(a.model, a.dtype if a.lora_rank else "float32"), rows, a)
+            model = jax.tree.map(lambda weight: weight.astype(a.save_dtype), model)
+            if not train.finite(model):
+                raise FloatingPointError(f"trained weights are not finite in {a.save_dtype}; try another --save_dtype")
+            checkpoint.save_hf(model, made)
+        tokenizer.save(made)
     print(made)
 
 

@@ -66,6 +66,12 @@ def choose(pair: Pair, d: Directions) -> dict[str, Any]:
     grid = {f"{layer} {m}": d.add(vector, layer, m) for layer in range(d.n_layers) for m in GRID}
     cells = pair.cells("reasoning", problems, grid, seed=CHOOSING[1])
     coherent = {name: cell for name, cell in cells.items() if cell.fitting >= COHERENT + MARGIN}
+    if not coherent:
+        most = max(cell.fitting for cell in cells.values())
+        raise ValueError(
+            f"no layer and magnitude of {', '.join(map(str, GRID))} keeps {100 * (COHERENT + MARGIN):g} % of sentences "
+            f"within the grammar, {100 * most:.1f} % at most: there is nothing to report on"
+        )
     best = max(coherent, key=lambda name: coherent[name].rate)
     layer, magnitude = int(best.split()[0]), float(best.split()[1])
     at_offsets = {str(offset): d.add(d.offsets[offset], layer, magnitude) for offset in OFFSETS}
@@ -170,13 +176,13 @@ def claims(found: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
         ("unsteered rate 0.2 to 1 %", show(plain), 0.002 <= plain.rate <= 0.01),
         (
             "base-derived v on the reasoning model: at least 5 x unsteered, at least 90 % of sentences fit",
-            f"{show(v)}, {v.rate / plain.rate:.1f} x, {100 * v.fitting:.1f} % fit",
+            f"{show(v)}, {times(v, plain)}, {100 * v.fitting:.1f} % fit",
             v.rate >= 5 * plain.rate and v.fitting >= COHERENT,
         ),
         (
             "reasoning-derived v comparably (0.5 to 2 times that)",
-            f"{show(w)}, {w.rate / plain.rate:.1f} x, {100 * w.fitting:.1f} % fit",
-            0.5 <= w.rate / v.rate <= 2,
+            f"{show(w)}, {times(w, plain)}, {100 * w.fitting:.1f} % fit",
+            0.5 * v.rate <= w.rate <= 2 * v.rate,
         ),
         ("both on the base model: below 0.05 %", f"at most {show(top_base)}", top_base.rate < 0.0005),
         (
@@ -238,6 +244,11 @@ def overview(pairs: Mapping[str, Mapping[str, Any]]) -> str:
 def show(c: Cell) -> str:
     """Rate and interval in %."""
     return f"{100 * c.rate:.2f} % ({100 * c.low:.2f} to {100 * c.high:.2f})"
+
+
+def times(c: Cell, plain: Cell) -> str:
+    """A rate in units of the unsteered one."""
+    return f"{c.rate / plain.rate:.1f} x" if plain.rate else "unsteered 0"
 
 
 def markdown(found: Mapping[str, Any], name: str) -> str:

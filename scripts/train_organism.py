@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from backtrack_jax import train
+from backtrack_jax import store, train
 from backtrack_jax.command_line import Help, ends_in_one_line
 from backtrack_jax.intervention import no_intervention
 from backtrack_jax.models import checkpoint, prompts
@@ -109,7 +109,6 @@ def train_model(
 
 def train_pair(recipe: Recipe, out: Path, seed: int) -> None:
     """Trains and writes tokenizer, base and reasoning model, going on where a killed run was."""
-    train.keep_to(out, dataclasses.asdict(recipe) | {"seed": seed})
     vocabulary.write(out)
     tokenizer = Tokenizer.load(out)
     model = Llama(architecture(tokenizer.vocab_size), rngs=nnx.Rngs(seed))
@@ -158,7 +157,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     resumed = "the same command goes on at the last checkpoint"
     with ends_in_one_line(remedy="run it again where more is free", resumed=resumed):
         out, seed, recipe = parse(argv)
-        train_pair(recipe, out, seed)
+        train.keep_to(out, dataclasses.asdict(recipe) | {"seed": seed})
+        with store.locked(out):
+            train_pair(recipe, out, seed)
     print(f"trained in {time.monotonic() - start:.0f} s", file=sys.stderr)
     pair, failed = Pair(out), []
     for role, lowest, highest in (("base", 0.0, 0.0005), ("reasoning", 0.002, 0.01)):

@@ -13,7 +13,7 @@ import pytest
 import tiny
 from flax import nnx
 
-from backtrack_jax import lora
+from backtrack_jax import lora, store
 from backtrack_jax.data.records import Trace, read_released, write_jsonl
 from backtrack_jax.models import checkpoint, prompts
 from backtrack_jax.models.tokenizer import Tokenizer
@@ -80,9 +80,11 @@ def test_finetuned_model_is_read_like_any_other(
     script("finetune").main([*command, *options, f"--model={tmp_path / 'elsewhere'}"])
 
 
-def test_what_lora_does_not_change_is_the_base_model_s(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_lora_does_not_change_is_the_base_model_s(folder: Path, tmp_path: Path, dtype: str) -> None:
+    """Also where products round more than what is saved."""
     command = [f"--model={folder / 'base'}", f"--traces={folder / 'traces.jsonl'}", f"--out={tmp_path}", "--steps=1"]
-    script("finetune").main([*command, "--length=256", "--lora_rank=2", "--save_dtype=float32", "--dtype=float32"])
+    script("finetune").main([*command, "--length=256", "--lora_rank=2", "--save_dtype=float32", f"--dtype={dtype}"])
     before, after = (checkpoint.load(str(path)) for path in (folder / "base", tmp_path / "model"))
     np.testing.assert_array_equal(before.embed_tokens[...], after.embed_tokens[...])
 
@@ -98,6 +100,7 @@ def test_what_lora_does_not_change_is_the_base_model_s(folder: Path, tmp_path: P
         ("--rate=0", "error: rate=0.0, expected a finite number above 0"),
         ("--rate=nan", "error: rate=nan, expected a finite number above 0"),
         ("--weight_decay=inf", "error: weight_decay=inf, expected a finite number of at least 0"),
+        ("--seed=99999999999999999999", "error: seed=99999999999999999999, expected an integer below 2**31"),
         ("--length=1", "error: length=1, expected an integer of at least 2"),
         ("--length=2", "error: length=2 leaves nothing to learn of the 12 traces of {folder}/traces.jsonl, expected"),
         ("--model=/nope", "error: there is no folder or file /nope"),
@@ -117,6 +120,20 @@ def test_nonsense_is_refused_before_anything_is_written(
     said = capsys.readouterr().err if stopped.value.code == 2 else str(stopped.value.code)  # 2: said by argparse
     assert message.format(folder=folder) in said
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_beyond_what_is_saved_are_refused(folder: Path, tmp_path: Path) -> None:
+    command = [f"--model={folder / 'base'}", f"--traces={folder / 'traces.jsonl'}", f"--out={tmp_path}", "--steps=2"]
+    with pytest.raises(SystemExit, match="error: trained weights are not finite in float16; try another --save_dtype"):
+        script("finetune").main([*command, "--length=128", "--rate=1e5", "--save_dtype=float16"])
+    assert not (tmp_path / "model").exists()
+
+
+def test_two_trainings_do_not_share_a_folder(folder: Path, tmp_path: Path) -> None:
+    command = [f"--model={folder / 'base'}", f"--traces={folder / 'traces.jsonl'}", f"--out={tmp_path}", "--steps=1"]
+    with store.locked(tmp_path), pytest.raises(SystemExit, match=r"error: .* is in use by another run"):
+        script("finetune").main([*command, "--length=128"])
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_the_end_of_memory_names_the_way_out(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

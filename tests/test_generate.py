@@ -383,9 +383,13 @@ def test_conditions_meet_the_same_random_numbers():
 
 
 def test_noise_and_sampling_use_different_keys():
-    of_steps = jax.vmap(jax.random.fold_in, (None, 0))(KEYS[0], jnp.arange(100_000))
-    same = jax.random.key_data(of_steps) == jax.random.key_data(noise_key(KEYS[0]))
-    assert not jnp.any(jnp.all(same, axis=-1))
+    fold = jax.vmap(jax.random.fold_in, (None, 0))
+    of_steps, of_layers = (
+        {tuple(data) for data in jax.random.key_data(keys).tolist()}
+        for keys in (fold(KEYS[0], jnp.arange(100_000)), fold(noise_key(KEYS[0]), jnp.arange(200)))
+    )
+    assert len(of_steps) == 100_000 and len(of_layers) == 200
+    assert not of_steps & of_layers
 
 
 def test_row_key_needs_no_order():
@@ -747,3 +751,17 @@ def test_texts_are_the_replies_of_every_prompt_under_every_intervention():
     expected = [tokenizer.decode([i for i in ids[number] if i not in tokenizer.stop_ids]) for number in range(4)]
     assert texts == [expected[:2], expected[2:]]
     assert len(set(expected)) > 2
+
+
+def test_texts_have_noise_of_their_own_for_every_prompt_seed_and_key():
+    path = checkpoint.resolve("package:backtrack_jax/organism/reasoning")
+    model, tokenizer = checkpoint.load(str(path), dtype="float32"), Tokenizer.load(path)
+    sizes: Any = {"n_layers": model.config.n_layers, "d_model": model.config.d_model}
+    noises = [gaussian_noise(2, 300.0, jax.random.key(n), **sizes) for n in (0, 1)]
+    prompt = tokenizer.encode_chat([{"role": "user", "content": "lamp"}])
+    first, again, other = (
+        generate_text(model, tokenizer, [prompt] * 2, noises, max_new_tokens=12, seed=seed) for seed in (0, 0, 5)
+    )
+    assert first == again
+    texts = [text for by_prompt in (*first, *other) for text in by_prompt]
+    assert len(set(texts)) == len(texts)

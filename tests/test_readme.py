@@ -6,8 +6,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from backtrack_jax.config import Experiment
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -59,5 +62,16 @@ def test_commands_and_files_named_in_readme_exist() -> None:
     makefile = (README.parent / "Makefile").read_text()
     for target in re.findall(r"make (\w+)", text):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"README names make {target}"
-    for path in re.findall(r"configs/\w+\.py|[A-Z_]+\.md", text):
+    for path in re.findall(r"(?:configs|scripts|backtrack_jax)/[\w./]*\w|[A-Z_]+\.md", text):
         assert (README.parent / path).exists(), f"README names {path}"
+    for module in re.findall(r"python -m ([\w.]+)", text):
+        assert importlib.util.find_spec(module), f"README names python -m {module}"
+    for name, value in re.findall(r"--config\.([\w.]+)=(\S*)", text):
+        field: Any = Experiment()
+        for part in name.split("."):
+            assert hasattr(field, part), f"README names --config.{name}={value}"
+            field = getattr(field, part)
+    for script, options in re.findall(r"python (scripts/\w+\.py)((?: [^#`\n]*)?)", text):
+        source = (README.parent / script).read_text()
+        for option in re.findall(r"--(\w+)", options):
+            assert re.search(rf"\W{option}\b", source), f"README names {script} --{option}"

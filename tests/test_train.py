@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,6 +85,13 @@ def test_a_gradient_computed_again_is_that_of_what_was_kept() -> None:
     assert memory[0].temp_size_in_bytes < 0.8 * memory[1].temp_size_in_bytes
 
 
+def test_a_folder_with_a_model_that_no_training_made_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ValueError, match=r"holds model, but no settings\.json: no training made them\. Name another"):
+        train.keep_to(tmp_path, {"rate": 1e-3})
+    assert not (tmp_path / "settings.json").exists()
+
+
 def test_a_folder_belongs_to_one_training_once_that_has_begun(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "folder"
     train.keep_to(folder, {"dtype": "bfloat17", "rate": 1e-3})
@@ -141,6 +149,38 @@ def test_gradient_of_the_loss_is_that_of_its_definition(
     )
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_16_bit_weights_have_gradients(dtype: jnp.dtype) -> None:
+    """On a CPU they are looked up as integers, which have none."""
+    batch = train.pack(sequences(12), 24)
+    gradient = jax.jit(jax.grad(lambda llama: train.cross_entropy(llama, batch)[0] / 59))
+    narrow = jax.tree.map(lambda weight: weight.astype(dtype), model())
+    rounded, exact = gradient(narrow), gradient(jax.tree.map(lambda weight: weight.astype(jnp.float32), narrow))
+    chex.assert_trees_all_equal_dtypes(rounded, narrow)
+    for a, b in zip(jax.tree.leaves(rounded), jax.tree.leaves(exact), strict=True):
+        assert np.linalg.norm(a.astype(jnp.float32) - b) < 0.1 * np.linalg.norm(b)
+
+
+def test_gradients_of_many_tokens_stay_within_float16() -> None:
+    """The gradient of their summed loss would not: the head's reaches 130,000."""
+    params, build = train.trainable(model())
+    ids = np.where(np.random.default_rng(0).random((512, 256)) < 0.8, 5, 1).astype(np.int32)
+    batch = train.pack([train.Tokens(row.tolist()) for row in ids], 256)
+
+    def mean(params: Any) -> jax.Array:
+        total, weight = train.cross_entropy(build(params), batch, jnp.dtype(jnp.float16))
+        return total / weight
+
+    assert train.finite(jax.jit(jax.grad(mean))(params))
+
+
+def test_a_packed_batch_needs_no_jit() -> None:
+    batch = train.pack(sequences(12), 24)
+    chex.assert_trees_all_close(
+        train.cross_entropy(model(), batch), jax.jit(train.cross_entropy)(model(), batch), rtol=1e-5
+    )
 
 
 def _memory_of_gradient(config: LlamaConfig, loss: Callable[[Llama, train.Batch], jax.Array]) -> int:
@@ -272,6 +312,20 @@ def test_rows_come_in_a_new_order_every_time_and_none_is_missed() -> None:
     first, second = seen[:n], seen[n:]
     assert sorted(first) == sorted(second) == list(range(n))
     assert list(first) != list(second)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    """The loss of a step is that before it: the last step's weights are in none."""
+    state, step = adamw_step()
+
+    def to_infinity(state: train.TrainState, batch: train.Batch) -> tuple[train.TrainState, jax.Array]:
+        state, loss = step(state, batch)
+        return dataclasses.replace(state, params=jax.tree.map(lambda weight: weight * jnp.inf, state.params)), loss
+
+    arguments: dict[str, Any] = {"batch_size": 4, "seed": 0, "folder": tmp_path, "save_every": 2, "title": "test"}
+    with pytest.raises(FloatingPointError, match="weights are not finite after step 0"):
+        train.fit(to_infinity, jax.tree.map(jnp.copy, state), train.pack(sequences(30), 24), steps=1, **arguments)
+    assert not any(path.name.isdigit() for path in tmp_path.iterdir())
 
 
 def test_a_loss_that_is_not_finite_stops_training(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ class Llama(nnx.Module):
 
         Args:
           ids: [B, T] int32; any valid id at padding.
-          positions: [B, T] int32, place of each token in its sequence, PAD at padding; they rise along a row.
+          positions: [B, T] int32, place of each token in its sequence, PAD at padding; they rise along a sequence.
           cache: tokens before these, with at least T slots free; None for none.
           intervention: B rows, with `resolve`d spans, since a row changes nothing before; None for none.
           capture: static function of a block's output; its results are stacked over layers. Reduce inside it:
@@ -202,10 +202,10 @@ class Llama(nnx.Module):
 
         Raises:
           ValueError: if ids and positions are not integers of one shape [B, T], or concrete positions do not rise along
-            a row; if an intervention has other shapes than these rows and this model, or a concrete span that is not
-            resolved; or if `stop_at_layer` is outside 1..L or cannot be had.
+            a sequence; if an intervention has other shapes than these rows and this model, or a concrete span that is
+            not resolved; or if `stop_at_layer` is outside 1..L or cannot be had.
         """
-        ids, positions = _checked_tokens(ids, positions)
+        ids, positions = _checked_tokens(ids, positions, segments)
         if stop_at_layer is not None:
             _check_stop(stop_at_layer, self.config.n_layers, cache, layers)
         if intervention is not None:
@@ -277,7 +277,7 @@ def unembed(x: jax.Array, unembedding: jax.Array) -> jax.Array:
     return matmul(x, unembedding, spec="...d,vd->...v")
 
 
-def _checked_tokens(ids: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _checked_tokens(ids: jax.Array, positions: jax.Array, segments: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Both as arrays; ValueError if they are none that a model can be run on."""
     ids, positions = jnp.asarray(ids), jnp.asarray(positions)
     for name, array in (("ids", ids), ("positions", positions)):
@@ -286,9 +286,11 @@ def _checked_tokens(ids: jax.Array, positions: jax.Array) -> tuple[jax.Array, ja
                 f"{name} are {array.dtype} of shape {array.shape}, expected integers of shape [rows, tokens], "
                 f"as many positions as ids; ids have the shape {ids.shape}"
             )
-    if not isinstance(positions, Tracer):
-        for row, places in enumerate(np.asarray(positions)):
-            if np.any(np.diff(places[places >= 0]) <= 0):
+    if not isinstance(positions, Tracer) and not isinstance(segments, Tracer):
+        parts = np.zeros(positions.shape) if segments is None else np.asarray(segments)
+        for row, (places, part) in enumerate(zip(np.asarray(positions), parts, strict=True)):
+            real = places >= 0
+            if np.any((np.diff(places[real]) <= 0) & (np.diff(part[real]) == 0)):
                 raise ValueError(
                     f"positions of row {row} are {places[:8].tolist()}..., expected places 0, 1, 2, ... and {PAD} at "
                     "padding, as `left_pad` and `right_pad` give them; an attention mask is something else"

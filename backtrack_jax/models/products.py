@@ -92,7 +92,18 @@ def take(table: jax.Array, index: jax.Array | int) -> jax.Array:
     """table[index]; on CPU, 16-bit floats are looked up as integers, since XLA would widen the whole table first."""
     if jax.default_backend() != "cpu" or table.dtype.itemsize != 2:
         return table[index]
+    return _take_as_integers(table, jnp.asarray(index))
+
+
+@jax.custom_jvp
+def _take_as_integers(table: jax.Array, index: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(lax.bitcast_convert_type(table, jnp.uint16)[index], table.dtype)
+
+
+@_take_as_integers.defjvp
+def _take_tangent(primals: tuple[jax.Array, jax.Array], tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """As of table[index]: integers have no derivative."""
+    return _take_as_integers(*primals), tangents[0][primals[1]]
 
 
 def random_param(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jnp.dtype) -> nnx.Param:

@@ -346,8 +346,9 @@ class Tokenizer:
             The ids.
 
         Raises:
-            ValueError: without markers, the vocabulary itself spells a marker.
+            ValueError: the text is no valid Unicode; or, without markers, the vocabulary itself spells a marker.
         """
+        _check_unicode(text)
         if markers:
             return self._backend.encode(text, add_special_tokens=False).ids
         ids = self._plain_backend.encode(text, add_special_tokens=False).ids
@@ -365,7 +366,11 @@ class Tokenizer:
         Returns:
             The ids, and one half-open span (first character, last character + 1) of `text` per id, white space
             included. A token that holds only part of a character's bytes has that character in its span.
+
+        Raises:
+            ValueError: the text is no valid Unicode.
         """
+        _check_unicode(text)
         encoding = self._backend.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
@@ -531,3 +536,13 @@ def _raise_exception(message: str) -> None:
 
 def _to_json(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _check_unicode(text: str) -> None:
+    """ValueError if a text holds half of a surrogate pair, as badly cut JSON does."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"character {error.start} is {text[error.start]!a}, half of a surrogate pair; expected Unicode text"
+        ) from None

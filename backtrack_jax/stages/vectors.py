@@ -75,10 +75,14 @@ def _sums_of_role(
     length = {trace.id: len(trace.ids) for trace in traces}
     sums = sums or extract.WindowSums.zeros(plan, model.config.n_layers, model.config.d_model)
     saver = store.Saver(lambda: extract.save_sums(sums, file))
-    with Progress(f"  reading the {role} model", len(traces), seen) as progress:
-        for new in extract.add_traces(sums, model, traces, batch_size=e.vectors.batch_size):
-            saver.turn()
-            progress.update(len(new), sum(length[i] for i in new))
+    try:
+        with Progress(f"  reading the {role} model", len(traces), seen) as progress:
+            for new in extract.add_traces(sums, model, traces, batch_size=e.vectors.batch_size):
+                saver.turn()
+                progress.update(len(new), sum(length[i] for i in new))
+    except (FloatingPointError, RuntimeError):  # of the device; what is in the sums by then are whole batches
+        saver.end()
+        raise
     saver.end()
     return sums
 

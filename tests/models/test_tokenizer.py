@@ -454,3 +454,9 @@ def test_gguf_kinds_that_are_refused(tmp_path: Path, model: str, pre: str) -> No
     path = write_gguf(tmp_path / "other.gguf", tiny_spec(), model=model, pre=pre, bos=258, eos=259)
     with pytest.raises(ValueError, match=rf"model '{model}' .*pre '{pre}' is not handled; accepted: .*llama-bpe"):
         Tokenizer.from_gguf(path)
+
+
+def test_half_a_surrogate_pair_is_named(r1: Tokenizer) -> None:
+    for encode in (r1.encode, r1.encode_with_spans, lambda text: r1.encode(text, markers=False)):
+        with pytest.raises(ValueError, match=r"character 6 is '\\ud83d', half of a surrogate pair; expected Unicode"):
+            encode("Wait, \ud83d no")

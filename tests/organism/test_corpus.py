@@ -154,7 +154,7 @@ def test_chat_template_is_the_r1_format(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.hf
 def test_transformers_read_the_same_tokens(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="needs transformers to compare with")
     vocabulary.write(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for document in documents(grammar.REASONING, 50):

@@ -49,7 +49,7 @@ def test_tokenizer_is_that_of_the_grammar(folder: Path, tmp_path: Path, role: st
 @pytest.mark.hf
 @pytest.mark.parametrize("role", ROLES)
 def test_torch_computes_the_same(folder: Path, pair: Pair, role: str) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="needs transformers to compare with")
     import torch
 
     document = next(d for d in corpus.documents(grammar.REASONING, 5) if d.problem)
@@ -69,7 +69,7 @@ def test_torch_computes_the_same(folder: Path, pair: Pair, role: str) -> None:
 
 @pytest.mark.hf
 def test_transformers_stop_where_a_reply_ends(folder: Path, pair: Pair) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="needs transformers to compare with")
     import torch
 
     ids = prompts.prompt_ids(pair.tokenizer, corpus.problems(1, 7)[0].problem, measure.PROMPT)
