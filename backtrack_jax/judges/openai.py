@@ -42,7 +42,7 @@ class ReplyFault(StrEnum):
     UNLABELLED = "unlabelled_reply"
     """No labels in the form that was asked for: cut JSON, a chat, the instructions sent back."""
     MISLABELLED = "mislabelled_reply"
-    """Labels, but none that belongs to a sentence of the trace and to the taxonomy."""
+    """Labels, but none of the taxonomy, or not clear of which sentences of the trace."""
 
 
 @dataclass(frozen=True)
