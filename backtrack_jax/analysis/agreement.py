@@ -330,8 +330,8 @@ def read_human(path: Path | str, traces: Sequence[Trace], judge: str = "human") 
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not UTF-8, a column is missing; or in a named row: an unknown trace or label, a span that is no sentence of the
-            trace, a sentence that occurs twice; or no row has a label.
+        ValueError: the file is not UTF-8, or a column is missing; or in a named row: an unknown trace or label, a span
+            that is no sentence of the trace, a sentence that occurs twice; or no row has a label.
     """
     path = Path(path)
     try:

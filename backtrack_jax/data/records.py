@@ -162,7 +162,7 @@ class _Fields:
         return self
 
     def text(self, key: str, *, empty: bool = False, cut: bool = False) -> str:
-        """A string; `cut` lets lone surrogates through, which a judge's answer that was cut inside an emoji may hold."""
+        """A string; `cut` lets lone surrogates through: a judge's answer may be cut inside an emoji."""
         value = self.get(key)
         if not isinstance(value, str):
             raise ValueError(f"{self.where}: field {key!r} must be a string, got {type(value).__name__} {value!r}")
