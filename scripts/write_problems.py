@@ -86,6 +86,9 @@ ENDPOINT = {
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; settings look like --model=NAME")
+    categories = list(dict.fromkeys(FLAGS.categories))
+    if not categories:
+        raise app.UsageError(f"--categories: none is named; there are {', '.join(KINDS)}")
     if unknown := [name for name in FLAGS.categories if name not in KINDS]:
         raise app.UsageError(f"--categories: {unknown} unknown; there are {', '.join(KINDS)}")
     for name in ("httpx", "httpx2"):
@@ -98,20 +101,31 @@ def main(argv: Sequence[str]) -> None:
     try:
         settings = spec.settings()
         if FLAGS.dry_run:
-            print(estimate(settings, FLAGS.categories, FLAGS.per_category, ledger))
+            print(estimate(settings, categories, FLAGS.per_category, ledger))
             return
-        writer = asyncio.run(write(settings, FLAGS.categories, FLAGS.per_category, ledger))
+        writer = asyncio.run(write(settings, categories, FLAGS.per_category, ledger))
     except (ValueError, OSError, JudgeStopped) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on where this run was")
-    write_jsonl(out, writer.problems())
-    refused = ", ".join(f"{count} {reason}" for reason, count in writer.refused.items())
-    say(f"{len(writer.problems())} problems are in {out}; not taken: {refused or 'none'}")
-    if missing := ", ".join(f"{n} of {name}" for name, n in writer.missing.items() if n > 0):
+    problems = writer.problems()
+    missing = ", ".join(f"{n} of {name}" for name, n in writer.missing.items() if n > 0)
+    refused = ", ".join(f"{count} {reason}" for reason, count in writer.refused.items()) or "none"
+    # A run that failed may have less than one before it.
+    if missing and len(problems) <= (there := lines_in(out)):
+        say(f"{len(problems)} problems, not taken: {refused}; {out} is left as it was, with {there}")
+    else:
+        write_jsonl(out, problems)
+        say(f"{len(problems)} problems are in {out}; not taken: {refused}")
+    if missing:
         sys.exit(
             f"error: too few could be used, {missing} are missing; the same command asks again where a call failed"
         )
+
+
+def lines_in(path: Path) -> int:
+    """Lines that hold anything; 0 where there is no such file."""
+    return sum(bool(line.strip()) for line in path.read_bytes().split(b"\n")) if path.exists() else 0
 
 
 class Writer:

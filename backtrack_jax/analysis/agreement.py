@@ -15,6 +15,7 @@ steered replies: `reply_traces` makes traces of these, which any judge can label
 import argparse
 import csv
 import hashlib
+import io
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -329,14 +330,17 @@ def read_human(path: Path | str, traces: Sequence[Trace], judge: str = "human") 
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a column is missing; or in a named row: an unknown trace or label, a span that is no sentence of the
-            trace, a sentence that occurs twice; or no row has a label.
+        ValueError: the file is not UTF-8, or a column is missing; or in a named row: an unknown trace or label, a span
+            that is no sentence of the trace, a sentence that occurs twice; or no row has a label.
     """
     path = Path(path)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        head = file.readline()
-        file.seek(0)
-        rows = list(csv.DictReader(file, delimiter=";" if head.count(";") > head.count(",") else ","))
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error}); save the sheet as CSV UTF-8") from error
+    head = text.partition("\n")[0]
+    delimiter = ";" if head.count(";") > head.count(",") else ","
+    rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restval=""))  # of short rows
     missing = {"key", "start", "stop", "label"} - set(rows[0] if rows else ())
     if missing:
         raise ValueError(f"{path}: column {min(missing)!r} is missing; expected: {', '.join(SHEET_COLUMNS)}")

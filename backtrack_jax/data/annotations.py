@@ -23,11 +23,15 @@ from difflib import SequenceMatcher
 from enum import StrEnum
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from backtrack_jax.data.records import LABELS, Annotation, Note, Rejection, Section, Trace
 from backtrack_jax.models.prompts import END_MARKERS
 
 FUZZY_RATIO = 0.9
 """`difflib` ratio (2 x matching characters / characters of both) above which an altered text is still placed."""
+
+_MOST_COMPARED = 20_000_000  # pairs of characters per altered text, about a second; 28,290 at most in released chains
 
 
 class Reason(StrEnum):
@@ -55,7 +59,7 @@ class Reason(StrEnum):
     BROKEN_OPENER = "broken_opener"
     """The opening tag is misspelt (`['Deduction']`, `["adding_knowledge"]`); the label is clear."""
     BROKEN_CLOSER = "broken_closer"
-    """The closing tag is misspelt, most often `["end-section]`."""
+    """The closing tag is misspelt, most often `["end-section]`, or names the label, as `["/deduction"]`."""
     UNCLOSED = "unclosed"
     """The section has no closer: it ends at the next opening tag, or with the answer."""
     FOLDED = "folded"
@@ -72,14 +76,16 @@ _REPAIRS = frozenset({Reason.BROKEN_OPENER, Reason.BROKEN_CLOSER, Reason.UNCLOSE
 _REFUSALS = frozenset({Reason.UNKNOWN_LABEL, Reason.EMPTY, Reason.UNTAGGED, Reason.STRAY_CLOSER, Reason.NO_SECTIONS})
 
 _QUOTE = r"\\?[\"'`\u201c\u201d\u201e\u2018\u2019]"
-_KNOWN = "|".join(name.replace("-", "[-_ ]?") for name in (*LABELS, "end-section"))
+_CLOSERS = ("end-section", *(f"{mark}{name}" for mark in ("/", "end-") for name in (*LABELS, "section", "label")))
+_KNOWN = "|".join(name.replace("-", "[-_ ]?") for name in (*LABELS, *_CLOSERS))
 _TAG = re.compile(
-    rf"\[\s*{_QUOTE}\s*(?P<quoted>[A-Za-z][\w -]*?)\s*(?:{_QUOTE})?\s*\]"  # ["label"], and the broken ["label]
+    rf"\[\s*{_QUOTE}\s*(?P<quoted>/?[A-Za-z][\w -]*?)\s*(?:{_QUOTE})?\s*\]"  # ["label"], and the broken ["label]
     rf"|\[\s*(?P<bare>{_KNOWN})\s*(?:{_QUOTE})?\s*\]"  # [label]
     rf"|\[\s*{_QUOTE}\s*(?P<open>{_KNOWN})\s*{_QUOTE}",  # ["label"
     re.IGNORECASE,
 )
-_CANONICAL = {name.replace("-", ""): name for name in (*LABELS, "end-section")}
+_CANONICAL = {name: "end-section" for name in (name.replace("-", "") for name in _CLOSERS)}
+_CANONICAL |= {name.replace("-", ""): name for name in LABELS}
 
 
 @dataclass(frozen=True)
@@ -163,7 +169,9 @@ def _tag_name(tag: re.Match[str]) -> str:
 
 def _is_tag(tag: re.Match[str], original: str) -> bool:
     name = _tag_name(tag)
-    return name in _CANONICAL.values() or (tag[0] == f'["{name}"]' and tag[0] not in original)
+    if name in _CANONICAL.values():
+        return True
+    return not name.startswith("/") and tag[0] == f'["{name}"]' and tag[0] not in original
 
 
 def align(trace: Trace, annotated: str, judge: str = "released") -> Annotation:
@@ -210,7 +218,8 @@ class _Place:
 
 def _place_all(original: str, texts: Sequence[str]) -> list[_Place]:
     folded = _FoldedText(original)
-    candidates = [folded.occurrences(text) for text in texts]
+    found = {text: folded.occurrences(text) for text in set(texts)}
+    candidates = [found[text] for text in texts]
     chosen = _best_chain(candidates)
     # after[i] is where the first placed one of the texts i, i+1, ... starts.
     after = [len(original)] * (len(texts) + 1)
@@ -222,9 +231,8 @@ def _place_all(original: str, texts: Sequence[str]) -> list[_Place]:
     for index, text in enumerate(texts):
         span, high = chosen[index], after[index + 1]
         if span is not None:
-            rivals = [s for s in candidates[index] if before <= s.start and s.stop <= high and s.rank >= span.rank]
             notes = (Reason.FOLDED,) if original[span.start : span.stop] != text else ()
-            notes += (Reason.AMBIGUOUS,) if len(rivals) > 1 else ()
+            notes += (Reason.AMBIGUOUS,) if _has_rival(span, candidates[index], before, high) else ()
             places.append(_Place(span.start, span.stop, notes))
         elif candidates[index]:
             places.append(_Place(failure=Reason.OUT_OF_ORDER))
@@ -239,11 +247,25 @@ def _place_all(original: str, texts: Sequence[str]) -> list[_Place]:
 
 
 class _Span(NamedTuple):
-    """Where a text occurs, `[start, stop)` of the original; whole words and equality to the letter rank first."""
+    """Where a text occurs, `[start, stop)` of the original; whole words and equality to the letter rank first.
+
+    `length` is that of the text, white space folded: white space of the original makes no occurrence a better one.
+    """
 
     start: int
     stop: int
     rank: int
+    length: int
+
+
+def _has_rival(span: _Span, spans: Sequence[_Span], low: int, high: int) -> bool:
+    """Whether another of the spans, which are in text order, fits into [low, high) and ranks no lower."""
+    for rival in spans[bisect_left(spans, low, key=lambda s: s.start) :]:
+        if rival.stop > high:
+            return False
+        if rival is not span and rival.rank >= span.rank:
+            return True
+    return False
 
 
 class _FoldedText:
@@ -268,7 +290,7 @@ class _FoldedText:
         while position >= 0:
             start, stop = self._unfold(position), self._unfold(position + len(folded) - 1) + 1
             whole = not (_inside_word(self.original, start) or _inside_word(self.original, stop))
-            spans.append(_Span(start, stop, 2 * whole + (self.original[start:stop] == text)))
+            spans.append(_Span(start, stop, 2 * whole + (self.original[start:stop] == text), len(folded)))
             position = self.folded.find(folded, position + 1)
         return spans
 
@@ -283,10 +305,9 @@ def _inside_word(text: str, position: int) -> bool:
 
 @dataclass(frozen=True)
 class _Link:
-    """End of a chain of placed texts: its last span, what the chain covers, and the chain in front of it."""
+    """End of a chain of placed texts: its last span, the worth of the chain, and the chain in front of it."""
 
-    stop: int
-    covered: int
+    worth: int
     index: int = -1
     span: _Span | None = None
     previous: "_Link | None" = None
@@ -295,24 +316,34 @@ class _Link:
 def _best_chain(candidates: Sequence[list[_Span]]) -> list[_Span | None]:
     """Chooses at most one span per text, in order and without overlap, so that most of the text is covered.
 
-    `frontier` holds, for every stop, the best chain that ends there or earlier, where it covers more than those that
-    end before it: stops and coverage both increase, so the best predecessor of a span is one bisection away.
+    `frontier` holds, for every stop, the chain of most worth that ends there or earlier, where it is worth more than
+    those that end before it: stops and worths both increase, so the best predecessor of a span is one bisection away.
+    Arrays, because a judge that repeats a sentence thousands of times makes as many candidates of each copy.
     """
-    frontier = [_Link(0, 0)]
-    stops = [0]
+    unit = 3 * len(candidates) + 1  # of one character covered: all ranks (0-3) together only break ties
+    frontier = [_Link(0)]
+    stops, worths = [0], [0]
+    bounds: dict[int, np.ndarray] = {}
     for index, spans in enumerate(candidates):
-        links = []
-        for span in spans:
-            previous = frontier[bisect_right(stops, span.start) - 1]
-            covered = previous.covered + 4 * (span.stop - span.start) + span.rank  # a rank (0-3) only breaks ties
-            links.append(_Link(span.stop, covered, index, span, previous))
-        for link in links:
-            if frontier[bisect_right(stops, link.stop) - 1].covered >= link.covered:
-                continue
-            first = last = bisect_left(stops, link.stop)
-            while last < len(frontier) and frontier[last].covered <= link.covered:
+        if not spans:
+            continue
+        # [3, S] integers: start, stop and worth of each span. Equal texts share one list.
+        if id(spans) not in bounds:
+            bounds[id(spans)] = np.array([(s.start, s.stop, unit * s.length + s.rank) for s in spans]).T
+        begin, end, gain = bounds[id(spans)]
+        before, worth_then = np.asarray(stops), np.asarray(worths)
+        predecessor = np.searchsorted(before, begin, side="right") - 1
+        worth = worth_then[predecessor] + gain
+        # An earlier stop that is worth as much makes a span useless, one of this text (they are in order) included.
+        useful = worth > worth_then[np.searchsorted(before, end, side="right") - 1]
+        useful[1:] &= worth[1:] > np.maximum.accumulate(worth)[:-1]
+        chosen_now = np.flatnonzero(useful)
+        links = [_Link(int(worth[i]), index, spans[i], frontier[predecessor[i]]) for i in chosen_now]
+        for stop, link in zip(end[chosen_now].tolist(), links, strict=True):
+            first = last = bisect_left(stops, stop)
+            while last < len(frontier) and frontier[last].worth <= link.worth:
                 last += 1
-            frontier[first:last], stops[first:last] = [link], [link.stop]
+            frontier[first:last], stops[first:last], worths[first:last] = [link], [stop], [link.worth]
     chosen: list[_Span | None] = [None] * len(candidates)
     last_link: _Link | None = frontier[-1]
     while last_link is not None:
@@ -323,25 +354,33 @@ def _best_chain(candidates: Sequence[list[_Span]]) -> list[_Span | None]:
 
 
 def _similar_span(original: str, text: str, low: int, high: int) -> tuple[int, int] | None:
-    """Span of `original[low:high]` most like `text`, from its first word on; None if none is above `FUZZY_RATIO`."""
+    """Span of `original[low:high]` most like `text`, from its first word on; None if none is above `FUZZY_RATIO`.
+
+    The best one found when `_MOST_COMPARED` is used up: a long text of frequent words has thousands of candidates.
+    """
     words = text.split()
     if not words:
         return None
     matcher = SequenceMatcher(None, "", text, autojunk=False)
     slack = len(text) // 5 + 8
-    best, best_ratio = None, FUZZY_RATIO
+    best, best_ratio, compared = None, FUZZY_RATIO, 0
     for opening in re.finditer(rf"(?<!\w){re.escape(words[0])}(?!\w)", original[low:high], re.IGNORECASE):
         start = low + opening.start()
         limit = min(start + len(text) + slack, high)
         endings = re.finditer(re.escape(words[-1]), original[start:limit], re.IGNORECASE)
         stops = [start + ending.end() for ending in endings] + [min(start + len(text), high)]
         for stop in stops:
+            if compared > _MOST_COMPARED:
+                break
             matcher.set_seq1(original[start:stop])
             # These are upper bounds of ratio(): by the lengths alone, by the characters.
             if matcher.real_quick_ratio() <= best_ratio:
                 continue
-            if matcher.quick_ratio() > best_ratio and (ratio := matcher.ratio()) > best_ratio:
-                best, best_ratio = (start, stop), ratio
+            compared += 10 * len(text)
+            if matcher.quick_ratio() > best_ratio:
+                compared += (stop - start) * len(text)
+                if (ratio := matcher.ratio()) > best_ratio:
+                    best, best_ratio = (start, stop), ratio
     if best is None:
         return None
     return best[0], len(original[: best[1]].rstrip())

@@ -21,6 +21,9 @@ LABELS = ("initializing", "deduction", "adding-knowledge", "example-testing", "u
 OTHER = "other"
 """Label that a judge with one question (is this backtracking?) gives sections that are not; see `judges.keyword`."""
 
+RESERVED_LABELS = ("all", "rest", "shuffled", "overall-mean")
+"""Names of vectors and groups of sections that stage 3 makes itself; no label may have them."""
+
 FINISH_REASONS = ("stop", "length")
 """Why a reply ended: a stop id was sampled, or the limit of new tokens was reached. None means that it is not known."""
 
@@ -126,6 +129,7 @@ class _Identified(Protocol):
     def id(self) -> str: ...
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _R = TypeVar("_R", bound=_Identified)
 
 
@@ -157,12 +161,18 @@ class _Fields:
             raise ValueError(f"{self.where}: {named} missing; found: {', '.join(self.value) or 'none'}")
         return self
 
-    def text(self, key: str, *, empty: bool = False) -> str:
+    def text(self, key: str, *, empty: bool = False, cut: bool = False) -> str:
+        """A string; `cut` lets lone surrogates through: a judge's answer may be cut inside an emoji."""
         value = self.get(key)
         if not isinstance(value, str):
             raise ValueError(f"{self.where}: field {key!r} must be a string, got {type(value).__name__} {value!r}")
         if not empty and not value.strip():
             raise ValueError(f"{self.where}: field {key!r} is empty; it needs text")
+        if not cut and (surrogate := _SURROGATE.search(value)):
+            raise ValueError(
+                f"{self.where}: field {key!r} holds half of a character (\\u{ord(surrogate[0]):04x}, at character "
+                f"{surrogate.start()}), which no tokenizer or endpoint takes; write the whole character or leave it out"
+            )
         return value
 
     def natural(self, key: str) -> int:
@@ -183,7 +193,7 @@ def is_released(path: Path) -> bool:
     if not path.is_file():
         return path.suffix != ".jsonl"
     with path.open(encoding="utf-8-sig", errors="replace") as file:
-        lines = [file.readline()] if path.suffix == ".jsonl" else file
+        lines = [next((line for line in file if line.strip()), "")] if path.suffix == ".jsonl" else file
         return any('"annotated_chain"' in line or '"reasoning_chain"' in line for line in lines)
 
 
@@ -228,7 +238,7 @@ def _json_objects(path: Path) -> Iterator[_Fields]:
 def _parse(text: str, where: str) -> object:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also of an integer of 5,000 digits, of endless brackets
         raise ValueError(f"{where}: not valid JSON ({error})") from error
 
 
@@ -313,7 +323,8 @@ def read_annotations(path: Path | str) -> list[Annotation]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a fault, named by file, line and field; or two annotations of one trace by one judge.
+        ValueError: a fault, named by file, line and field, a known label in another spelling included; or two
+            annotations of one trace by one judge.
     """
     path = Path(path)
     annotations = [_annotation(fields) for fields in _json_objects(path)]
@@ -331,7 +342,7 @@ def _annotation(fields: _Fields) -> Annotation:
     sections = []
     for item in fields.items("sections"):
         item.refuse_others(Section.__dataclass_fields__)
-        section = Section(item.text("label"), item.natural("start"), item.natural("stop"))
+        section = Section(_label(item), item.natural("start"), item.natural("stop"))
         if section.stop <= section.start:
             raise ValueError(f"{item.where}: span [{section.start}, {section.stop}) is empty; stop must exceed start")
         sections.append(section)
@@ -342,10 +353,36 @@ def _annotation(fields: _Fields) -> Annotation:
         judge=fields.text("judge"),
         sections=tuple(sections),
         rejected=tuple(
-            Rejection(r.text("reason"), r.text("label", empty=True), r.text("text", empty=True)) for r in rejected
+            Rejection(
+                r.text("reason", cut=True),
+                r.text("label", empty=True, cut=True),
+                r.text("text", empty=True, cut=True),
+            )
+            for r in rejected
         ),
         notes=tuple(Note(n.text("code"), n.natural("section")) for n in notes),
     )
+
+
+def _label(item: _Fields) -> str:
+    """Any label but a reserved one and a known one in another spelling, which would count as a label of its own."""
+    label = item.text("label")
+    meant = _LABELS_BY_LETTERS.get(_letters(label), label.strip())
+    if label != meant:
+        raise ValueError(f"{item.where}: unknown label {label!r}; did you mean {meant!r}?")
+    if label in RESERVED_LABELS:
+        raise ValueError(
+            f"{item.where}: label {label!r} is a name that this program uses itself ({', '.join(RESERVED_LABELS)}); "
+            "choose another"
+        )
+    return label
+
+
+def _letters(label: str) -> str:
+    return re.sub(r"[-_\s]", "", label).lower()
+
+
+_LABELS_BY_LETTERS = {_letters(label): label for label in (*LABELS, OTHER)}
 
 
 def pair_annotations(traces: Sequence[Trace], annotations: Sequence[Annotation]) -> list[tuple[Trace, Annotation]]:
@@ -447,7 +484,7 @@ def read_released(path: Path | str | Sequence[Path | str]) -> tuple[list[Trace],
             sample, samples[task] = samples[task], samples[task] + 1
             problem, chain = fields.text("problem"), fields.text("reasoning_chain")
             traces.append(Trace(f"{task}/{sample}", task, category, problem, chain, sample))
-            annotated.append(fields.text("annotated_chain", empty=True))
+            annotated.append(fields.text("annotated_chain", empty=True, cut=True))
     return traces, annotated
 
 

@@ -11,6 +11,7 @@ message or a log, even where the endpoint sends it back.
 import asyncio
 import email.utils
 import json
+import math
 import random
 import time
 from collections.abc import Mapping
@@ -101,8 +102,10 @@ class ChatClient:
     async def _pay(self, request: Mapping[str, Any], about: Mapping[str, Any]) -> Entry:
         async with self._places:
             body = await self._attempts(request)
-        choice, usage = body["choices"][0], body.get("usage")
+        choice, usage = _first_choice(body), body.get("usage")
         usage = usage if isinstance(usage, dict) else {}
+        message = choice.get("message")
+        message = message if isinstance(message, dict) else {}  # null where a content filter took the answer back
         parameters = {name: value for name, value in request.items() if name not in ("model", "messages")}
         return {
             "requested_model": request["model"],
@@ -114,8 +117,8 @@ class ChatClient:
             "id": body.get("id"),
             "usage": usage,
             "finish_reason": choice.get("finish_reason"),
-            "refusal": choice["message"].get("refusal"),
-            "answer": _text(choice["message"].get("content")),
+            "refusal": message.get("refusal"),
+            "answer": _text(message.get("content")),
         }
 
     async def _attempts(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,6 +143,10 @@ class ChatClient:
             attempt += 1
             self.meter.retries += 1
             await self._wait(wait)
+
+    def stop(self, why: str) -> None:
+        """Lets no further attempt start; those in flight end and are recorded."""
+        self._stop_all(JudgeStopped(why))
 
     def _stop_all(self, error: JudgeStopped) -> JudgeStopped:
         """Lets no further attempt start; the first error stays the one that is reported."""
@@ -189,10 +196,15 @@ class ChatClient:
         text = self._redact(response.http_response.text)
         try:
             body = json.loads(text)
-            body["choices"][0]["message"].keys()  # whatever the message holds: it was answered, and is paid for
-            return body
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-            raise _Retry(CallFault.NOT_A_COMPLETION, f"the endpoint answered {text[:200]!r}") from None
+        except (ValueError, RecursionError):
+            body = None
+        if isinstance(body, dict):
+            error = body.get("error")
+            if isinstance(error, dict) and not body.get("choices") and not body.get("usage"):
+                raise self._classify_body(error, response.http_response, text)
+            if body.get("choices") is not None or body.get("usage") is not None:
+                return body  # with or without a message: it was answered, and is paid for
+        raise _Retry(CallFault.NOT_A_COMPLETION, f"the endpoint answered {text[:200]!r}")
 
     def _redact(self, text: str) -> str:
         # The "key" of a local server may be any word, which is no secret and may well occur in an answer.
@@ -202,7 +214,8 @@ class ChatClient:
         """What a fault of the request means for this call and for the others."""
         if isinstance(error, openai.APIStatusError):
             self._reached = True
-            return self._classify_status(error, f"HTTP {error.status_code}: {self._redact(str(error))[:300]}")
+            detail = f"HTTP {error.status_code}: {self._redact(str(error))[:300]}"
+            return self._classify_status(error, error.status_code, detail)
         cause = type(error.__cause__).__name__  # of httpx or httpx2, which the versions of openai differ in
         if cause in ("ConnectError", "ConnectTimeout"):
             return _Retry(CallFault.UNREACHABLE, str(error.__cause__) or cause)
@@ -210,14 +223,22 @@ class ChatClient:
             return _Retry(CallFault.TIMED_OUT, f"no answer within {self.settings.request_timeout:g} s")
         return _Retry(CallFault.DISCONNECTED, self._redact(f"{error} {error.__cause__ or ''}"))
 
+    def _classify_body(self, body: dict[str, Any], response: Any, text: str) -> Exception:
+        """What an error means that came with HTTP 200: the same as under the status that its code names."""
+        code = str(body.get("code"))
+        if not (code.isascii() and code.isdecimal() and 400 <= int(code[:4]) <= 599):
+            return _Retry(CallFault.NOT_A_COMPLETION, f"the endpoint answered {text[:200]!r}")
+        error = openai.APIStatusError(str(body.get("message")), response=response, body=body)
+        return self._classify_status(error, int(code[:4]), f"HTTP 200 with error {code}: {text[:300]}")
+
     def _unreachable(self, fault: _Retry) -> JudgeStopped:
         return JudgeStopped(
             f"the judge's endpoint {self.settings.base_url} cannot be reached ({fault}). Check base_url, and that the "
             "server runs"
         )
 
-    def _classify_status(self, error: openai.APIStatusError, detail: str) -> Exception:
-        url, model, status = self.settings.base_url, self.settings.model, error.status_code
+    def _classify_status(self, error: openai.APIStatusError, status: int, detail: str) -> Exception:
+        url, model = self.settings.base_url, self.settings.model
         again = "what was paid for is kept: run the same command again to go on"
         if status == 402 or {str(error.code), str(error.type)} & {"insufficient_quota", "billing_hard_limit_reached"}:
             return JudgeStopped(
@@ -248,6 +269,13 @@ class ChatClient:
         return CallFailed(CallFault.BAD_REQUEST, detail)
 
 
+def _first_choice(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The choice of an answer, empty where it has none."""
+    choices = body.get("choices")
+    first = choices[0] if isinstance(choices, list) and choices else None
+    return first if isinstance(first, dict) else {}
+
+
 def _text(content: Any) -> str:
     """Text of a message's content: a string or nothing, or a list of parts, of which those of type `text` count."""
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
@@ -259,10 +287,11 @@ def _retry_after(headers: Mapping[str, str]) -> float:
     """Seconds that the endpoint asks to wait, 0 where it does not: Retry-After as seconds or date, or in ms."""
     for name, scale in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
         try:
-            return max(0.0, float(headers[name]) / scale)
+            seconds = float(headers[name]) / scale
         except (KeyError, ValueError):
             continue
+        return max(0.0, seconds) if math.isfinite(seconds) else 0.0
     try:
         return max(0.0, email.utils.parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time())
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):  # the last: a date that no clock reaches
         return 0.0

@@ -42,7 +42,7 @@ class ReplyFault(StrEnum):
     UNLABELLED = "unlabelled_reply"
     """No labels in the form that was asked for: cut JSON, a chat, the instructions sent back."""
     MISLABELLED = "mislabelled_reply"
-    """Labels, but none that belongs to a sentence of the trace and to the taxonomy."""
+    """Labels, but none of the taxonomy, or not clear of which sentences of the trace."""
 
 
 @dataclass(frozen=True)
@@ -147,12 +147,16 @@ async def label(
         async with ChatClient(settings, ledger) as client:
             judge = _Judge(client, prompt, judge_name(prompt, settings, votes), votes, reask)
 
-            async def run(trace: Trace) -> JudgeStopped | None:
+            async def run(trace: Trace) -> Exception | None:
                 try:
-                    labelled = await judge.label(trace)
+                    on_done(await judge.label(trace), client.meter)
                 except JudgeStopped as error:
                     return error
-                on_done(labelled, client.meter)
+                except (
+                    Exception
+                ) as error:  # an error of ours: the calls in flight are paid for, so they are awaited too
+                    client.stop(f"stopped by {type(error).__name__} at trace {trace.id!r}")
+                    return error
                 return None
 
             tasks = [asyncio.create_task(run(trace)) for trace in traces]
@@ -163,7 +167,11 @@ async def label(
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
                 raise
-            if stops := [outcome for outcome in outcomes if outcome is not None]:
+            stops = [outcome for outcome in outcomes if outcome is not None]
+            for error in stops:
+                if not isinstance(error, JudgeStopped):
+                    raise error
+            if stops:
                 raise JudgeStopped(f"{stops[0]} [{len(traces) - len(stops)} of {len(traces)} traces are done]")
             return client.meter
 
@@ -198,7 +206,8 @@ class _Judge:
                 entry = await self.client.complete(request, number, prompt=self.prompt.hash, trace=trace.id)
             except CallFailed as error:
                 return _failed(trace, self.name, error.fault, str(error))
-            annotation = _read(trace, entry, self.prompt, self.name)
+            # In a thread: while a long copy is placed, the other answers must not time out and be paid again.
+            annotation = await asyncio.to_thread(_read, trace, entry, self.prompt, self.name)
             if failure(annotation) is None:
                 break
         return annotation

@@ -20,6 +20,7 @@ import functools
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,8 +173,14 @@ class JudgePrompt:
         Returns:
             The placed sections, and all else as rejections. An answer in which nothing can be used has no sections.
         """
-        answer = answer.rpartition("</think>")[2]  # a reasoning judge may think aloud first
-        return align(trace, answer, judge) if self.format == "inline" else align_sentences(trace, answer, judge)
+        place = align if self.format == "inline" else align_sentences
+        # A reasoning judge may think aloud first. But without an opening <think> that may be a copy of the trace, or an
+        # answer, that runs on to its </think>: then whichever reading places more is the answer.
+        thought, _, rest = answer.partition("</think>")
+        readings = [place(trace, rest, judge)] if rest.strip() else []
+        if not readings or not thought.lstrip().startswith("<think>"):
+            readings.append(place(trace, answer, judge))
+        return max(readings, key=lambda annotation: len(annotation.sections))
 
 
 def sentence_spans(trace: Trace) -> list[tuple[int, int]]:
@@ -191,28 +198,22 @@ def align_sentences(trace: Trace, answer: str, judge: str) -> Annotation:
 
     Returns:
         Sections of all sentences under a known label. Rejected, with the codes of `annotations.Reason`: an answer
-        without such JSON (`no_sections`), runs from a sentence that does not exist (`not_found`) or that is not behind
-        the run before it (`out_of_order`), the text under an unknown label (`unknown_label`), and the text in front of
-        the first run (`untagged`).
+        without such JSON (`no_sections`) and the text under an unknown label (`unknown_label`). The order of the runs
+        is of no matter. But runs from a sentence that does not exist (`not_found`), two labels from one sentence
+        (`out_of_order`) or none from the first one (`untagged`, with the text in front) leave open which sentences are
+        meant, e.g. numbers counted from 0: such an answer has rejections and no sections.
     """
     spans = sentence_spans(trace)
     runs = _parse_runs(answer)
     if not runs:
         return Annotation(trace.id, judge, (), (Rejection(Reason.NO_SECTIONS, "", answer.strip()),))
+    if refused := _refused_runs(runs, trace, spans):
+        return Annotation(trace.id, judge, (), tuple(refused))
     rejected: list[Rejection] = []
-    starts: list[tuple[int, str]] = []
-    for first, label in runs:
-        if not 1 <= first <= len(spans):
-            rejected.append(Rejection(Reason.NOT_FOUND, label, f"sentence {first} of {len(spans)}"))
-        elif starts and first <= starts[-1][0]:
-            rejected.append(Rejection(Reason.OUT_OF_ORDER, label, f"sentence {first} after {starts[-1][0]}"))
-        else:
-            starts.append((first, label))
     sections: list[Section] = []
     notes: list[Note] = []
+    starts = sorted(set(runs))
     bounds = [first - 1 for first, _ in starts] + [len(spans)]
-    if unlabelled := spans[: bounds[0]]:
-        rejected.append(Rejection(Reason.UNTAGGED, "", trace.text[unlabelled[0][0] : unlabelled[-1][1]]))
     for (_, written), first, end in zip(starts, bounds, bounds[1:], strict=False):
         run = spans[first:end]
         label = _CANONICAL.get(re.sub(r"[-_ ]", "", written).lower())
@@ -223,6 +224,20 @@ def align_sentences(trace: Trace, answer: str, judge: str) -> Annotation:
             notes.extend(Note(Reason.BROKEN_OPENER, len(sections) + index) for index in range(len(run)))
         sections.extend(Section(label, start, stop) for start, stop in run)
     return Annotation(trace.id, judge, tuple(sections), tuple(rejected), tuple(notes))
+
+
+def _refused_runs(runs: Sequence[tuple[int, str]], trace: Trace, spans: Sequence[tuple[int, int]]) -> list[Rejection]:
+    """What makes the numbers of an answer unusable; empty where they are plain."""
+    refused: list[Rejection] = []
+    labels: dict[int, str] = {}
+    for first, label in runs:
+        if not 1 <= first <= len(spans):
+            refused.append(Rejection(Reason.NOT_FOUND, label, f"sentence {first} of {len(spans)}"))
+        elif labels.setdefault(first, label) != label:
+            refused.append(Rejection(Reason.OUT_OF_ORDER, label, f"sentence {first}, which has {labels[first]} too"))
+    if labels and (front := spans[: min(labels) - 1]):
+        refused.append(Rejection(Reason.UNTAGGED, "", trace.text[front[0][0] : front[-1][1]]))
+    return refused
 
 
 def _parse_runs(answer: str) -> list[tuple[int, str]]:

@@ -11,6 +11,7 @@ Faults come in two kinds:
 """
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -188,7 +189,9 @@ class Meter:
 def _count(usage: object, name: str) -> int:
     """A number of tokens out of what an endpoint tells; some write it as text, and 0 stands for what is none."""
     value = usage.get(name) if isinstance(usage, Mapping) else None
-    return int(value) if isinstance(value, int | float) or (isinstance(value, str) and value.isdecimal()) else 0
+    if isinstance(value, int | float):
+        return int(value) if math.isfinite(value) else 0
+    return int(value) if isinstance(value, str) and value.isdecimal() else 0
 
 
 def read_key(settings: ChatSettings) -> str:

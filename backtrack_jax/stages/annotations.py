@@ -13,7 +13,7 @@ from backtrack_jax import store
 from backtrack_jax.config import Experiment
 from backtrack_jax.data import annotations as labels
 from backtrack_jax.data import records
-from backtrack_jax.data.records import Annotation, Trace
+from backtrack_jax.data.records import Annotation, Note, Rejection, Trace
 from backtrack_jax.inputs import data_path
 from backtrack_jax.judges import grammar, keyword
 from backtrack_jax.judges.prompts import failure
@@ -58,22 +58,54 @@ def judged(e: Experiment, judge: str, traces: Sequence[Trace]) -> list[Annotatio
 
 
 def _imported(e: Experiment, traces: Sequence[Trace]) -> list[Annotation]:
-    """Labels of the file for the traces that `traces.limit` took; ValueError where a trace is not among its source."""
+    """Labels of the file for the traces that `traces.limit` took, those behind the end of the reasoning as rejections.
+
+    ValueError where a trace is not among its source, or a span is none of its trace.
+    """
     annotated = records.read_annotations(data_path(e.annotations.path))
     taken = {trace.id for trace in traces}
     kept = [annotation for annotation in annotated if annotation.trace_id in taken]
-    if len(kept) == len(annotated):
-        return kept
+    if len(kept) < len(annotated):
+        _check_left_out(e, annotated, len(kept))
+    pairs = records.pair_annotations(traces, kept)
+    starts = [(trace.text, section.start) for trace, annotation in pairs for section in annotation.sections]
+    if inside := sum(_inside_word(text, start) for text, start in starts):
+        say(f"  {inside} of {len(starts)} sections start inside a word; spans count characters, not bytes")
+    return [_within_reasoning(trace, annotation) for trace, annotation in pairs]
+
+
+def _inside_word(text: str, position: int) -> bool:
+    # Letters with upper and lower case: scripts without, such as Chinese, have no spaces between words.
+    return position > 0 and all(c.lower() != c.upper() for c in text[position - 1 : position + 1])
+
+
+def _within_reasoning(trace: Trace, annotation: Annotation) -> Annotation:
+    """The annotation with its sections behind the end of the reasoning, which no vector is made of, as rejections."""
+    end = labels.reasoning_end(trace.text)
+    kept = [index for index, section in enumerate(annotation.sections) if section.start < end]
+    return Annotation(
+        annotation.trace_id,
+        annotation.judge,
+        tuple(annotation.sections[index] for index in kept),
+        annotation.rejected
+        + tuple(
+            Rejection(labels.Reason.AFTER_END, section.label, trace.text[section.start : section.stop])
+            for section in annotation.sections
+            if section.start >= end
+        ),
+        tuple(Note(note.code, kept.index(note.section)) for note in annotation.notes if note.section in kept),
+    )
+
+
+def _check_left_out(e: Experiment, annotated: Sequence[Annotation], n_kept: int) -> None:
+    """Says how many annotations are left out; ValueError where one is of no trace of the source."""
     source = ids_at_source(e)
     if unknown := [annotation.trace_id for annotation in annotated if annotation.trace_id not in source]:
         raise ValueError(
             f"{e.annotations.path}: annotation of trace {unknown[0]!r}, which is not among the {len(source)} traces of "
             f"{e.traces.path or 'this sampling'}"
         )
-    say(
-        f"  {len(annotated) - len(kept)} of {len(annotated)} annotations left out: of traces that traces.limit left out"
-    )
-    return kept
+    say(f"  {len(annotated) - n_kept} of {len(annotated)} annotations left out: of traces that traces.limit left out")
 
 
 def _released(e: Experiment, traces: Sequence[Trace], file: Path) -> list[Annotation]:

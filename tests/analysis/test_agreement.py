@@ -323,6 +323,17 @@ def test_a_sheet_of_another_shape_or_text_is_refused(tmp_path):
         read_human(path, [PLAIN])
     with pytest.raises(FileNotFoundError):
         read_human(tmp_path / "none.csv", [PLAIN])
+    path.write_bytes("key,start,stop,label,text\nt0,1,2,deduction,caf\u00e9\n".encode("cp1252"))
+    with pytest.raises(ValueError, match=r"human.csv: not UTF-8 text .*save the sheet as CSV UTF-8"):
+        read_human(path, [PLAIN])
+    export_for_human(path, [PLAIN])
+    key = read_sheet(path)[0]["key"]
+    path.write_text(f"label,key,start,stop\ndeduction,{key}\n")
+    with pytest.raises(ValueError, match=r"row 2: \[, \) is no sentence of trace '2/0'"):
+        read_human(path, [PLAIN])
+    path.write_text("label,key,start,stop\ndeduction\n")
+    with pytest.raises(ValueError, match="row 2: key '' belongs to none"):
+        read_human(path, [PLAIN])
     export_for_human(path, [PLAIN])
     write_sheet(path, [change(row) for row in read_sheet(path)])
     newer = Trace(PLAIN.id, "2", "c", "Why?", "Okay. So it was.")

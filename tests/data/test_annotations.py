@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import time
 from collections import Counter
 from itertools import pairwise, product
 
@@ -62,6 +63,12 @@ def test_a_perfect_answer_is_placed_without_notes():
         # The closer of 53 of the 1,000 released chains.
         ('["deduction"]So it is 12["end-section]', [("deduction", "So it is 12")], [Reason.BROKEN_CLOSER]),
         ("[\"deduction\"]A cat has 4 legs.['end-section']", [("deduction", "A cat has 4 legs.")], ["broken_closer"]),
+        # Closers that name the label.
+        ('["deduction"]A cat has 4 legs.["/deduction"]', [("deduction", "A cat has 4 legs.")], ["broken_closer"]),
+        ('["deduction"]A cat has 4 legs.["end-deduction"]', [("deduction", "A cat has 4 legs.")], ["broken_closer"]),
+        ('["deduction"]A cat has 4 legs.["/section"]', [("deduction", "A cat has 4 legs.")], ["broken_closer"]),
+        ('["deduction"]A cat has 4 legs.["/label"]', [("deduction", "A cat has 4 legs.")], ["broken_closer"]),
+        ('["deduction"]A cat has 4 legs.["end-label"]', [("deduction", "A cat has 4 legs.")], ["broken_closer"]),
         ('["deduction"]A cat has 4 legs.[end_section]', [("deduction", "A cat has 4 legs.")], ["broken_closer"]),
         ('["deduction"]A cat has 4 legs.["end-section"', [("deduction", "A cat has 4 legs.")], ["broken_closer"]),
         (
@@ -206,6 +213,46 @@ def test_words_are_not_split_where_the_whole_word_occurs():
     text = "Sometimes it fails. So it holds."
     annotation = align(trace(text), tag("deduction", "So"))
     assert (annotation.sections[0].start, annotation.notes) == (text.index("So it"), ())
+
+
+def test_an_unknown_word_behind_a_slash_is_text():
+    text = 'The path is ["/usr"] here.'
+    assert placed(tag("deduction", text), text) == [("deduction", text)]
+
+
+def test_white_space_of_the_original_makes_no_occurrence_a_better_one():
+    text = "Try 3. Hmm, no. Wait, let me check.\nSo 9.\nTry 2. Hmm, no.\n\n\nWait, let me check."
+    annotation = align(trace(text), tag("backtracking", "Hmm, no. Wait, let me check."))
+    assert [section.start for section in annotation.sections] == [text.index("Hmm")]
+    assert annotation.notes == ()
+
+
+def test_many_exact_words_do_not_outweigh_a_character_more():
+    """The long text comes last in the trace and first in the answer: it is placed, or the ten words are."""
+    words = [f"a{number}" for number in range(10)]
+    for length, kept in ((21, 1), (19, 10)):
+        long_text = "z" * length
+        annotated = tag("backtracking", long_text) + "".join(tag("deduction", word) for word in words)
+        assert len(placed(annotated, " ".join([*words, long_text]))) == kept
+
+
+def test_a_sentence_that_is_repeated_thousands_of_times_takes_no_minutes():
+    n = 2000
+    began = time.perf_counter()
+    annotation = align(trace(" ".join(["Wait, hold on."] * n)), tag("backtracking", "Wait, hold on.") * n)
+    assert [section.start for section in annotation.sections] == [15 * number for number in range(n)]
+    assert time.perf_counter() - began < 8  # it takes 0.2 s; comparing span by span took 23 s
+
+
+def test_looking_for_an_altered_text_ends(monkeypatch):
+    monkeypatch.setattr("backtrack_jax.data.annotations._MOST_COMPARED", 100_000)
+    rng = random.Random(0)
+    words = rng.choices(["the", "so", "x", "is", "two", "then"], k=600)
+    altered = ["zzzz" if number % 5 == 4 else word for number, word in enumerate(words)]
+    began = time.perf_counter()
+    annotation = align(trace("the " + " ".join(words)), tag("deduction", "the " + " ".join(altered)))
+    assert [rejection.reason for rejection in annotation.rejected] == [Reason.NOT_FOUND]
+    assert time.perf_counter() - began < 2
 
 
 def test_the_first_of_several_occurrences_that_fit_is_taken_and_noted():

@@ -47,7 +47,6 @@ def write(path: Path, value: object) -> Path:
         "plain",
         "∀x ∈ S: 你好\n\tend",
         "line\u2028and\u2029paragraph\x85\x0c",
-        "cut emoji \ud83d",
         'quote " and \\ slash',
     ],
 )
@@ -61,6 +60,53 @@ def test_traces_make_the_round_trip_to_the_letter(tmp_path, text):
     write_jsonl(path, traces)
     assert read_traces(path) == traces
     assert path.read_bytes().decode("utf-8").count("\n") == 3
+
+
+@pytest.mark.parametrize(
+    ("read", "entry", "field"),
+    [
+        (read_traces, TRACE, "text"),
+        (read_traces, TRACE, "problem"),
+        (read_problems, PROBLEM, "problem"),
+        (read_released, CHAIN, "reasoning_chain"),
+    ],
+)
+def test_half_a_character_is_refused_where_it_stands(tmp_path, read, entry, field):
+    path = write(tmp_path / "x.jsonl", json.dumps(entry) + "\n" + json.dumps(entry | {field: "Yes \ud83d."}))
+    with pytest.raises(ValueError, match=rf"x.jsonl, line 2: field '{field}' holds half of a character \(\\ud83d, at "):
+        read(path)
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"id":' + "9" * 5000 + "}"])
+def test_json_that_python_cannot_hold_is_named_by_line(tmp_path, line):
+    path = write(tmp_path / "x.jsonl", json.dumps(TRACE) + "\n" + line)
+    with pytest.raises(ValueError, match=r"x.jsonl, line 2: not valid JSON"):
+        read_traces(path)
+
+
+def test_chains_behind_a_blank_line_are_chains(tmp_path):
+    path = write(tmp_path / "x.jsonl", "\n  \n" + json.dumps(CHAIN))
+    assert is_released(path) and read_any_traces(path) == read_released(path)[0]
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ("Backtracking", "unknown label 'Backtracking'; did you mean 'backtracking'"),
+        ("adding knowledge", "did you mean 'adding-knowledge'"),
+        ("example_testing", "did you mean 'example-testing'"),
+        ("deduction ", "did you mean 'deduction'"),
+        (" my label", "did you mean 'my label'"),
+        ("rest", "label 'rest' is a name that this program uses itself"),
+        ("all", "uses itself .*choose another"),
+        ("shuffled", "uses itself"),
+    ],
+)
+def test_labels_that_would_be_lost_are_refused(tmp_path, label, message):
+    sections = [{"label": "my-own", "start": 0, "stop": 2}, {"label": label, "start": 2, "stop": 3}]
+    path = write(tmp_path / "x.jsonl", json.dumps({"trace_id": "p/0", "judge": "me", "sections": sections}))
+    with pytest.raises(ValueError, match=rf"x.jsonl, line 1, sections\[1\]: .*{message}"):
+        read_annotations(path)
 
 
 def test_annotations_and_problems_make_the_round_trip(tmp_path):

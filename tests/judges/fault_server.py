@@ -18,7 +18,19 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-UNPAID = ("429", "500", "503", "timeout", "drop", "cut_body", "half_body", "web_page", "too_long", "filtered")
+UNPAID = (
+    "429",
+    "500",
+    "503",
+    "timeout",
+    "drop",
+    "cut_body",
+    "half_body",
+    "web_page",
+    "error_200",
+    "too_long",
+    "filtered",
+)
 """Faults in which the client gets no complete answer. `too_long` (HTTP 400) and `filtered` (HTTP 403, as for a wrong
 key) are not worth another attempt."""
 
@@ -33,6 +45,8 @@ PAID = (
     "chat",
     "no_such_sentence",
     "number",
+    "taken_back",
+    "no_choices",
 )
 """Answers that are complete, and of no use. (`parts` and `no_usage` are good ones of another form.)"""
 
@@ -210,6 +224,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif fault == "web_page":
             self.send(200, "<html><body>Welcome</body></html>", kind="text/html")
+        elif fault in ("error_200", "payment_200"):
+            code = {"error_200": 503, "payment_200": 402}[fault]
+            self.send(200, json.dumps({"error": {"code": code, "message": "Provider returned error"}}))
         else:
             self.complete(fault, body, content)
 
@@ -229,6 +246,10 @@ class _Handler(BaseHTTPRequestHandler):
                 "prompt_tokens_details": {"cached_tokens": 40},
             },
         }
+        if fault == "taken_back":  # by a content filter
+            choice |= {"message": None, "finish_reason": "content_filter"}
+        if fault == "no_choices":
+            answer["choices"] = []
         if fault == "no_usage":
             del answer["usage"]
         text = json.dumps(answer)

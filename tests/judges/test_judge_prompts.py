@@ -114,41 +114,66 @@ def test_what_a_reasoning_judge_thinks_aloud_is_not_its_answer():
     assert {section.label for section in annotation.sections} == {"deduction"}
 
 
+@pytest.mark.parametrize("ending", ["</think>", "\n</think>\n", "</think>\n\nTwelve."])
+def test_an_answer_that_runs_on_to_the_end_marker_is_read(ending):
+    """A judge goes on with the trace, or a server closes a thought that was never opened."""
+    answer = runs((1, "deduction"), (4, "backtracking"))
+    assert JudgePrompt().read(TRACE, answer + ending, "j") == JudgePrompt().read(TRACE, answer, "j")
+    copy = "".join(f'["deduction"]{text}["end-section"]' for text in SENTENCES)
+    kept = JudgePrompt("inline").read(TRACE, copy, "j").sections
+    assert len(kept) == len(SENTENCES) and JudgePrompt("inline").read(TRACE, copy + ending, "j").sections == kept
+    inside = copy.removesuffix('["end-section"]') + ending + '["end-section"]'
+    assert [s.start for s in JudgePrompt("inline").read(TRACE, inside, "j").sections] == [s.start for s in kept]
+
+
+def test_a_thought_that_was_never_opened_is_not_the_answer():
+    thought = "Perhaps {1: so}? " + runs((1, "backtracking")) + "</think>"
+    annotation = JudgePrompt().read(TRACE, thought + runs((1, "deduction")), "j")
+    assert {section.label for section in annotation.sections} == {"deduction"}
+    refusing = JudgePrompt().read(TRACE, "<think>" + thought + "I cannot say.", "j")
+    assert refusing.sections == () and refusing.rejected[0].reason == Reason.NO_SECTIONS
+
+
+def test_an_unknown_label_is_rejected_with_its_text():
+    answer = runs((1, "deduction"), (2, "verification"), (4, "backtracking"))
+    labels = {1: "deduction", 4: "backtracking", 5: "backtracking"}
+    assert labelled(answer) == [(label, SENTENCES[number - 1]) for number, label in labels.items()]
+    spans = sentence_spans(TRACE)
+    assert rejected(answer) == [(Reason.UNKNOWN_LABEL, "verification", TEXT[spans[1][0] : spans[2][1]])]
+
+
+def test_runs_may_come_in_any_order_and_twice():
+    in_order = runs((1, "initializing"), (2, "deduction"), (4, "backtracking"))
+    shuffled = runs((1, "initializing"), (4, "backtracking"), (2, "deduction"), (4, "backtracking"))
+    assert labelled(shuffled) == labelled(in_order)
+    assert rejected(shuffled) == []
+
+
 @pytest.mark.parametrize(
-    ("answer", "labels", "refused"),
+    ("pairs", "refused"),
     [
-        (runs((3, "deduction")), {3: "deduction", 4: "deduction", 5: "deduction"}, [(Reason.UNTAGGED, "", (1, 2))]),
+        # Counted from 0: every label would come one sentence too late.
         (
-            runs((1, "deduction"), (2, "verification"), (4, "backtracking")),
-            {1: "deduction", 4: "backtracking", 5: "backtracking"},
-            [(Reason.UNKNOWN_LABEL, "verification", (2, 3))],
+            [(0, "initializing"), (1, "deduction"), (3, "backtracking")],
+            [(Reason.NOT_FOUND, "initializing", "sentence 0 of 5")],
         ),
         (
-            runs((1, "deduction"), (6, "backtracking"), (0, "backtracking")),
-            dict.fromkeys(range(1, 6), "deduction"),
+            [(1, "deduction"), (6, "backtracking"), (0, "backtracking")],
             [
                 (Reason.NOT_FOUND, "backtracking", "sentence 6 of 5"),
                 (Reason.NOT_FOUND, "backtracking", "sentence 0 of 5"),
             ],
         ),
+        ([(3, "deduction")], [(Reason.UNTAGGED, "", TEXT[TEXT.index("Okay") : TEXT.index(" So 7")])]),
         (
-            runs((1, "deduction"), (4, "backtracking"), (2, "initializing"), (4, "deduction")),
-            {1: "deduction", 2: "deduction", 3: "deduction", 4: "backtracking", 5: "backtracking"},
-            [
-                (Reason.OUT_OF_ORDER, "initializing", "sentence 2 after 4"),
-                (Reason.OUT_OF_ORDER, "deduction", "sentence 4 after 4"),
-            ],
+            [(1, "deduction"), (4, "backtracking"), (4, "deduction")],
+            [(Reason.OUT_OF_ORDER, "deduction", "sentence 4, which has backtracking too")],
         ),
     ],
 )
-def test_runs_that_cannot_be_used_are_rejected_with_their_reason(answer, labels, refused):
-    assert labelled(answer) == [(label, SENTENCES[number - 1]) for number, label in labels.items()]
-    spans = sentence_spans(TRACE)
-
-    def text(place: str | tuple[int, int]) -> str:
-        return place if isinstance(place, str) else TEXT[spans[place[0] - 1][0] : spans[place[1] - 1][1]]
-
-    assert rejected(answer) == [(reason, label, text(place)) for reason, label, place in refused]
+def test_numbers_that_leave_open_what_is_meant_label_nothing(pairs, refused):
+    assert labelled(runs(*pairs)) == []
+    assert rejected(runs(*pairs)) == refused
 
 
 def test_a_misspelt_label_is_read_and_noted_on_each_of_its_sections():
@@ -190,16 +215,27 @@ def test_instructions_sent_back_label_nothing_inline():
         assert prompt.read(TRACE, answer, "j").sections == ()
 
 
-def test_arbitrary_runs_partition_the_sentences():
+def test_arbitrary_runs_partition_the_sentences_or_label_none():
     rng = random.Random(0)
     labels = [*LABELS, "verification", "Deduction"]
+    usable = 0
     for _ in range(500):
-        pairs = [(rng.randint(-1, 7), rng.choice(labels)) for _ in range(rng.randint(1, 6))]
+        pairs = [(rng.randint(1, 5), rng.choice(labels)) for _ in range(rng.randint(1, 4))]
+        pairs += [(1, "deduction")] if rng.random() < 0.8 else [(rng.randint(-1, 7), "deduction")]
         annotation = align_sentences(TRACE, runs(*pairs), "j")
+        assert annotation.sections or annotation.rejected
+        by_number: dict[int, set[str]] = {}
+        for first, label in pairs:
+            by_number.setdefault(first, set()).add(label)
+        if 1 not in by_number or not set(by_number) <= set(range(1, 6)) or max(map(len, by_number.values())) > 1:
+            assert annotation.sections == (), pairs
+            continue
+        usable += 1
         kept = [TEXT[s.start : s.stop] for s in annotation.sections]
         lost = " ".join(r.text for r in annotation.rejected)
         assert all((sentence in kept) != (sentence in lost) for sentence in SENTENCES), pairs
         assert set(kept) <= set(SENTENCES) and len(kept) == len(set(kept))
+    assert usable > 100
 
 
 def test_failure_is_told_from_a_trace_in_which_nothing_is_labelled():

@@ -22,13 +22,14 @@ from backtrack_jax import config, pipeline, plan, store, tables
 from backtrack_jax.analysis import agreement
 from backtrack_jax.config import Experiment
 from backtrack_jax.data import records
-from backtrack_jax.data.annotations import reasoning_end
+from backtrack_jax.data.annotations import Reason, reasoning_end
 from backtrack_jax.judges import keyword
 from backtrack_jax.judges.keyword import split_sentences
 from backtrack_jax.judges.ledger import read_entries
 from backtrack_jax.judges.openai import label_traces
 from backtrack_jax.judges.prompts import FAILED, JudgePrompt
 from backtrack_jax.judges.settings import ChatSettings, JudgeStopped, OpenAISpec
+from backtrack_jax.stages import annotations as stage
 
 TINY = Path(tiny.__file__)
 KEY = "sk-test-0123456789"
@@ -458,3 +459,37 @@ def test_the_plan_estimates_the_judging_of_replies(server: FaultServer, monkeypa
     with pytest.raises(JudgeStopped, match="OPENAI_API_KEY"):  # before the first stage
         pipeline.Run(e, pipeline.STAGES).run()
     assert not RESULTS.exists()
+
+
+def imported(tmp_path: Path, trace: records.Trace, *sections: records.Section) -> records.Annotation:
+    """What stage 2 makes of imported labels of one trace, with a note on each of them."""
+    notes = tuple(records.Note("fuzzy", index) for index in range(len(sections)))
+    records.write_jsonl(tmp_path / "mine.jsonl", [records.Annotation(trace.id, "me", sections, (), notes)])
+    e = tiny.get_config()
+    e.annotations.judge, e.annotations.path = "import", str(tmp_path / "mine.jsonl")
+    (annotation,) = stage._imported(e, [trace])
+    return annotation
+
+
+def test_imported_sections_behind_the_reasoning_are_counted_as_rejected(tmp_path: Path) -> None:
+    text = "<think>\nSo. Wait.\n</think>\n\nTwelve. Wait."
+    trace = records.Trace("p/0", "p", "c", "q", text)
+    first, late = text.index("Wait"), text.rindex("Wait")
+    kept, behind = (records.Section("backtracking", start, start + 5) for start in (first, late))
+    annotation = imported(tmp_path, trace, kept, behind)
+    assert annotation.sections == (kept,) and annotation.notes == (records.Note("fuzzy", 0),)
+    assert annotation.rejected == (records.Rejection(Reason.AFTER_END, "backtracking", "Wait."),)
+    with pytest.raises(ValueError, match="not a span of its text"):
+        imported(tmp_path, trace, records.Section("backtracking", late, len(text) + 1))
+
+
+def test_imported_spans_that_count_bytes_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "Caf\u00e9 is 5 \u20ac. Wait, no. \u4f60\u597d."
+    trace = records.Trace("p/0", "p", "c", "q", text)
+    start, chinese = text.index("Wait"), text.index("\u597d")
+    in_bytes = len(text[:start].encode())
+    imported(tmp_path, trace, *(records.Section("backtracking", n, n + 1) for n in (0, in_bytes, chinese)))
+    said = capsys.readouterr().err
+    assert "1 of 3 sections start inside a word; spans count characters, not bytes" in said
+    imported(tmp_path, trace, *(records.Section("backtracking", n, n + 1) for n in (0, start, chinese)))
+    assert "inside a word" not in capsys.readouterr().err

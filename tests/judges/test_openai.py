@@ -29,6 +29,7 @@ from backtrack_jax.data.records import (
     read_released,
     write_jsonl,
 )
+from backtrack_jax.judges.client import _retry_after
 from backtrack_jax.judges.ledger import read_entries
 from backtrack_jax.judges.openai import Labelled, estimate, judge_name, label, label_traces, merge_votes
 from backtrack_jax.judges.prompts import JudgePrompt, failure
@@ -149,6 +150,7 @@ REASONS = {
     "cut_body": "disconnected",
     "half_body": "not_a_completion",
     "web_page": "not_a_completion",
+    "error_200": "server_error",
     "too_long": "bad_request",
     "filtered": "forbidden",
     "truncated_json": "unlabelled_reply",
@@ -161,6 +163,8 @@ REASONS = {
     "chat": "unlabelled_reply",
     "no_such_sentence": "mislabelled_reply",
     "number": "empty_reply",
+    "taken_back": "refused",
+    "no_choices": "empty_reply",
 }
 
 
@@ -219,6 +223,59 @@ def test_answers_of_no_use_are_failures_and_are_not_asked_again(server, ledger, 
     again = Run(traces, settings_for(server), ledger, prompt=prompt)
     assert again.labelled == run.labelled
     assert set(server.paid.values()) == {1} and len(server.seen) == len(traces)
+
+
+@pytest.mark.parametrize("fault", ["taken_back", "no_choices"])
+def test_answers_without_a_message_count_as_paid(server, ledger, fault):
+    server.plan = lambda content, attempt: fault
+    # 100 tokens of prompt (40 of them cached) and 10 of answer.
+    prices = {"input_price": 1.0, "cached_price": 0.5, "output_price": 2.0}
+    run = Run(SOME, settings_for(server, concurrency=2, max_cost=0.0005, **prices), ledger)
+    assert run.error is not None and "max_cost of $0.0005 is reached" in str(run.error)
+    assert len(server.seen) == server.paid.total() == len(read_entries(ledger)) <= 7
+
+
+def test_an_error_under_http_200_stops_like_its_code(server, ledger):
+    server.plan = lambda content, attempt: "payment_200"
+    run = Run(SOME, settings_for(server, concurrency=2), ledger)
+    assert run.error is not None and "is out of money" in str(run.error) and len(server.seen) <= 2
+
+
+def test_an_error_of_the_program_loses_no_answer_in_flight(server, ledger):
+    server.plan = lambda content, attempt: time.sleep(0 if attempt == 0 and "follows 0?" in content else 0.3)
+
+    def on_done(labelled: Labelled, meter: Meter) -> None:
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        label_traces(SOME, JudgePrompt(), settings_for(server, concurrency=4), ledger, on_done=on_done)
+    assert 1 <= len(server.seen) == server.paid.total() == len(read_entries(ledger)) <= 8
+
+
+def test_a_long_answer_that_is_being_read_holds_up_no_other(server, ledger, monkeypatch):
+    """Reading takes longer than an answer may: nothing times out, and nothing is paid twice."""
+    read = JudgePrompt.read
+
+    def slow(self: JudgePrompt, *arguments: object) -> Annotation:
+        time.sleep(0.6)
+        return read(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(JudgePrompt, "read", slow)
+    server.plan = lambda content, attempt: time.sleep(0.1 if "follows 0?" in content else 0.3)
+    run = Run(TRACES[:3], settings_for(server, request_timeout=0.5), ledger)
+    assert run.failures == {} and run.meter.retries == 0 and set(server.paid.values()) == {1}
+
+
+@pytest.mark.parametrize("usage", [{"prompt_tokens": float("nan"), "completion_tokens": 3}, {"prompt_tokens": 1e999}])
+def test_a_count_of_tokens_that_is_no_number_counts_as_none(usage):
+    meter = Meter(ChatSettings())
+    meter.add(usage)
+    assert (meter.paid, meter.prompt_tokens) == (1, 0)
+
+
+def test_a_retry_after_that_no_clock_reaches_asks_for_nothing():
+    for value in ("Fri, 31 Dec 99999999999 23:59:59 GMT", "Mon, 01 Jan 2024 00:00:00 -9999999999", "inf", "nan"):
+        assert _retry_after({"retry-after": value}) == 0.0
 
 
 def test_an_answer_in_parts_is_read_and_paid_once(server, ledger):

@@ -79,6 +79,27 @@ def test_problems_are_written_once_and_more_of_them_cost_only_the_rest(server: F
     assert read_problems(out)[:25] == problems[:25]
 
 
+def test_a_run_that_fails_leaves_a_longer_file_alone(server: FaultServer, out: Path) -> None:
+    assert run(server, out, "--categories=spatial,spatial", "--per_category=12").returncode == 0
+    before = out.read_bytes()
+    assert before.count(b"\n") == 12
+    server.plan = lambda content, attempt: "too_long"
+    failed = run(server, out, "--categories=spatial", "--per_category=12", "--temperature=0.5")
+    assert failed.returncode == 1 and "12 of spatial are missing" in failed.stderr
+    assert "problems.jsonl is left as it was, with 12" in failed.stderr and out.read_bytes() == before
+    new = out.with_name("new.jsonl")
+    assert run(server, new, "--categories=spatial", "--per_category=12").returncode == 1
+    assert not new.exists()
+
+
+def test_categories_are_named_and_count_once(server: FaultServer, out: Path) -> None:
+    none = run(server, out, "--categories=")
+    assert none.returncode != 0 and "--categories: none is named; there are math_logic, " in none.stdout + none.stderr
+    assert not out.exists() and server.seen == []
+    twice = run(server, out, "--categories=spatial,spatial", "--per_category=10", "--dry_run")
+    assert twice.stdout.startswith("1 calls to pay")
+
+
 def test_faults_are_retried_or_counted_and_nothing_is_paid_twice(server: FaultServer, out: Path) -> None:
     passing = iter(["429", "500", "drop", "cut_body", "half_body"])
     useless = iter(["empty", "chat", "truncated_json", "refusal", "length", "echo", "null"])
