@@ -16,13 +16,14 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import safetensors.numpy
 
 _CHUNK = 1 << 16
-_CHUNKS_READ = 256
+_CHUNKS_READ = 1 << 12
+_READ_WHOLE = 2 << 30  # bytes of a checkpoint that are read in a second or two
 
 
 class StageFolder:
@@ -117,23 +118,38 @@ def file_hash(path: Path) -> str:
 
 
 def weights_hash(path: Path) -> str:
-    """Hash of a checkpoint's file names, sizes and contents; of a large file, of 16 MiB spread over it.
+    """Hash of a checkpoint's file names, sizes and contents; of more than 2 GiB, of a part that every tensor is in.
 
-    Hidden files and folders do not count: what git and the hub's cache keep there changes by itself.
-
-    Reading 16 GB to compare them would take too long.
+    Reading 16 GB to compare them would take too long: of a safetensors file the header and both ends of every tensor
+    are read then, of another file 256 MiB spread over it. Hidden files and folders do not count: what git and the hub's
+    cache keep there changes by itself.
     """
+    files = [(file, name) for file, name in _files(path) if not any(p.startswith(".") for p in Path(name).parts)]
+    sizes = [file.stat().st_size for file, _ in files]
     digest = hashlib.sha256()
-    for file, name in _files(path):
-        if any(part.startswith(".") for part in Path(name).parts):
-            continue
-        size = file.stat().st_size
+    for (file, name), size in zip(files, sizes, strict=True):
         digest.update(f"{name} {size}".encode())
         with file.open("rb") as stream:
-            for offset in [*range(0, size, max(_CHUNK, size // _CHUNKS_READ)), max(0, size - _CHUNK)]:
+            for offset, length in [(0, size)] if sum(sizes) <= _READ_WHOLE else _spread_pieces(stream, size):
                 stream.seek(offset)
-                digest.update(stream.read(_CHUNK))
+                for start in range(0, length, 1 << 20):
+                    digest.update(stream.read(min(1 << 20, length - start)))
     return digest.hexdigest()[:16]
+
+
+def _spread_pieces(stream: BinaryIO, size: int) -> list[tuple[int, int]]:
+    """Offsets and lengths of what is read of a large file: with a safetensors header, the ends of all its tensors."""
+    start = 8 + int.from_bytes(stream.read(8), "little")
+    try:
+        header = json.loads(stream.read(start - 8)) if start <= size else {}
+        spans = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError):  # no safetensors file, or none that could be loaded
+        spans = []
+    if not spans:
+        offsets = [*range(0, size, max(_CHUNK, size // _CHUNKS_READ)), max(0, size - _CHUNK)]
+        return [(offset, _CHUNK) for offset in offsets]
+    ends = [(at, _CHUNK) for first, last in spans for at in (start + first, max(start + first, start + last - _CHUNK))]
+    return [(0, start), *ends]
 
 
 def write_text(path: Path, text: str) -> None:

@@ -115,15 +115,52 @@ def test_weights_hash_reads_all_of_a_small_file(tmp_path: Path, size: int) -> No
 
 
 def test_weights_hash_of_a_large_file_sees_a_changed_tensor(tmp_path: Path) -> None:
-    """1 GiB of holes, 8 MiB of it changed: as a finetuned projection in the middle of a checkpoint."""
+    """3 GiB of holes, 1 MiB of it changed: as a finetuned projection in the middle of a checkpoint."""
     path = tmp_path / "weights"
     with path.open("wb") as file:
-        file.truncate(1 << 30)
+        file.truncate(3 << 30)
     before = store.weights_hash(path)
     with path.open("r+b") as file:
         file.seek(700_000_001)
-        file.write(b"\1" * (1 << 23))
+        file.write(b"\1" * (1 << 20))
     assert store.weights_hash(path) != before
+
+
+def test_weights_hash_reads_all_of_two_gigabytes(tmp_path: Path) -> None:
+    path = tmp_path / "weights.gguf"
+    with path.open("wb") as file:
+        file.truncate(1 << 28)
+    before = store.weights_hash(path)
+    with path.open("r+b") as file:
+        file.seek(100_000_001)
+        file.write(b"\1")
+    assert store.weights_hash(path) != before
+
+
+def test_weights_hash_of_large_shards_sees_every_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of many small matrices after a large one, which evenly spaced pieces would pass over."""
+    monkeypatch.setattr(store, "_READ_WHOLE", 0)
+    monkeypatch.setattr(store, "_CHUNKS_READ", 1)
+    arrays = {"large": np.zeros(1 << 20, np.float32)}
+    arrays |= {f"small.{i}": np.zeros((40, 50), np.float32) for i in range(9)}
+    (tmp_path / "config.json").write_text("{}")
+    path = tmp_path / "model-00001-of-00001.safetensors"
+    hashes = set()
+    for name in [*arrays, "none"]:
+        changed = {key: value + (key == name) for key, value in arrays.items()}
+        store.write_safetensors(path, changed, {"format": "pt"})
+        hashes.add(store.weights_hash(tmp_path))
+    assert len(hashes) == len(arrays) + 1
+
+
+def test_weights_hash_of_a_file_with_a_broken_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "_READ_WHOLE", 0)
+    path = tmp_path / "model.safetensors"
+    hashes = set()
+    for data in (b"", b"\x02" + bytes(7) + b"[]", b"\xff" * 99, b"\x02" + bytes(7) + b"{]"):
+        path.write_bytes(data)
+        hashes.add(store.weights_hash(path))
+    assert len(hashes) == 4
 
 
 def test_a_file_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
