@@ -14,7 +14,8 @@
     6-report       report.html, summary.md; every figure as .png, .pdf and .csv
 
 Every folder also holds inputs.json, what the stage's results depend on, and run.json, what they were computed with. A
-stage runs when the fingerprint of its inputs is not the one in its `DONE` file. Work inside a stage is kept batch by
+stage runs when the fingerprint of its inputs is not the one in its `DONE` file, or a file that it lists is not as it
+was. Work inside a stage is kept batch by
 batch, so a killed run loses at most the batch in flight.
 """
 
@@ -122,6 +123,8 @@ class Run:
             return
         if folder.changed:
             say(f"{name}: runs again, since {', '.join(folder.changed)} changed; old results are in superseded/")
+        elif folder.misfits:
+            say(f"{name}: runs again, since {', '.join(folder.misfits)} is missing or not as it was written")
         else:
             say(f"{name}:")
         self._describe(folder.path / "run.json")

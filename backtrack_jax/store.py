@@ -1,7 +1,8 @@
 """Stage folders on disk: fingerprints, `DONE`, files that are whole or absent, and nothing computed ever lost.
 
 results/smollm2/3-vectors/inputs.json    what the stage's results depend on
-                          DONE           the fingerprint of inputs.json, once the stage is complete
+                          DONE           the fingerprint of inputs.json, once the stage is complete; sizes and names
+                                         of its files
                 superseded/3-vectors-1f0c.../   results under other inputs; they come back if the inputs do
 
 Equal results are equal files, byte for byte: no time, no address and no arbitrary order is written.
@@ -23,6 +24,7 @@ import safetensors.numpy
 
 _CHUNK = 1 << 16
 _CHUNKS_READ = 1 << 12
+_DAMAGED = ".damaged"
 _READ_WHOLE = 2 << 30  # bytes of a checkpoint that are read in a second or two
 
 
@@ -34,6 +36,8 @@ class StageFolder:
       fingerprint: hash of the inputs.
       changed: dotted names of the inputs that differ from those of the results that were here before; empty if none
         were.
+      misfits: names of files that are missing or not as the finished stage wrote them; the stage is not done then.
+        What is there of them has been renamed to `*.damaged`, so that nothing goes on from it.
     """
 
     def __init__(self, workdir: Path, name: str, inputs: Mapping[str, Any]):
@@ -45,6 +49,13 @@ class StageFolder:
         self.path = workdir / name
         self.fingerprint = fingerprint(inputs)
         self.changed: list[str] = []
+        self.misfits: list[str] = []
+        self._open(workdir, name, inputs)
+        if _finished_under(self.path, self.fingerprint):
+            self._set_misfits_aside()
+
+    def _open(self, workdir: Path, name: str, inputs: Mapping[str, Any]) -> None:
+        """Puts the folder of these inputs in its place."""
         marker = self.path / "inputs.json"
         if marker.exists():
             before = json.loads(marker.read_text())
@@ -72,8 +83,17 @@ class StageFolder:
         return _is_done(self.path, self.fingerprint)
 
     def finish(self) -> None:
-        """Marks the stage as complete."""
-        write_text(self.path / "DONE", self.fingerprint + "\n")
+        """Marks the stage as complete, with the files that it consists of."""
+        lines = [f"{size} {name}\n" for name, size in _artifacts(self.path).items()]
+        write_text(self.path / "DONE", "".join([f"{self.fingerprint}\n", *lines]))
+
+    def _set_misfits_aside(self) -> None:
+        self.misfits = _misfits(self.path)
+        for path in (self.path / name for name in self.misfits):
+            if path.is_file():
+                path.replace(path.with_name(path.name + _DAMAGED))
+        if self.misfits:
+            (self.path / "DONE").unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -235,8 +255,27 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_done(path: Path, fingerprint_: str) -> bool:
+    return _finished_under(path, fingerprint_) and not _misfits(path)
+
+
+def _finished_under(path: Path, fingerprint_: str) -> bool:
     marker = path / "DONE"
-    return marker.exists() and marker.read_text().strip() == fingerprint_
+    return marker.exists() and marker.read_text("utf-8").partition("\n")[0] == fingerprint_
+
+
+def _misfits(path: Path) -> list[str]:
+    """What `DONE` lists and the folder has not, or not in this size; `DONE` itself where it lists nothing."""
+    lines = (path / "DONE").read_text("utf-8").split("\n")[1:]
+    sizes = {name: size for size, _, name in (line.partition(" ") for line in lines if line)}
+    there = _artifacts(path)
+    return [name for name, size in sizes.items() if str(there.get(name)) != size] if sizes else ["DONE"]
+
+
+def _artifacts(path: Path) -> dict[str, int]:
+    """Names and sizes of a stage's files. Of run.json equal runs on two machines have different ones."""
+    left_out = ("DONE", "run.json")
+    files = [(name, file) for file, name in _files(path) if name not in left_out and not name.endswith(_DAMAGED)]
+    return {name: file.stat().st_size for name, file in files if not file.name.startswith(".")}
 
 
 def _aside(workdir: Path, name: str, fingerprint_: str) -> Path:

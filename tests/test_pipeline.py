@@ -173,7 +173,7 @@ def test_a_vector_says_where_it_comes_from(tiny_run: Path) -> None:
         "all",
         "trace_mean",
     )
-    assert provenance["inputs"] == (folder / "DONE").read_text().strip()
+    assert provenance["inputs"] == (folder / "DONE").read_text().split()[0]
     assert provenance["counts"]["backtracking"] == {"windows": 17, "dropped": 1}
     assert json.loads(metadata["raw_norms"]) == pytest.approx(norms)
     assert not any(abs(norm - 1) < 1e-3 for norm in norms)  # as found, not normalised
@@ -440,6 +440,36 @@ def test_a_second_run_does_nothing(finished: Path, loaded: list[str], capsys: py
     assert contents(finished) == before
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == times
     assert capsys.readouterr().err.count("done before") == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("1-traces/labelled.jsonl", b""),
+        ("2-annotations/annotations.jsonl", None),
+        ("3-vectors/base.sums.safetensors", b"half"),
+        ("4-steering/generations.jsonl", b"half"),
+        ("5-analysis/replies.csv", b"half"),
+        ("5-analysis/base.lens.csv", None),
+        ("5-analysis/reasoning.projections.json", None),
+        ("6-report/report.html", None),
+    ],
+)
+def test_a_file_that_is_gone_or_cut_off_is_made_again(
+    finished: Path, capsys: pytest.CaptureFixture[str], name: str, damage: bytes | None
+) -> None:
+    before = contents(finished)
+    path, stage = finished / name, name.partition("/")[0]
+    path.unlink() if damage is None else path.write_bytes(damage)
+    made = pipeline.Run(tiny.get_config())
+    assert [stage for stage in pipeline.STAGES if not made.done(stage)] == [stage]
+    made.run()
+    said = capsys.readouterr().err
+    assert f"{stage}: runs again, since {path.name} is missing or not as it was written" in said
+    assert said.count("done before") == 5
+    after = contents(finished)
+    assert after.pop(f"{name}.damaged", None) == damage
+    assert after == before
 
 
 def test_a_changed_sweep_runs_the_later_stages_and_can_be_taken_back(

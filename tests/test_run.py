@@ -83,7 +83,7 @@ def test_plan_counts_traces_of_another_config_that_lies_aside(
 ) -> None:
     """The traces in place may be those of another config."""
     (finished / "superseded").mkdir()
-    done = (finished / "1-traces" / "DONE").read_text().strip()
+    done = (finished / "1-traces" / "DONE").read_text().split()[0]
     (finished / "1-traces").rename(finished / "superseded" / f"1-traces-{done}")
     out, message = command(TINY, "--dry_run", "--config.steering.limit=0")
     assert not message

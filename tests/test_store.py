@@ -24,8 +24,35 @@ def test_a_stage_is_done_under_its_inputs_only(tmp_path: Path) -> None:
     assert store.peek(tmp_path, "3-vectors", inputs)
     assert not store.peek(tmp_path, "3-vectors", {"layer": 8})
     assert not store.peek(tmp_path, "4-steering", inputs)
+    done = (folder.path / "DONE").read_text()
     (folder.path / "DONE").write_text("of something else\n")
     assert not store.StageFolder(tmp_path, "3-vectors", inputs).done
+    (folder.path / "DONE").write_text(done.split()[0] + "\n")  # as before it listed files: it vouches for nothing
+    assert not store.peek(tmp_path, "3-vectors", inputs)
+    assert store.StageFolder(tmp_path, "3-vectors", inputs).misfits == ["DONE"]
+
+
+@pytest.mark.parametrize("aside", [False, True])
+def test_a_stage_is_not_done_if_its_files_are_not_as_written(tmp_path: Path, aside: bool) -> None:
+    inputs = {"layer": 9}
+    folder = store.StageFolder(tmp_path, "stage", inputs)
+    for name in ("kept.csv", "cut.csv", "gone.csv", "run.json"):
+        (folder.path / name).write_text("whole")
+    folder.finish()
+    assert folder.done
+    (folder.path / "cut.csv").write_text("half")
+    (folder.path / "gone.csv").unlink()
+    (folder.path / "run.json").unlink()
+    if aside:
+        store.StageFolder(tmp_path, "stage", {"layer": 8})
+    assert not store.peek(tmp_path, "stage", inputs)
+    folder = store.StageFolder(tmp_path, "stage", inputs)
+    assert not folder.done and folder.misfits == ["cut.csv", "gone.csv"]
+    there = {path.name for path in folder.path.iterdir()}
+    assert there == {"inputs.json", "kept.csv", "cut.csv.damaged"}
+    (folder.path / "cut.csv").write_text("again")
+    folder.finish()
+    assert store.StageFolder(tmp_path, "stage", inputs).done
 
 
 def test_other_inputs_move_results_aside_and_the_old_ones_bring_them_back(tmp_path: Path) -> None:
