@@ -129,7 +129,17 @@ class Run:
             say(f"{name}:")
         self._describe(folder.path / "run.json")
         _BODIES[name](self, folder.path)
+        if changed := self._changed_since(name):
+            folder.set_aside()  # as part of it may be of the old files and part of the new ones
+            raise ValueError(f"{', '.join(changed)} has changed since this run began; run it again")
         folder.finish()
+
+    def _changed_since(self, last: str) -> list[str]:
+        """Inputs up to a stage that are no longer what the run found when it began: models and files, by content."""
+        now = _chained(inputs.stage_inputs(self.experiment))
+        stages = STAGES[: STAGES.index(last) + 1]
+        changed = {field for name in stages for field in store.changes(self.inputs[name], now[name])}
+        return sorted(changed - {"earlier stages"})
 
     def _describe(self, path: Path) -> None:
         """Writes what a stage is computed with; what an interrupted run had computed its part with is kept."""

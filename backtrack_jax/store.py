@@ -11,6 +11,7 @@ Equal results are equal files, byte for byte: no time, no address and no arbitra
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -61,8 +62,7 @@ class StageFolder:
             before = json.loads(marker.read_text())
             if fingerprint(before) == self.fingerprint:
                 return
-            old, new = _flat(before), _flat(inputs)
-            self.changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+            self.changed = changes(before, inputs)
             aside = _aside(workdir, name, fingerprint(before))
             aside.parent.mkdir(exist_ok=True)
             self.path.replace(aside)
@@ -86,6 +86,13 @@ class StageFolder:
         """Marks the stage as complete, with the files that it consists of."""
         lines = [f"{size} {name}\n" for name, size in _artifacts(self.path).items()]
         write_text(self.path / "DONE", "".join([f"{self.fingerprint}\n", *lines]))
+
+    def set_aside(self) -> None:
+        """Moves away what is of no known inputs, so that nothing goes on from it; for the eye it is kept."""
+        aside = _aside(self.path.parent, self.path.name, self.fingerprint)
+        aside.parent.mkdir(exist_ok=True)
+        names = (aside.with_name(f"{aside.name}-mixed-{number}") for number in itertools.count(1))
+        self.path.replace(next(path for path in names if not path.exists()))
 
     def _set_misfits_aside(self) -> None:
         self.misfits = _misfits(self.path)
@@ -127,6 +134,12 @@ def peek(workdir: Path, name: str, inputs: Mapping[str, Any]) -> Path | None:
 def fingerprint(inputs: Mapping[str, Any]) -> str:
     """Hash of JSON values."""
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Dotted names of the values that differ as JSON, sorted: 0 and 0.0 do, as they do in `fingerprint`."""
+    old, new = ({name: json.dumps(value) for name, value in _flat(values).items()} for values in (before, after))
+    return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
 
 
 def file_hash(path: Path) -> str:
@@ -286,7 +299,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested names, dotted."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
     return flat
 
 

@@ -547,6 +547,41 @@ def test_a_file_with_other_content_is_another_input(finished: Path, name: str, s
     assert [name for name in pipeline.STAGES if made.done(name)] == [name for name in pipeline.STAGES if name < stage]
 
 
+@pytest.mark.parametrize(
+    ("name", "stage", "named"),
+    [
+        ("base/model.safetensors", "3-vectors", "models.base.weights"),
+        ("reasoning/model.safetensors", "5-analysis", "models.reasoning.weights"),
+        (tiny.CHAINS, "1-traces", "traces.file"),
+    ],
+)
+def test_a_file_that_changes_while_a_stage_works_stops_the_run(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, name: str, stage: str, named: str
+) -> None:
+    """What was computed of two versions is nobody's: the old file does not bring it back."""
+    (finished / stage / "DONE").unlink()
+    original = Path(name).read_bytes()
+    body = pipeline._BODIES[stage]
+
+    def replaced(made: pipeline.Run, folder: Path) -> None:
+        body(made, folder)
+        Path(name).write_bytes(original[:-3] + bytes([original[-3] ^ 1]) + original[-2:])
+
+    with monkeypatch.context() as patch:
+        patch.setitem(pipeline._BODIES, stage, replaced)
+        with pytest.raises(ValueError, match=f"{named}.* has changed since this run began; run it again"):
+            run(tiny.get_config())
+    Path(name).write_bytes(original)
+    assert not pipeline.Run(tiny.get_config()).done(stage) and not (finished / stage).exists()
+
+
+def test_the_same_numbers_written_differently_are_the_same_inputs(finished: Path) -> None:
+    e = tiny.get_config()
+    e.steering.magnitudes, e.steering.grid_magnitudes = (0, -4, 8.0), (0, 8)
+    e.steering.temperature = e.steering.top_p = 1
+    assert all(pipeline.Run(e).done(name) for name in pipeline.STAGES)
+
+
 def test_hidden_files_beside_a_model_do_not_matter(finished: Path) -> None:
     """As `git fetch` in a cloned repository and the hub's cache change them."""
     for name in ("base/.git/index", "base/.cache/huggingface/model.safetensors.metadata", "base/.gitattributes"):

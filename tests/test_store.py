@@ -71,6 +71,21 @@ def test_other_inputs_move_results_aside_and_the_old_ones_bring_them_back(tmp_pa
     assert not fourth.done and (fourth.path / "half").read_text() == "begun"
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [
+        ({"magnitudes": [0]}, {"magnitudes": [0.0]}, ["magnitudes"]),
+        ({"file": {}}, {}, ["file"]),
+        ({"a": {"limit": None}}, {"a": {}}, ["a", "a.limit"]),
+        ({"on": True}, {"on": 1}, ["on"]),
+    ],
+)
+def test_inputs_of_another_fingerprint_are_named(tmp_path: Path, before: dict, after: dict, named: list[str]) -> None:
+    assert store.fingerprint(before) != store.fingerprint(after)
+    store.StageFolder(tmp_path, "stage", before)
+    assert store.StageFolder(tmp_path, "stage", after).changed == named
+
+
 def test_a_stage_folder_survives_death_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Opening it makes up to four changes on disk; whichever is the last one, opening it again works."""
 
