@@ -89,10 +89,7 @@ class Run:
         asked = {"2-annotations": self.experiment.judge, "5-analysis": self.experiment.analysis.judge}
         if any(who == "openai" and name in self.stages and not self.done(name) for name, who in asked.items()):
             read_key(self.experiment.annotations.openai.settings())  # before the first stage, which may take hours
-        with_models = {"3-vectors", "4-steering", "5-analysis"} | (
-            set() if self.experiment.traces.path else {"1-traces"}
-        )
-        if any(not self.done(name) for name in with_models.intersection(self.stages)):
+        if any(not self.done(name) for name in self.with_models.intersection(self.stages)):
             self._check_models()
         self.workdir.mkdir(parents=True, exist_ok=True)
         with store.locked(self.workdir):
@@ -101,6 +98,11 @@ class Run:
                 self._run_stage(name)
         page = "6-report/report.html" if self.stages[-1] == "6-report" else ""
         say(f"results are in {self.workdir / page}")
+
+    @property
+    def with_models(self) -> set[str]:
+        """The stages that read or sample with a model."""
+        return {"3-vectors", "4-steering", "5-analysis"} | (set() if self.experiment.traces.path else {"1-traces"})
 
     def _say_what_is_not_read(self) -> None:
         layer, kept = self.experiment.steering.layer, self.experiment.vectors.layers
@@ -127,6 +129,7 @@ class Run:
             say(f"{name}: runs again, since {', '.join(folder.misfits)} is missing or not as it was written")
         else:
             say(f"{name}:")
+        self._check_commits(name)
         self._describe(folder.path / "run.json")
         _BODIES[name](self, folder.path)
         if changed := self._changed_since(name):
@@ -141,15 +144,34 @@ class Run:
         changed = {field for name in stages for field in store.changes(self.inputs[name], now[name])}
         return sorted(changed - {"earlier stages"})
 
+    def _hub_commits(self) -> dict[str, str]:
+        models = {role: self.experiment.model(role) for role in self.experiment.roles}
+        commits = {role: checkpoint.hub_commit(spec.path, spec.revision or None) for role, spec in models.items()}
+        return {role: commit for role, commit in commits.items() if commit}
+
+    def _check_commits(self, name: str) -> None:
+        """Refuses to go on from what another commit of a hub id was read or sampled with, which no fingerprint shows.
+
+        Raises:
+          ValueError: names both commits and the stage.
+        """
+        now = self._hub_commits() if name in self.with_models else {}
+        for stage in STAGES[: STAGES.index(name) + 1]:
+            path = self.folder(stage) / "run.json"
+            if stage not in self.with_models or not path.exists():
+                continue
+            before = json.loads(path.read_text()).get("hub_commits", {})
+            for role, commit in now.items():
+                if before.get(role, commit) != commit:
+                    raise ValueError(
+                        f"{role}.path={self.experiment.model(role).path} is at commit {commit}, {stage} in "
+                        f"{self.workdir} was computed with {before[role]}; set {role}.revision, or take another workdir"
+                    )
+
     def _describe(self, path: Path) -> None:
         """Writes what a stage is computed with; what an interrupted run had computed its part with is kept."""
         described = {"config": dataclasses.asdict(self.experiment), **environment.describe()}
-        models = {role: self.experiment.model(role) for role in self.experiment.roles}
-        described["hub_commits"] = {
-            role: commit
-            for role, spec in models.items()
-            if (commit := checkpoint.hub_commit(spec.path, spec.revision or None))
-        }
+        described["hub_commits"] = self._hub_commits()
         if path.exists():
             before = json.loads(path.read_text())
             earlier = before.pop("earlier", [])

@@ -575,6 +575,29 @@ def test_a_file_that_changes_while_a_stage_works_stops_the_run(
     assert not pipeline.Run(tiny.get_config()).done(stage) and not (finished / stage).exists()
 
 
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_hub_id_that_moves_is_not_mixed_with_itself(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, loaded: list[str], interrupted: bool
+) -> None:
+    """A folder stands for the hub id: a fingerprint has its name alone, whatever the hub gives for it."""
+    commits = {"base": "a" * 40}
+    monkeypatch.setattr(checkpoint, "hub_commit", lambda path, revision: commits.get(path))
+    e = tiny.get_config()
+    shutil.rmtree(finished / "4-steering")
+    for stage in ("1-traces", "3-vectors"):
+        path = finished / stage / "run.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"hub_commits": commits}))
+    if interrupted:
+        (finished / "3-vectors" / "DONE").unlink()
+    commits["base"] = "b" * 40
+    message = f"base.path=base is at commit {'b' * 40}, 3-vectors in .* was computed with {'a' * 40}; set base.revision"
+    with pytest.raises(ValueError, match=message):
+        run(e)
+    assert not loaded
+    commits["base"] = "a" * 40
+    run(e)
+
+
 def test_the_same_numbers_written_differently_are_the_same_inputs(finished: Path) -> None:
     e = tiny.get_config()
     e.steering.magnitudes, e.steering.grid_magnitudes = (0, -4, 8.0), (0, 8)
