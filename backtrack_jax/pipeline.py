@@ -22,6 +22,7 @@ batch, so a killed run loses at most the batch in flight.
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from backtrack_jax import environment, inputs, store
+from backtrack_jax.analysis.logit_lens import keyword_ids
 from backtrack_jax.config import ROLES, Experiment
 from backtrack_jax.judges.settings import read_key
 from backtrack_jax.models import checkpoint, prompts
@@ -75,7 +77,7 @@ class Run:
         # In one order, as conditions are numbered by it.
         roles = tuple(role for role in ROLES if role in experiment.roles)
         self.experiment = experiment = dataclasses.replace(experiment, roles=roles)
-        self.workdir = Path(experiment.workdir) / experiment.name
+        self.workdir = Path(os.path.expanduser(experiment.workdir)) / experiment.name
         self.prompt = prompts.PromptFormat(
             experiment.prompt.format, experiment.prompt.think, experiment.prompt.system or None
         )
@@ -252,6 +254,11 @@ class Run:
             inputs.check_vocabulary(role, self.architecture(role), self.tokenizer, not_read)
             if self.mesh is not None:
                 shardings(self.architecture(role), self.mesh)  # refuses sizes that the devices do not divide
+        if "5-analysis" in self.stages and not self.done("5-analysis"):
+            try:
+                keyword_ids(self.tokenizer, e.analysis.keywords)
+            except ValueError as error:
+                raise ValueError(f"analysis.keywords={e.analysis.keywords}: {error}") from error
 
 
 def _chained(own: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -958,6 +958,15 @@ def test_a_replacement_beyond_the_vocabulary(fresh: Path) -> None:
         pipeline.Run(e)
 
 
+def test_keywords_that_no_token_contains_stop_before_a_model_is_loaded(fresh: Path, loaded: list[str]) -> None:
+    e = tiny.get_config()
+    e.analysis.keywords = ("zzzz",)
+    with pytest.raises(ValueError, match=r"analysis\.keywords=\('zzzz',\): .* no token contains any of zzzz"):
+        run(e)
+    assert not loaded and not fresh.exists()
+    run(e, "1", "2", "3")  # which read no keywords
+
+
 def test_token_ids_beyond_the_embedding(fresh: Path, loaded: list[str]) -> None:
     """A gather out of range reads another row without a word. Markers that the base model drops may be beyond it."""
     shutil.rmtree("base")
