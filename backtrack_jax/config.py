@@ -455,7 +455,7 @@ def _integers(values: Sequence[object]) -> bool:
 
 
 def _finite(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return isinstance(value, int | float) and type(value) is not bool and abs(value) <= sys.float_info.max
 
 
 def _steering_faults(e: Experiment) -> list[str]:

@@ -162,7 +162,7 @@ class Run:
             path = self.folder(stage) / "run.json"
             if stage not in self.with_models or not path.exists():
                 continue
-            before = json.loads(path.read_text()).get("hub_commits", {})
+            before = store.read_json(path).get("hub_commits", {})
             for role, commit in now.items():
                 if before.get(role, commit) != commit:
                     raise ValueError(
@@ -175,7 +175,7 @@ class Run:
         described = {"config": dataclasses.asdict(self.experiment), **environment.describe()}
         described["hub_commits"] = self._hub_commits()
         if path.exists():
-            before = json.loads(path.read_text())
+            before = store.read_json(path)
             earlier = before.pop("earlier", [])
             earlier += [before] * (before != json.loads(json.dumps(described)))
             described |= {"earlier": earlier} if earlier else {}

@@ -45,7 +45,7 @@ class StageFolder:
         """Opens the folder; results under other inputs are moved aside, results under these are brought back.
 
         Raises:
-          ValueError: the folder is there, but no stage made it.
+          ValueError: the folder is there, but no stage made it, or its inputs.json is damaged.
         """
         self.path = workdir / name
         self.fingerprint = fingerprint(inputs)
@@ -59,7 +59,7 @@ class StageFolder:
         """Puts the folder of these inputs in its place."""
         marker = self.path / "inputs.json"
         if marker.exists():
-            before = json.loads(marker.read_text())
+            before = read_json(marker)
             if fingerprint(before) == self.fingerprint:
                 return
             self.changed = changes(before, inputs)
@@ -263,8 +263,24 @@ def recover_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Reads one JSON object a line."""
-    return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
+    """Reads one JSON object a line; ValueError names the file and the line that holds none."""
+    lines = enumerate(path.read_bytes().split(b"\n"), 1)
+    return [_parsed(line, f"{path}, line {number}") for number, line in lines if line]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a file that is one JSON object; ValueError names the file if it holds none."""
+    return _parsed(path.read_bytes(), str(path))
+
+
+def _parsed(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(data.decode())
+    except ValueError as error:
+        raise ValueError(f"{where}: damaged, no JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: damaged, expected a JSON object")
+    return value
 
 
 def _is_done(path: Path, fingerprint_: str) -> bool:

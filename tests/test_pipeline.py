@@ -472,6 +472,26 @@ def test_a_file_that_is_gone_or_cut_off_is_made_again(
     assert after == before
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("3-vectors/base.sums.safetensors", b"", r"base\.sums\.safetensors: not whole \(.*\); delete it to read again"),
+        ("3-vectors/base.sums.safetensors", b"half" * 99, r"base\.sums\.safetensors: not whole"),
+        ("3-vectors/run.json", b"{", r"run\.json: damaged"),
+        ("5-analysis/base.likelihoods.jsonl", b'{"row": 0,\n', r"base\.likelihoods\.jsonl, line 1: damaged"),
+    ],
+)
+def test_a_damaged_file_of_an_unfinished_stage_is_named(
+    finished: Path, name: str, content: bytes, message: str
+) -> None:
+    path = finished / name
+    (path.parent / "DONE").unlink()
+    (finished / "5-analysis" / "replies.csv").unlink()
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        run(tiny.get_config())
+
+
 def test_a_changed_sweep_runs_the_later_stages_and_can_be_taken_back(
     finished: Path, loaded: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -262,6 +262,25 @@ def test_reading_changes_nothing(tmp_path: Path) -> None:
     assert path.read_text() == '{"a": 1}\n{"a": 2}'
 
 
+@pytest.mark.parametrize("line", [b"{", b"\0" * 40, b'{"text": "\xff"}', b"[1]"])
+def test_a_damaged_line_is_named(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "replies.jsonl"
+    path.write_bytes(b'{"row": 0}\n' + line + b"\n")
+    for read in (store.read_lines, store.recover_lines):
+        with pytest.raises(ValueError, match=r"replies\.jsonl, line 2: damaged"):
+            read(path)
+    path.write_bytes(line)
+    with pytest.raises(ValueError, match=r"replies\.jsonl: damaged"):
+        store.read_json(path)
+
+
+def test_damaged_inputs_are_named(tmp_path: Path) -> None:
+    folder = store.StageFolder(tmp_path, "stage", {"layer": 1})
+    (folder.path / "inputs.json").write_text('{"layer"')
+    with pytest.raises(ValueError, match=r"inputs\.json: damaged"):
+        store.StageFolder(tmp_path, "stage", {"layer": 1})
+
+
 SAVE = """
 import sys
 import numpy as np

@@ -335,7 +335,7 @@ def _read_in_reply(run: "Run", trace: extract.TokenTrace) -> list[int]:
 
 
 def _labels(folder: Path) -> list[str]:
-    return json.loads((folder / "summary.json").read_text())["labels"]
+    return store.read_json(folder / "summary.json")["labels"]
 
 
 def _pieces(run: "Run", trace: extract.TokenTrace) -> list[str]:
