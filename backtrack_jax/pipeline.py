@@ -35,7 +35,9 @@ from jax.sharding import Mesh
 from backtrack_jax import environment, inputs, store
 from backtrack_jax.analysis.logit_lens import keyword_ids
 from backtrack_jax.config import ROLES, Experiment
-from backtrack_jax.judges.settings import read_key
+from backtrack_jax.data import records
+from backtrack_jax.judges.prompts import failure
+from backtrack_jax.judges.settings import CallFault, read_key
 from backtrack_jax.models import checkpoint, prompts
 from backtrack_jax.models.config import LlamaConfig
 from backtrack_jax.models.llama import Llama
@@ -83,7 +85,25 @@ class Run:
         )
         self._models: dict[tuple[str, str, str], Llama] = {}
         inputs.check_planned(experiment)
-        self.inputs = _chained(inputs.stage_inputs(experiment))
+        self.inputs = self._find_inputs()
+
+    def _find_inputs(self) -> dict[str, dict[str, Any]]:
+        """Inputs of every stage. Labels of stage 2 that may have gaps are other inputs than labels without.
+
+        So `allow_unanswered` changes nothing where every call was answered, and without it the gaps are asked for, and
+        whatever was read off traces with gaps is read anew.
+        """
+        own = inputs.stage_inputs(self.experiment)
+        if self.experiment.judge != "openai":
+            return _chained(own)
+        name = "2-annotations"
+        with_gaps = _chained(own | {name: own[name] | {"unanswered": "allowed"}})
+        if store.peek(self.workdir, name, _chained(own)[name]):
+            return _chained(own)
+        if self.experiment.annotations.openai.allow_unanswered:
+            return with_gaps
+        folder = store.peek(self.workdir, name, with_gaps[name])
+        return with_gaps if folder and not _has_gaps(folder / "annotations.jsonl") else _chained(own)
 
     def run(self) -> None:
         """Runs the wanted stages that are not done, each after those it builds on."""
@@ -141,7 +161,7 @@ class Run:
 
     def _changed_since(self, last: str) -> list[str]:
         """Inputs up to a stage that are no longer what the run found when it began: models and files, by content."""
-        now = _chained(inputs.stage_inputs(self.experiment))
+        now = self._find_inputs()
         stages = STAGES[: STAGES.index(last) + 1]
         changed = {field for name in stages for field in store.changes(self.inputs[name], now[name])}
         return sorted(changed - {"earlier stages"})
@@ -259,6 +279,12 @@ class Run:
                 keyword_ids(self.tokenizer, e.analysis.keywords)
             except ValueError as error:
                 raise ValueError(f"analysis.keywords={e.analysis.keywords}: {error}") from error
+
+
+def _has_gaps(annotations_file: Path) -> bool:
+    """Whether a call about a trace got no answer that a later one may get."""
+    unanswered = set(CallFault) - {CallFault.BAD_REQUEST}
+    return any(failure(annotation) in unanswered for annotation in records.read_annotations(annotations_file))
 
 
 def _chained(own: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
