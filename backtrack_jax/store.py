@@ -26,7 +26,7 @@ import safetensors.numpy
 _CHUNK = 1 << 16
 _CHUNKS_READ = 1 << 12
 _DAMAGED = ".damaged"
-_READ_WHOLE = 2 << 30  # bytes of a checkpoint that are read in a second or two
+_READ_WHOLE = 1 << 30  # bytes of a checkpoint that are read in about a second
 
 
 class StageFolder:
@@ -151,7 +151,7 @@ def file_hash(path: Path) -> str:
 
 
 def weights_hash(path: Path) -> str:
-    """Hash of a checkpoint's file names, sizes and contents; of more than 2 GiB, of a part that every tensor is in.
+    """Hash of a checkpoint's file names, sizes and contents; of more than 1 GiB, of a part that every tensor is in.
 
     Reading 16 GB to compare them would take too long: of a safetensors file the header and both ends of every tensor
     are read then, of another file 256 MiB spread over it. Hidden files and folders do not count: what git and the hub's

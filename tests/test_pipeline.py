@@ -887,6 +887,7 @@ def test_sigkill_in_the_long_stages(fresh: Path, tiny_run: Path) -> None:
     resumed, whole = contents(fresh), contents(tiny_run / "results" / "tiny")
     for page in (resumed, whole):
         page.pop("6-report/report.html")  # where the settings stand
+        page.pop("6-report/DONE")  # which has its size
     assert resumed == whole
     described = json.loads((fresh / "4-steering" / "run.json").read_text())
     assert described["config"]["steering"]["batch_size"] == 7
@@ -1031,10 +1032,12 @@ def test_a_vector_of_the_wrong_width_or_depth(finished: Path, loaded: list[str])
     e = tiny.get_config()
     e.steering.layer = 0
     file = finished / "3-vectors" / "base.backtracking.safetensors"
+    stage = store.StageFolder(finished, "3-vectors", pipeline.Run(e).inputs["3-vectors"])
     for shape in ((3, 15), (4, 16)):
         rows = {f"direction.{layer}": np.ones(shape[1], np.float32) for layer in range(shape[0])}
         metadata = {"layer_convention": "block_output_0based", "n_layers": str(shape[0]), "provenance": "{}"}
         store.write_safetensors(file, rows, metadata)
+        stage.finish()
         with pytest.raises(
             ValueError, match=rf"base\.backtracking\.safetensors has directions of shape \({shape[0]}, "
         ):

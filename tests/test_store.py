@@ -168,7 +168,7 @@ def test_weights_hash_of_a_large_file_sees_a_changed_tensor(tmp_path: Path) -> N
     assert store.weights_hash(path) != before
 
 
-def test_weights_hash_reads_all_of_two_gigabytes(tmp_path: Path) -> None:
+def test_weights_hash_reads_all_of_a_quantised_model(tmp_path: Path) -> None:
     path = tmp_path / "weights.gguf"
     with path.open("wb") as file:
         file.truncate(1 << 28)
