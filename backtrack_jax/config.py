@@ -7,6 +7,7 @@ checking a config is instant.
 import dataclasses
 import math
 import re
+import sys
 from collections.abc import Sequence
 
 from backtrack_jax.data import records
@@ -346,7 +347,8 @@ def _not_one_of(field: str, value: str, accepted: Sequence[str]) -> list[str]:
 
 
 def _repeated(field: str, values: Sequence[object]) -> list[str]:
-    return [] if len(set(values)) == len(values) else [_fault(field, values, "every entry once")]
+    again = [value for at, value in enumerate(values) if value in values[:at]]  # no set: a list has no hash
+    return [_fault(field, values, "every entry once")] if again else []
 
 
 def _device_faults(e: Experiment) -> list[str]:
@@ -366,7 +368,7 @@ def _device_faults(e: Experiment) -> list[str]:
 
 def _model_faults(e: Experiment) -> list[str]:
     faults = _repeated("roles", e.roles)
-    if not e.roles or not set(e.roles) <= set(ROLES):
+    if not e.roles or any(role not in ROLES for role in e.roles):
         faults.append(_fault("roles", e.roles, f"some of {', '.join(ROLES)}"))
     for role in (role for role in ROLES if role in e.roles):
         model = e.model(role)
@@ -413,8 +415,8 @@ def _judge_faults(e: Experiment) -> list[str]:
 
 def _sampling_faults(name: str, spec: TraceSpec | SteeringSpec) -> list[str]:
     faults = []
-    if not spec.temperature >= 0:
-        faults.append(_fault(f"{name}.temperature", spec.temperature, "a number >= 0"))
+    if not 0 <= spec.temperature < math.inf:
+        faults.append(_fault(f"{name}.temperature", spec.temperature, "a finite number >= 0"))
     if not 0 < spec.top_p <= 1:
         faults.append(_fault(f"{name}.top_p", spec.top_p, "a number above 0, at most 1"))
     for field, least in (("limit", 0), ("samples", 1), ("max_new_tokens", 1), ("batch_size", 1)):
@@ -449,7 +451,11 @@ def _vector_faults(e: Experiment) -> list[str]:
 
 
 def _integers(values: Sequence[object]) -> bool:
-    return all(isinstance(value, int) for value in values)
+    return all(type(value) is int for value in values)  # which True is not
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and type(value) is not bool and abs(value) <= sys.float_info.max
 
 
 def _steering_faults(e: Experiment) -> list[str]:
@@ -468,10 +474,10 @@ def _steering_faults(e: Experiment) -> list[str]:
         faults.append(_fault("steering.layer", s.layer, "a block number >= 0"))
     if not _integers(s.layers) or any(layer < 0 for layer in s.layers):
         faults.append(_fault("steering.layers", s.layers, "block numbers >= 0"))
-    if _integers(e.vectors.offsets) and not set(s.offsets) <= set(e.vectors.offsets):
+    if not _integers(s.offsets) or any(offset not in e.vectors.offsets for offset in s.offsets):
         faults.append(_fault("steering.offsets", s.offsets, f"some of vectors.offsets, {e.vectors.offsets}"))
     for field, magnitudes in (("magnitudes", s.magnitudes), ("grid_magnitudes", s.grid_magnitudes or s.magnitudes)):
-        if not any(magnitudes) or not all(isinstance(m, int | float) and math.isfinite(m) for m in magnitudes):
+        if not any(magnitudes) or not all(map(_finite, magnitudes)):
             faults.append(_fault(f"steering.{field}", magnitudes, "finite numbers, at least one of them not 0"))
         faults += _repeated(f"steering.{field}", magnitudes)
     swept = s.offsets or s.layers

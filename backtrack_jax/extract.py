@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from backtrack_jax import store
 from backtrack_jax.models.batching import batches, check_ids, right_pad
@@ -258,10 +258,13 @@ def save_sums(sums: WindowSums, path: Path) -> None:
 
 
 def load_sums(path: Path, plan: WindowPlan | None = None) -> WindowSums:
-    """Reads sums that `save_sums` wrote; ValueError if they were summed under another plan than the given one."""
-    with safe_open(path, "np") as file:
-        arrays = {name: file.get_tensor(name) for name in _ARRAYS}
-        metadata = file.metadata()
+    """Reads sums that `save_sums` wrote; ValueError if they are damaged or were summed under another plan."""
+    try:
+        with safe_open(path, "np") as file:
+            arrays = {name: file.get_tensor(name) for name in _ARRAYS}
+            metadata = file.metadata()
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not whole ({error}); delete it to read again") from error
     if plan is None:
         plan = _plan(json.loads(metadata["plan"]))
     elif metadata["plan"] != json.dumps(dataclasses.asdict(plan)):

@@ -216,4 +216,12 @@ def _judge_inputs(e: Experiment, judge: str) -> dict[str, Any]:
 
 
 def _without(spec: Any, *fields: str) -> dict[str, Any]:
-    return {name: value for name, value in dataclasses.asdict(spec).items() if name not in fields}
+    """Fields of a spec but for some; numbers as the field has them, so that 0 and 0.0 are the same magnitude."""
+    kept = [field for field in dataclasses.fields(spec) if field.name not in fields]
+    return {field.name: _as_declared(field.type, getattr(spec, field.name)) for field in kept}
+
+
+def _as_declared(kind: Any, value: Any) -> Any:
+    if kind is float:
+        return float(value)
+    return [float(item) for item in value] if kind == tuple[float, ...] else value

@@ -14,13 +14,15 @@
     6-report       report.html, summary.md; every figure as .png, .pdf and .csv
 
 Every folder also holds inputs.json, what the stage's results depend on, and run.json, what they were computed with. A
-stage runs when the fingerprint of its inputs is not the one in its `DONE` file. Work inside a stage is kept batch by
+stage runs when the fingerprint of its inputs is not the one in its `DONE` file, or a file that it lists is not as it
+was. Work inside a stage is kept batch by
 batch, so a killed run loses at most the batch in flight.
 """
 
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,8 +33,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from backtrack_jax import environment, inputs, store
+from backtrack_jax.analysis.logit_lens import keyword_ids
 from backtrack_jax.config import ROLES, Experiment
-from backtrack_jax.judges.settings import read_key
+from backtrack_jax.data import records
+from backtrack_jax.judges.prompts import failure
+from backtrack_jax.judges.settings import CallFault, read_key
 from backtrack_jax.models import checkpoint, prompts
 from backtrack_jax.models.config import LlamaConfig
 from backtrack_jax.models.llama import Llama
@@ -74,13 +79,31 @@ class Run:
         # In one order, as conditions are numbered by it.
         roles = tuple(role for role in ROLES if role in experiment.roles)
         self.experiment = experiment = dataclasses.replace(experiment, roles=roles)
-        self.workdir = Path(experiment.workdir) / experiment.name
+        self.workdir = Path(os.path.expanduser(experiment.workdir)) / experiment.name
         self.prompt = prompts.PromptFormat(
             experiment.prompt.format, experiment.prompt.think, experiment.prompt.system or None
         )
         self._models: dict[tuple[str, str, str], Llama] = {}
         inputs.check_planned(experiment)
-        self.inputs = _chained(inputs.stage_inputs(experiment))
+        self.inputs = self._find_inputs()
+
+    def _find_inputs(self) -> dict[str, dict[str, Any]]:
+        """Inputs of every stage. Labels of stage 2 that may have gaps are other inputs than labels without.
+
+        So `allow_unanswered` changes nothing where every call was answered, and without it the gaps are asked for, and
+        whatever was read off traces with gaps is read anew.
+        """
+        own = inputs.stage_inputs(self.experiment)
+        if self.experiment.judge != "openai":
+            return _chained(own)
+        name = "2-annotations"
+        with_gaps = _chained(own | {name: own[name] | {"unanswered": "allowed"}})
+        if store.peek(self.workdir, name, _chained(own)[name]):
+            return _chained(own)
+        if self.experiment.annotations.openai.allow_unanswered:
+            return with_gaps
+        folder = store.peek(self.workdir, name, with_gaps[name])
+        return with_gaps if folder and not _has_gaps(folder / "annotations.jsonl") else _chained(own)
 
     def run(self) -> None:
         """Runs the wanted stages that are not done, each after those it builds on."""
@@ -88,10 +111,7 @@ class Run:
         asked = {"2-annotations": self.experiment.judge, "5-analysis": self.experiment.analysis.judge}
         if any(who == "openai" and name in self.stages and not self.done(name) for name, who in asked.items()):
             read_key(self.experiment.annotations.openai.settings())  # before the first stage, which may take hours
-        with_models = {"3-vectors", "4-steering", "5-analysis"} | (
-            set() if self.experiment.traces.path else {"1-traces"}
-        )
-        if any(not self.done(name) for name in with_models.intersection(self.stages)):
+        if any(not self.done(name) for name in self.with_models.intersection(self.stages)):
             self._check_models()
         self.workdir.mkdir(parents=True, exist_ok=True)
         with store.locked(self.workdir):
@@ -100,6 +120,11 @@ class Run:
                 self._run_stage(name)
         page = "6-report/report.html" if self.stages[-1] == "6-report" else ""
         say(f"results are in {self.workdir / page}")
+
+    @property
+    def with_models(self) -> set[str]:
+        """The stages that read or sample with a model."""
+        return {"3-vectors", "4-steering", "5-analysis"} | (set() if self.experiment.traces.path else {"1-traces"})
 
     def _say_what_is_not_read(self) -> None:
         layer, kept = self.experiment.steering.layer, self.experiment.vectors.layers
@@ -122,23 +147,55 @@ class Run:
             return
         if folder.changed:
             say(f"{name}: runs again, since {', '.join(folder.changed)} changed; old results are in superseded/")
+        elif folder.misfits:
+            say(f"{name}: runs again, since {', '.join(folder.misfits)} is missing or not as it was written")
         else:
             say(f"{name}:")
+        self._check_commits(name)
         self._describe(folder.path / "run.json")
         _BODIES[name](self, folder.path)
+        if changed := self._changed_since(name):
+            folder.set_aside()  # as part of it may be of the old files and part of the new ones
+            raise ValueError(f"{', '.join(changed)} has changed since this run began; run it again")
         folder.finish()
+
+    def _changed_since(self, last: str) -> list[str]:
+        """Inputs up to a stage that are no longer what the run found when it began: models and files, by content."""
+        now = self._find_inputs()
+        stages = STAGES[: STAGES.index(last) + 1]
+        changed = {field for name in stages for field in store.changes(self.inputs[name], now[name])}
+        return sorted(changed - {"earlier stages"})
+
+    def _hub_commits(self) -> dict[str, str]:
+        models = {role: self.experiment.model(role) for role in self.experiment.roles}
+        commits = {role: checkpoint.hub_commit(spec.path, spec.revision or None) for role, spec in models.items()}
+        return {role: commit for role, commit in commits.items() if commit}
+
+    def _check_commits(self, name: str) -> None:
+        """Refuses to go on from what another commit of a hub id was read or sampled with, which no fingerprint shows.
+
+        Raises:
+          ValueError: names both commits and the stage.
+        """
+        now = self._hub_commits() if name in self.with_models else {}
+        for stage in STAGES[: STAGES.index(name) + 1]:
+            path = self.folder(stage) / "run.json"
+            if stage not in self.with_models or not path.exists():
+                continue
+            before = store.read_json(path).get("hub_commits", {})
+            for role, commit in now.items():
+                if before.get(role, commit) != commit:
+                    raise ValueError(
+                        f"{role}.path={self.experiment.model(role).path} is at commit {commit}, {stage} in "
+                        f"{self.workdir} was computed with {before[role]}; set {role}.revision, or take another workdir"
+                    )
 
     def _describe(self, path: Path) -> None:
         """Writes what a stage is computed with; what an interrupted run had computed its part with is kept."""
         described = {"config": dataclasses.asdict(self.experiment), **environment.describe()}
-        models = {role: self.experiment.model(role) for role in self.experiment.roles}
-        described["hub_commits"] = {
-            role: commit
-            for role, spec in models.items()
-            if (commit := checkpoint.hub_commit(spec.path, spec.revision or None))
-        }
+        described["hub_commits"] = self._hub_commits()
         if path.exists():
-            before = json.loads(path.read_text())
+            before = store.read_json(path)
             earlier = before.pop("earlier", [])
             earlier += [before] * (before != json.loads(json.dumps(described)))
             described |= {"earlier": earlier} if earlier else {}
@@ -217,6 +274,17 @@ class Run:
             inputs.check_vocabulary(role, self.architecture(role), self.tokenizer, not_read)
             if self.mesh is not None:
                 shardings(self.architecture(role), self.mesh)  # refuses sizes that the devices do not divide
+        if "5-analysis" in self.stages and not self.done("5-analysis"):
+            try:
+                keyword_ids(self.tokenizer, e.analysis.keywords)
+            except ValueError as error:
+                raise ValueError(f"analysis.keywords={e.analysis.keywords}: {error}") from error
+
+
+def _has_gaps(annotations_file: Path) -> bool:
+    """Whether a call about a trace got no answer that a later one may get."""
+    unanswered = set(CallFault) - {CallFault.BAD_REQUEST}
+    return any(failure(annotation) in unanswered for annotation in records.read_annotations(annotations_file))
 
 
 def _chained(own: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -31,7 +31,7 @@ class _ListParser(flags.ArgumentParser):
         """The list; the default comes as it is."""
         try:
             value = ast.literal_eval(argument) if isinstance(argument, str) else argument
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError):
             value = [part.strip() for part in argument.split(",") if part.strip()]
         return tuple(value) if isinstance(value, tuple | list) else (value,)
 
@@ -59,7 +59,8 @@ def main(argv: Sequence[str]) -> None:
         _divide_cpu(experiment.data_parallel * experiment.model_parallel)
         run = pipeline.Run(experiment, pipeline.stage_names(_STAGES.value))
         run.needed()
-        _check_workdir(run.workdir)
+        if not (_DRY_RUN.value and run.workdir.is_dir()):  # a plan of results on a read-only disk writes nothing
+            _check_workdir(run.workdir)
         if _DRY_RUN.value:
             print(plan.describe(run))
         else:
@@ -91,6 +92,8 @@ def parse_flags(argv: Sequence[str]) -> Sequence[str]:
     try:
         check_overrides(argv[1:])
         return app.parse_flags_with_usage(list(argv))
+    except SyntaxError as error:
+        sys.exit(f"error: --config: {error.filename}, line {error.lineno}, is no Python ({error.msg})")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -1,7 +1,8 @@
 """Stage folders on disk: fingerprints, `DONE`, files that are whole or absent, and nothing computed ever lost.
 
 results/smollm2/3-vectors/inputs.json    what the stage's results depend on
-                          DONE           the fingerprint of inputs.json, once the stage is complete
+                          DONE           the fingerprint of inputs.json, once the stage is complete; sizes and names
+                                         of its files
                 superseded/3-vectors-1f0c.../   results under other inputs; they come back if the inputs do
 
 Equal results are equal files, byte for byte: no time, no address and no arbitrary order is written.
@@ -10,19 +11,22 @@ Equal results are equal files, byte for byte: no time, no address and no arbitra
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import safetensors.numpy
 
 _CHUNK = 1 << 16
-_CHUNKS_READ = 256
+_CHUNKS_READ = 1 << 12
+_DAMAGED = ".damaged"
+_READ_WHOLE = 1 << 30  # bytes of a checkpoint that are read in about a second
 
 
 class StageFolder:
@@ -33,24 +37,32 @@ class StageFolder:
       fingerprint: hash of the inputs.
       changed: dotted names of the inputs that differ from those of the results that were here before; empty if none
         were.
+      misfits: names of files that are missing or not as the finished stage wrote them; the stage is not done then.
+        What is there of them has been renamed to `*.damaged`, so that nothing goes on from it.
     """
 
     def __init__(self, workdir: Path, name: str, inputs: Mapping[str, Any]):
         """Opens the folder; results under other inputs are moved aside, results under these are brought back.
 
         Raises:
-          ValueError: the folder is there, but no stage made it.
+          ValueError: the folder is there, but no stage made it, or its inputs.json is damaged.
         """
         self.path = workdir / name
         self.fingerprint = fingerprint(inputs)
         self.changed: list[str] = []
+        self.misfits: list[str] = []
+        self._open(workdir, name, inputs)
+        if _finished_under(self.path, self.fingerprint):
+            self._set_misfits_aside()
+
+    def _open(self, workdir: Path, name: str, inputs: Mapping[str, Any]) -> None:
+        """Puts the folder of these inputs in its place."""
         marker = self.path / "inputs.json"
         if marker.exists():
-            before = json.loads(marker.read_text())
+            before = read_json(marker)
             if fingerprint(before) == self.fingerprint:
                 return
-            old, new = _flat(before), _flat(inputs)
-            self.changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+            self.changed = changes(before, inputs)
             aside = _aside(workdir, name, fingerprint(before))
             aside.parent.mkdir(exist_ok=True)
             self.path.replace(aside)
@@ -71,8 +83,24 @@ class StageFolder:
         return _is_done(self.path, self.fingerprint)
 
     def finish(self) -> None:
-        """Marks the stage as complete."""
-        write_text(self.path / "DONE", self.fingerprint + "\n")
+        """Marks the stage as complete, with the files that it consists of."""
+        lines = [f"{size} {name}\n" for name, size in _artifacts(self.path).items()]
+        write_text(self.path / "DONE", "".join([f"{self.fingerprint}\n", *lines]))
+
+    def set_aside(self) -> None:
+        """Moves away what is of no known inputs, so that nothing goes on from it; for the eye it is kept."""
+        aside = _aside(self.path.parent, self.path.name, self.fingerprint)
+        aside.parent.mkdir(exist_ok=True)
+        names = (aside.with_name(f"{aside.name}-mixed-{number}") for number in itertools.count(1))
+        self.path.replace(next(path for path in names if not path.exists()))
+
+    def _set_misfits_aside(self) -> None:
+        self.misfits = _misfits(self.path)
+        for path in (self.path / name for name in self.misfits):
+            if path.is_file():
+                path.replace(path.with_name(path.name + _DAMAGED))
+        if self.misfits:
+            (self.path / "DONE").unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -108,6 +136,12 @@ def fingerprint(inputs: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Dotted names of the values that differ as JSON, sorted: 0 and 0.0 do, as they do in `fingerprint`."""
+    old, new = ({name: json.dumps(value) for name, value in _flat(values).items()} for values in (before, after))
+    return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+
+
 def file_hash(path: Path) -> str:
     """Hash of a file's content, or of the names and contents of the files in a folder; the path does not enter."""
     digest = hashlib.sha256()
@@ -117,23 +151,38 @@ def file_hash(path: Path) -> str:
 
 
 def weights_hash(path: Path) -> str:
-    """Hash of a checkpoint's file names, sizes and contents; of a large file, of 16 MiB spread over it.
+    """Hash of a checkpoint's file names, sizes and contents; of more than 1 GiB, of a part that every tensor is in.
 
-    Hidden files and folders do not count: what git and the hub's cache keep there changes by itself.
-
-    Reading 16 GB to compare them would take too long.
+    Reading 16 GB to compare them would take too long: of a safetensors file the header and both ends of every tensor
+    are read then, of another file 256 MiB spread over it. Hidden files and folders do not count: what git and the hub's
+    cache keep there changes by itself.
     """
+    files = [(file, name) for file, name in _files(path) if not any(p.startswith(".") for p in Path(name).parts)]
+    sizes = [file.stat().st_size for file, _ in files]
     digest = hashlib.sha256()
-    for file, name in _files(path):
-        if any(part.startswith(".") for part in Path(name).parts):
-            continue
-        size = file.stat().st_size
+    for (file, name), size in zip(files, sizes, strict=True):
         digest.update(f"{name} {size}".encode())
         with file.open("rb") as stream:
-            for offset in [*range(0, size, max(_CHUNK, size // _CHUNKS_READ)), max(0, size - _CHUNK)]:
+            for offset, length in [(0, size)] if sum(sizes) <= _READ_WHOLE else _spread_pieces(stream, size):
                 stream.seek(offset)
-                digest.update(stream.read(_CHUNK))
+                for start in range(0, length, 1 << 20):
+                    digest.update(stream.read(min(1 << 20, length - start)))
     return digest.hexdigest()[:16]
+
+
+def _spread_pieces(stream: BinaryIO, size: int) -> list[tuple[int, int]]:
+    """Offsets and lengths of what is read of a large file: with a safetensors header, the ends of all its tensors."""
+    start = 8 + int.from_bytes(stream.read(8), "little")
+    try:
+        header = json.loads(stream.read(start - 8)) if start <= size else {}
+        spans = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError):  # no safetensors file, or none that could be loaded
+        spans = []
+    if not spans:
+        offsets = [*range(0, size, max(_CHUNK, size // _CHUNKS_READ)), max(0, size - _CHUNK)]
+        return [(offset, _CHUNK) for offset in offsets]
+    ends = [(at, _CHUNK) for first, last in spans for at in (start + first, max(start + first, start + last - _CHUNK))]
+    return [(0, start), *ends]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -214,13 +263,48 @@ def recover_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Reads one JSON object a line."""
-    return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
+    """Reads one JSON object a line; ValueError names the file and the line that holds none."""
+    lines = enumerate(path.read_bytes().split(b"\n"), 1)
+    return [_parsed(line, f"{path}, line {number}") for number, line in lines if line]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a file that is one JSON object; ValueError names the file if it holds none."""
+    return _parsed(path.read_bytes(), str(path))
+
+
+def _parsed(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(data.decode())
+    except ValueError as error:
+        raise ValueError(f"{where}: damaged, no JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: damaged, expected a JSON object")
+    return value
 
 
 def _is_done(path: Path, fingerprint_: str) -> bool:
+    return _finished_under(path, fingerprint_) and not _misfits(path)
+
+
+def _finished_under(path: Path, fingerprint_: str) -> bool:
     marker = path / "DONE"
-    return marker.exists() and marker.read_text().strip() == fingerprint_
+    return marker.exists() and marker.read_text("utf-8").partition("\n")[0] == fingerprint_
+
+
+def _misfits(path: Path) -> list[str]:
+    """What `DONE` lists and the folder has not, or not in this size; `DONE` itself where it lists nothing."""
+    lines = (path / "DONE").read_text("utf-8").split("\n")[1:]
+    sizes = {name: size for size, _, name in (line.partition(" ") for line in lines if line)}
+    there = _artifacts(path)
+    return [name for name, size in sizes.items() if str(there.get(name)) != size] if sizes else ["DONE"]
+
+
+def _artifacts(path: Path) -> dict[str, int]:
+    """Names and sizes of a stage's files. Of run.json equal runs on two machines have different ones."""
+    left_out = ("DONE", "run.json")
+    files = [(name, file) for file, name in _files(path) if name not in left_out and not name.endswith(_DAMAGED)]
+    return {name: file.stat().st_size for name, file in files if not file.name.startswith(".")}
 
 
 def _aside(workdir: Path, name: str, fingerprint_: str) -> Path:
@@ -231,7 +315,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested names, dotted."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
     return flat
 
 

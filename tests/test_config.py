@@ -69,6 +69,7 @@ def set_field(e: Experiment, name: str, value: object) -> Experiment:
         ("roles", ()),
         ("roles", ("base", "teacher")),
         ("roles", ("base", "base")),
+        ("roles", ([1],)),
         ("base.path", ""),
         ("base.dtype", "int8"),
         ("base.markers", "shatter"),
@@ -85,13 +86,18 @@ def set_field(e: Experiment, name: str, value: object) -> Experiment:
         ("vectors.window", (-8, -13)),
         ("vectors.window", (-8,)),
         ("vectors.window", (-8.5, -3)),
-        ("vectors.offsets", ("x",)),
+        ("vectors.window", (False, True)),
+        ("vectors.layers", (True,)),
+        ("steering.layers", (True,)),
+        ("steering.offsets", ([1],)),
         ("vectors.layers", (-1,)),
         ("vectors.batch_size", 0),
         ("steering.kinds", ()),
         ("steering.kinds", ("backtraking",)),
         ("steering.kinds", ("noise", "noise")),
         ("steering.kinds", (1,)),
+        ("steering.kinds", ([1],)),
+        ("steering.kinds", ({1: 2},)),
         ("steering.baselines", (None,)),
         ("steering.grid_limit", -1),
         ("steering.layer", -1),
@@ -100,11 +106,16 @@ def set_field(e: Experiment, name: str, value: object) -> Experiment:
         ("steering.magnitudes", (0.0, math.nan)),
         ("steering.magnitudes", (4.0, math.inf)),
         ("steering.magnitudes", ("four",)),
+        ("steering.magnitudes", (True,)),
+        ("steering.magnitudes", ([1, 2],)),
+        ("steering.magnitudes", (10**400,)),
         ("steering.magnitudes", (4.0, 4)),
         ("steering.unit", "sigma"),
         ("steering.span", "reply"),
         ("steering.temperature", -0.1),
         ("steering.temperature", math.nan),
+        ("steering.temperature", math.inf),
+        ("traces.temperature", math.inf),
         ("steering.top_p", 0.0),
         ("steering.top_p", 1.5),
         ("steering.top_k", -1),
@@ -122,6 +133,14 @@ def test_a_wrong_value_is_named(field: str, value: object) -> None:
         config.check(set_field(tiny.get_config(), field, value))
     assert field in str(error.value)
     assert len(str(error.value).splitlines()) == 2  # that fault, and no other
+
+
+@pytest.mark.parametrize("offsets", [("x",), ([1],), (-1, 0, True)])
+def test_offsets_that_are_no_integers(offsets: tuple[object, ...]) -> None:
+    e = set_field(tiny.get_config(), "vectors.offsets", offsets)
+    with pytest.raises(ValueError) as error:
+        config.check(e)
+    assert f"vectors.offsets={offsets!r}, expected integers" in str(error.value)
 
 
 @pytest.mark.parametrize(

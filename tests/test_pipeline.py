@@ -173,7 +173,7 @@ def test_a_vector_says_where_it_comes_from(tiny_run: Path) -> None:
         "all",
         "trace_mean",
     )
-    assert provenance["inputs"] == (folder / "DONE").read_text().strip()
+    assert provenance["inputs"] == (folder / "DONE").read_text().split()[0]
     assert provenance["counts"]["backtracking"] == {"windows": 17, "dropped": 1}
     assert json.loads(metadata["raw_norms"]) == pytest.approx(norms)
     assert not any(abs(norm - 1) < 1e-3 for norm in norms)  # as found, not normalised
@@ -442,6 +442,56 @@ def test_a_second_run_does_nothing(finished: Path, loaded: list[str], capsys: py
     assert capsys.readouterr().err.count("done before") == 6
 
 
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("1-traces/labelled.jsonl", b""),
+        ("2-annotations/annotations.jsonl", None),
+        ("3-vectors/base.sums.safetensors", b"half"),
+        ("4-steering/generations.jsonl", b"half"),
+        ("5-analysis/replies.csv", b"half"),
+        ("5-analysis/base.lens.csv", None),
+        ("5-analysis/reasoning.projections.json", None),
+        ("6-report/report.html", None),
+    ],
+)
+def test_a_file_that_is_gone_or_cut_off_is_made_again(
+    finished: Path, capsys: pytest.CaptureFixture[str], name: str, damage: bytes | None
+) -> None:
+    before = contents(finished)
+    path, stage = finished / name, name.partition("/")[0]
+    path.unlink() if damage is None else path.write_bytes(damage)
+    made = pipeline.Run(tiny.get_config())
+    assert [stage for stage in pipeline.STAGES if not made.done(stage)] == [stage]
+    made.run()
+    said = capsys.readouterr().err
+    assert f"{stage}: runs again, since {path.name} is missing or not as it was written" in said
+    assert said.count("done before") == 5
+    after = contents(finished)
+    assert after.pop(f"{name}.damaged", None) == damage
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("3-vectors/base.sums.safetensors", b"", r"base\.sums\.safetensors: not whole \(.*\); delete it to read again"),
+        ("3-vectors/base.sums.safetensors", b"half" * 99, r"base\.sums\.safetensors: not whole"),
+        ("3-vectors/run.json", b"{", r"run\.json: damaged"),
+        ("5-analysis/base.likelihoods.jsonl", b'{"row": 0,\n', r"base\.likelihoods\.jsonl, line 1: damaged"),
+    ],
+)
+def test_a_damaged_file_of_an_unfinished_stage_is_named(
+    finished: Path, name: str, content: bytes, message: str
+) -> None:
+    path = finished / name
+    (path.parent / "DONE").unlink()
+    (finished / "5-analysis" / "replies.csv").unlink()
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        run(tiny.get_config())
+
+
 def test_a_changed_sweep_runs_the_later_stages_and_can_be_taken_back(
     finished: Path, loaded: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -515,6 +565,64 @@ def test_a_file_with_other_content_is_another_input(finished: Path, name: str, s
     path.write_bytes(data)
     made = pipeline.Run(e)
     assert [name for name in pipeline.STAGES if made.done(name)] == [name for name in pipeline.STAGES if name < stage]
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "named"),
+    [
+        ("base/model.safetensors", "3-vectors", "models.base.weights"),
+        ("reasoning/model.safetensors", "5-analysis", "models.reasoning.weights"),
+        (tiny.CHAINS, "1-traces", "traces.file"),
+    ],
+)
+def test_a_file_that_changes_while_a_stage_works_stops_the_run(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, name: str, stage: str, named: str
+) -> None:
+    """What was computed of two versions is nobody's: the old file does not bring it back."""
+    (finished / stage / "DONE").unlink()
+    original = Path(name).read_bytes()
+    body = pipeline._BODIES[stage]
+
+    def replaced(made: pipeline.Run, folder: Path) -> None:
+        body(made, folder)
+        Path(name).write_bytes(original[:-3] + bytes([original[-3] ^ 1]) + original[-2:])
+
+    with monkeypatch.context() as patch:
+        patch.setitem(pipeline._BODIES, stage, replaced)
+        with pytest.raises(ValueError, match=f"{named}.* has changed since this run began; run it again"):
+            run(tiny.get_config())
+    Path(name).write_bytes(original)
+    assert not pipeline.Run(tiny.get_config()).done(stage) and not (finished / stage).exists()
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_hub_id_that_moves_is_not_mixed_with_itself(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, loaded: list[str], interrupted: bool
+) -> None:
+    """A folder stands for the hub id: a fingerprint has its name alone, whatever the hub gives for it."""
+    commits = {"base": "a" * 40}
+    monkeypatch.setattr(checkpoint, "hub_commit", lambda path, revision: commits.get(path))
+    e = tiny.get_config()
+    shutil.rmtree(finished / "4-steering")
+    for stage in ("1-traces", "3-vectors"):
+        path = finished / stage / "run.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"hub_commits": commits}))
+    if interrupted:
+        (finished / "3-vectors" / "DONE").unlink()
+    commits["base"] = "b" * 40
+    message = f"base.path=base is at commit {'b' * 40}, 3-vectors in .* was computed with {'a' * 40}; set base.revision"
+    with pytest.raises(ValueError, match=message):
+        run(e)
+    assert not loaded
+    commits["base"] = "a" * 40
+    run(e)
+
+
+def test_the_same_numbers_written_differently_are_the_same_inputs(finished: Path) -> None:
+    e = tiny.get_config()
+    e.steering.magnitudes, e.steering.grid_magnitudes = (0, -4, 8.0), (0, 8)
+    e.steering.temperature = e.steering.top_p = 1
+    assert all(pipeline.Run(e).done(name) for name in pipeline.STAGES)
 
 
 def test_hidden_files_beside_a_model_do_not_matter(finished: Path) -> None:
@@ -779,6 +887,7 @@ def test_sigkill_in_the_long_stages(fresh: Path, tiny_run: Path) -> None:
     resumed, whole = contents(fresh), contents(tiny_run / "results" / "tiny")
     for page in (resumed, whole):
         page.pop("6-report/report.html")  # where the settings stand
+        page.pop("6-report/DONE")  # which has its size
     assert resumed == whole
     described = json.loads((fresh / "4-steering" / "run.json").read_text())
     assert described["config"]["steering"]["batch_size"] == 7
@@ -870,6 +979,15 @@ def test_a_replacement_beyond_the_vocabulary(fresh: Path) -> None:
         pipeline.Run(e)
 
 
+def test_keywords_that_no_token_contains_stop_before_a_model_is_loaded(fresh: Path, loaded: list[str]) -> None:
+    e = tiny.get_config()
+    e.analysis.keywords = ("zzzz",)
+    with pytest.raises(ValueError, match=r"analysis\.keywords=\('zzzz',\): .* no token contains any of zzzz"):
+        run(e)
+    assert not loaded and not fresh.exists()
+    run(e, "1", "2", "3")  # which read no keywords
+
+
 def test_token_ids_beyond_the_embedding(fresh: Path, loaded: list[str]) -> None:
     """A gather out of range reads another row without a word. Markers that the base model drops may be beyond it."""
     shutil.rmtree("base")
@@ -914,10 +1032,12 @@ def test_a_vector_of_the_wrong_width_or_depth(finished: Path, loaded: list[str])
     e = tiny.get_config()
     e.steering.layer = 0
     file = finished / "3-vectors" / "base.backtracking.safetensors"
+    stage = store.StageFolder(finished, "3-vectors", pipeline.Run(e).inputs["3-vectors"])
     for shape in ((3, 15), (4, 16)):
         rows = {f"direction.{layer}": np.ones(shape[1], np.float32) for layer in range(shape[0])}
         metadata = {"layer_convention": "block_output_0based", "n_layers": str(shape[0]), "provenance": "{}"}
         store.write_safetensors(file, rows, metadata)
+        stage.finish()
         with pytest.raises(
             ValueError, match=rf"base\.backtracking\.safetensors has directions of shape \({shape[0]}, "
         ):

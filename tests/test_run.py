@@ -1,5 +1,6 @@
 """The command: plans that compute nothing, and mistakes that end in one message and an exit code."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -83,7 +84,7 @@ def test_plan_counts_traces_of_another_config_that_lies_aside(
 ) -> None:
     """The traces in place may be those of another config."""
     (finished / "superseded").mkdir()
-    done = (finished / "1-traces" / "DONE").read_text().strip()
+    done = (finished / "1-traces" / "DONE").read_text().split()[0]
     (finished / "1-traces").rename(finished / "superseded" / f"1-traces-{done}")
     out, message = command(TINY, "--dry_run", "--config.steering.limit=0")
     assert not message
@@ -141,6 +142,8 @@ def test_plan_of_smollm2(tmp_path: Path, command: Callable[..., tuple[str, str]]
         (["--config.steering.temperature=hot"], "flag --config.steering.temperature=hot: could not convert"),
         (["--config.steering.magnitudes=(0,nan)"], "steering.magnitudes="),
         (["--config.steering.magnitudes=(0,'four')"], "steering.magnitudes=(0, 'four'), expected finite numbers"),
+        (["--config.steering.magnitudes=[[1,2]]"], "steering.magnitudes=([1, 2],), expected finite numbers"),
+        (["--config.steering.kinds={1:2}"], "steering.kinds={1: 2}, expected labels"),
         (["--config.steering.layer=3"], "steering.layer=3 is no block of the base model, base: it has blocks 0..2"),
         (["--config.vectors.window=-13"], "vectors.window=(-13,)"),
         (["--config.traces.path=nowhere.json"], "nowhere.json: no such file or folder"),
@@ -194,6 +197,38 @@ def test_a_config_file_that_is_not_there(tmp_path: Path, command: Callable[..., 
     for more in ([], ["--config.seed=3"], ["--dry_run"]):
         _, ended = command(f"--config={tmp_path}/missing.py", *more)
         assert "missing.py" in ended and "No such file" in ended
+
+
+def test_a_config_that_is_no_python(tmp_path: Path, command: Callable[..., tuple[str, str]]) -> None:
+    (tmp_path / "README.md").write_text("# A title\n\nThis is text.\n")
+    _, ended = command(f"--config={tmp_path}/README.md")
+    assert ended == f"error: --config: {tmp_path}/README.md, line 3, is no Python (invalid syntax)"
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_plan_of_results_on_a_read_only_disk(
+    finished: Path, command: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(run.tempfile, "TemporaryFile", refuse)
+    out, message = command(TINY, "--dry_run")
+    assert not message
+    assert re.findall(r"^\d-\w+ +(.*)$", out, re.MULTILINE) == ["done"] * 6
+    _, message = command(TINY)
+    assert "expected a folder that can be made and written to" in message
+
+
+@pytest.mark.usefixtures("no_model")
+def test_home_is_where_workdir_says(
+    fresh: Path, tmp_path: Path, command: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    _, message = command(TINY, "--workdir=~/runs", "--stages=1")
+    assert not message
+    assert (tmp_path / "home" / "runs" / "tiny" / "1-traces" / "traces.jsonl").exists()
+    assert not Path("~").exists()
 
 
 def test_the_process_ends_with_a_code_and_no_traceback(fresh: Path) -> None:

@@ -78,7 +78,7 @@ def test_the_traces_are_those_that_a_run_reads_in_its_folder(fresh: Path) -> Non
     e.workdir = "else/where"
     pipeline.Run(e, ("1-traces", "2-annotations")).run()
     (annotations,) = Path("else/where").glob("*/2-annotations/annotations.jsonl")
-    annotations.write_text(annotations.read_text().replace("backtracking", "deduction"))
+    annotations.write_text(annotations.read_text().replace("backtracking", "initializing"))  # as long
     shown = subprocess.run(
         [*command[:3], "verbal_1/0", f"--config={tiny.__file__}", command[-1]], env=env, capture_output=True, text=True
     )

@@ -24,8 +24,35 @@ def test_a_stage_is_done_under_its_inputs_only(tmp_path: Path) -> None:
     assert store.peek(tmp_path, "3-vectors", inputs)
     assert not store.peek(tmp_path, "3-vectors", {"layer": 8})
     assert not store.peek(tmp_path, "4-steering", inputs)
+    done = (folder.path / "DONE").read_text()
     (folder.path / "DONE").write_text("of something else\n")
     assert not store.StageFolder(tmp_path, "3-vectors", inputs).done
+    (folder.path / "DONE").write_text(done.split()[0] + "\n")  # as before it listed files: it vouches for nothing
+    assert not store.peek(tmp_path, "3-vectors", inputs)
+    assert store.StageFolder(tmp_path, "3-vectors", inputs).misfits == ["DONE"]
+
+
+@pytest.mark.parametrize("aside", [False, True])
+def test_a_stage_is_not_done_if_its_files_are_not_as_written(tmp_path: Path, aside: bool) -> None:
+    inputs = {"layer": 9}
+    folder = store.StageFolder(tmp_path, "stage", inputs)
+    for name in ("kept.csv", "cut.csv", "gone.csv", "run.json"):
+        (folder.path / name).write_text("whole")
+    folder.finish()
+    assert folder.done
+    (folder.path / "cut.csv").write_text("half")
+    (folder.path / "gone.csv").unlink()
+    (folder.path / "run.json").unlink()
+    if aside:
+        store.StageFolder(tmp_path, "stage", {"layer": 8})
+    assert not store.peek(tmp_path, "stage", inputs)
+    folder = store.StageFolder(tmp_path, "stage", inputs)
+    assert not folder.done and folder.misfits == ["cut.csv", "gone.csv"]
+    there = {path.name for path in folder.path.iterdir()}
+    assert there == {"inputs.json", "kept.csv", "cut.csv.damaged"}
+    (folder.path / "cut.csv").write_text("again")
+    folder.finish()
+    assert store.StageFolder(tmp_path, "stage", inputs).done
 
 
 def test_other_inputs_move_results_aside_and_the_old_ones_bring_them_back(tmp_path: Path) -> None:
@@ -42,6 +69,21 @@ def test_other_inputs_move_results_aside_and_the_old_ones_bring_them_back(tmp_pa
     assert third.done and (third.path / "result").read_text() == "old"
     fourth = store.StageFolder(tmp_path, "stage", new)  # what was begun goes on
     assert not fourth.done and (fourth.path / "half").read_text() == "begun"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [
+        ({"magnitudes": [0]}, {"magnitudes": [0.0]}, ["magnitudes"]),
+        ({"file": {}}, {}, ["file"]),
+        ({"a": {"limit": None}}, {"a": {}}, ["a", "a.limit"]),
+        ({"on": True}, {"on": 1}, ["on"]),
+    ],
+)
+def test_inputs_of_another_fingerprint_are_named(tmp_path: Path, before: dict, after: dict, named: list[str]) -> None:
+    assert store.fingerprint(before) != store.fingerprint(after)
+    store.StageFolder(tmp_path, "stage", before)
+    assert store.StageFolder(tmp_path, "stage", after).changed == named
 
 
 def test_a_stage_folder_survives_death_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,15 +157,52 @@ def test_weights_hash_reads_all_of_a_small_file(tmp_path: Path, size: int) -> No
 
 
 def test_weights_hash_of_a_large_file_sees_a_changed_tensor(tmp_path: Path) -> None:
-    """1 GiB of holes, 8 MiB of it changed: as a finetuned projection in the middle of a checkpoint."""
+    """3 GiB of holes, 1 MiB of it changed: as a finetuned projection in the middle of a checkpoint."""
     path = tmp_path / "weights"
     with path.open("wb") as file:
-        file.truncate(1 << 30)
+        file.truncate(3 << 30)
     before = store.weights_hash(path)
     with path.open("r+b") as file:
         file.seek(700_000_001)
-        file.write(b"\1" * (1 << 23))
+        file.write(b"\1" * (1 << 20))
     assert store.weights_hash(path) != before
+
+
+def test_weights_hash_reads_all_of_a_quantised_model(tmp_path: Path) -> None:
+    path = tmp_path / "weights.gguf"
+    with path.open("wb") as file:
+        file.truncate(1 << 28)
+    before = store.weights_hash(path)
+    with path.open("r+b") as file:
+        file.seek(100_000_001)
+        file.write(b"\1")
+    assert store.weights_hash(path) != before
+
+
+def test_weights_hash_of_large_shards_sees_every_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of many small matrices after a large one, which evenly spaced pieces would pass over."""
+    monkeypatch.setattr(store, "_READ_WHOLE", 0)
+    monkeypatch.setattr(store, "_CHUNKS_READ", 1)
+    arrays = {"large": np.zeros(1 << 20, np.float32)}
+    arrays |= {f"small.{i}": np.zeros((40, 50), np.float32) for i in range(9)}
+    (tmp_path / "config.json").write_text("{}")
+    path = tmp_path / "model-00001-of-00001.safetensors"
+    hashes = set()
+    for name in [*arrays, "none"]:
+        changed = {key: value + (key == name) for key, value in arrays.items()}
+        store.write_safetensors(path, changed, {"format": "pt"})
+        hashes.add(store.weights_hash(tmp_path))
+    assert len(hashes) == len(arrays) + 1
+
+
+def test_weights_hash_of_a_file_with_a_broken_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "_READ_WHOLE", 0)
+    path = tmp_path / "model.safetensors"
+    hashes = set()
+    for data in (b"", b"\x02" + bytes(7) + b"[]", b"\xff" * 99, b"\x02" + bytes(7) + b"{]"):
+        path.write_bytes(data)
+        hashes.add(store.weights_hash(path))
+    assert len(hashes) == 4
 
 
 def test_a_file_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,6 +260,25 @@ def test_reading_changes_nothing(tmp_path: Path) -> None:
     path.write_text('{"a": 1}\n{"a": 2}')  # no line break at the end, as some editors leave it
     assert store.read_lines(path) == [{"a": 1}, {"a": 2}]
     assert path.read_text() == '{"a": 1}\n{"a": 2}'
+
+
+@pytest.mark.parametrize("line", [b"{", b"\0" * 40, b'{"text": "\xff"}', b"[1]"])
+def test_a_damaged_line_is_named(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "replies.jsonl"
+    path.write_bytes(b'{"row": 0}\n' + line + b"\n")
+    for read in (store.read_lines, store.recover_lines):
+        with pytest.raises(ValueError, match=r"replies\.jsonl, line 2: damaged"):
+            read(path)
+    path.write_bytes(line)
+    with pytest.raises(ValueError, match=r"replies\.jsonl: damaged"):
+        store.read_json(path)
+
+
+def test_damaged_inputs_are_named(tmp_path: Path) -> None:
+    folder = store.StageFolder(tmp_path, "stage", {"layer": 1})
+    (folder.path / "inputs.json").write_text('{"layer"')
+    with pytest.raises(ValueError, match=r"inputs\.json: damaged"):
+        store.StageFolder(tmp_path, "stage", {"layer": 1})
 
 
 SAVE = """

@@ -37,14 +37,16 @@ def analyse(run: "Run", folder: Path) -> None:
     sums = {role: extract.load_sums(run.folder("3-vectors") / f"{role}.sums.safetensors") for role in e.roles}
     lines = store.read_lines(run.folder("4-steering") / "generations.jsonl")
     partials = {role: folder / f"{role}.likelihoods.jsonl" for role in e.roles}
+    judged_files = ("judged.jsonl", "judge_agreement.csv") if e.analysis.judge else ()
+    has_replies = _all_there(folder, "replies.csv", *judged_files)
     for role in run.roles_by_need():
-        if not (folder / "replies.csv").exists():
+        if not has_replies:
             _likelihoods(run, role, partials[role], [line for line in lines if line["target"] == role])
-        if not (folder / f"{role}.lens_tokens.csv").exists():
+        if not _all_there(folder, f"{role}.lens.csv", f"{role}.lens_tokens.csv"):
             _lens(run, role, folder)
-        if not (folder / f"{role}.probe.csv").exists():
+        if not _all_there(folder, f"{role}.probe.csv", f"{role}.projections.json"):
             _probe(run, role, folder, pairs, sums)
-    if not (folder / "replies.csv").exists():
+    if not has_replies:
         answers, strengths = agreement.reply_traces(lines)
         labels = _judge_replies(run, folder, lines, answers, strengths)
         tables.write(folder / "replies.csv", _replies(run, partials, lines, answers, labels))
@@ -58,6 +60,11 @@ def analyse(run: "Run", folder: Path) -> None:
     tables.write(folder / "reliability.csv", _reliability(run, sums, [trace for trace, _ in pairs]))
     tables.write(folder / "windows.csv", _windows(sums))
     tables.write(folder / "agreement.csv", _agreement(run, traces, annotated))
+
+
+def _all_there(folder: Path, *names: str) -> bool:
+    """Whether none of the files is missing: a finished stage may have lost any of them."""
+    return all((folder / name).exists() for name in names)
 
 
 def _prompt(run: "Run", role: str, problem: str) -> list[int]:
@@ -328,7 +335,7 @@ def _read_in_reply(run: "Run", trace: extract.TokenTrace) -> list[int]:
 
 
 def _labels(folder: Path) -> list[str]:
-    return json.loads((folder / "summary.json").read_text())["labels"]
+    return store.read_json(folder / "summary.json")["labels"]
 
 
 def _pieces(run: "Run", trace: extract.TokenTrace) -> list[str]:

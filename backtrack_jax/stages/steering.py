@@ -91,7 +91,7 @@ def load_readings(run: "Run") -> conditions.Readings:
       ValueError: a vector that the sweep needs was not written, or does not fit the models.
     """
     folder, e = run.folder("3-vectors"), run.experiment
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = store.read_json(folder / "summary.json")
     shapes = {role: (config.n_layers, config.d_model) for role in e.roles for config in [run.architecture(role)]}
     found = {}
     for role in e.roles:

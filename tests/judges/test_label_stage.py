@@ -73,6 +73,10 @@ def run(e: Experiment) -> None:
     pipeline.Run(e, ("1-traces", "2-annotations")).run()
 
 
+def made(server: FaultServer, **changes: Any) -> pipeline.Run:
+    return pipeline.Run(experiment(server.base_url, **changes), ("1-traces", "2-annotations"))
+
+
 def annotations() -> list[records.Annotation]:
     return records.read_annotations(RESULTS / "2-annotations" / "annotations.jsonl")
 
@@ -186,11 +190,22 @@ def test_calls_without_an_answer_leave_the_stage_open_and_are_asked_alone(server
     assert server.paid.total() == 10 and not (RESULTS / "2-annotations" / "DONE").exists()
     run(experiment(server.base_url, allow_unanswered=True))
     assert reasons() == dict.fromkeys(hard, "server_error")
-    shutil.rmtree(RESULTS)
+    assert made(server, allow_unanswered=True).done("2-annotations")
+    gaps, whole = made(server, allow_unanswered=True), made(server)
+    assert not whole.done("2-annotations")
+    assert gaps.inputs["3-vectors"] != whole.inputs["3-vectors"]  # vectors of traces with gaps are not kept either
     before = len(server.seen)
     server.plan = lambda content, attempt: None
     run(experiment(server.base_url))
     assert len(server.seen) == before + 2 and set(server.paid.values()) == {1} and reasons() == {}
+    assert made(server, allow_unanswered=True).done("2-annotations")
+    assert made(server, allow_unanswered=True).inputs == made(server).inputs == whole.inputs
+
+
+def test_leave_for_gaps_that_was_not_needed_changes_nothing(server: FaultServer) -> None:
+    run(experiment(server.base_url, allow_unanswered=True))
+    assert made(server).done("2-annotations")
+    assert made(server).inputs == made(server, allow_unanswered=True).inputs
 
 
 @pytest.mark.parametrize(
