@@ -1,4 +1,4 @@
-"""Stage folders on disk: fingerprints, `DONE`, files that are whole or absent, and nothing computed ever lost.
+"""Stage folders on disk: fingerprints, `DONE`, files that are whole or absent, and nothing finished ever lost.
 
 results/smollm2/3-vectors/inputs.json    what the stage's results depend on
                           DONE           the fingerprint of inputs.json, once the stage is complete; sizes and names

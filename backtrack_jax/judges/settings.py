@@ -40,6 +40,10 @@ class CallFault(StrEnum):
     """The endpoint refuses this request, e.g. because the text is too long for the model. Never retried."""
 
 
+UNANSWERED = frozenset(CallFault) - {CallFault.BAD_REQUEST}
+"""What a later run asks again."""
+
+
 class CallFailed(Exception):
     """One call got no answer; `fault` says why, the message gives the endpoint's words."""
 

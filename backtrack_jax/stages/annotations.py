@@ -17,7 +17,7 @@ from backtrack_jax.data.records import Annotation, Note, Rejection, Trace
 from backtrack_jax.inputs import data_path
 from backtrack_jax.judges import grammar, keyword
 from backtrack_jax.judges.prompts import failure
-from backtrack_jax.judges.settings import CallFault, JudgeStopped, Meter
+from backtrack_jax.judges.settings import UNANSWERED, JudgeStopped, Meter
 from backtrack_jax.progress import Progress, say
 from backtrack_jax.stages.traces import ids_at_source
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def ledger_path(e: Experiment) -> Path:
     """File of the online judge's answers; the same for all experiments of a `workdir` unless one is named."""
     named = e.annotations.openai.ledger
-    return Path(named).expanduser() if named else Path(e.workdir) / "judge-ledger.jsonl"
+    return Path(named).expanduser() if named else Path(e.workdir).expanduser() / "judge-ledger.jsonl"
 
 
 def annotate(run: "Run", folder: Path) -> None:
@@ -146,7 +146,7 @@ def _check_answered(annotated: Sequence[Annotation], allowed: bool) -> None:
     A single request that was refused as such will be refused again: its trace stays without labels.
     """
     failed = [(why, annotation.rejected[0].text) for annotation in annotated if (why := failure(annotation))]
-    unanswered = [(why, text) for why, text in failed if why in set(CallFault) - {CallFault.BAD_REQUEST}]
+    unanswered = [(why, text) for why, text in failed if why in UNANSWERED]
     if failed and len(failed) == len(annotated):
         raise JudgeStopped(
             f"the judge labelled none of {len(annotated)} traces ({_counts(failed)}); its first answer or error: "
