@@ -126,8 +126,9 @@ def cross_entropy(model: Llama, batch: Batch, dtype: jnp.dtype | None = None) ->
     resid = model(batch.ids, batch.positions, segments=batch.segments, dtype=dtype, remat=True).resid
     together = max(1, len(batch.ids)) if model.config.vocab_size <= _SMALL_VOCABULARY else 1
     weight = jnp.sum(batch.weights[:, 1:])
-    # Weighted by shares, or the gradient of many tokens' sum could leave float16's range before it is divided.
-    count = lax.stop_gradient(jnp.maximum(weight, 1.0))
+    # Weighted by shares, or the gradient of many tokens' sum could leave float16's range before it is divided. The
+    # count is a power of two, by which shares, and their gradients in 16 bits, are rounded no otherwise than the sum's.
+    count = lax.stop_gradient(jnp.ldexp(1.0, jnp.frexp(weight)[1]))
     groups = [a.reshape(-1, together, *a.shape[1:]) for a in (resid, batch.ids, batch.weights / count)]
     mean: Any = _loss_of_groups((model.norm, model.unembedding.astype(dtype or model.dtype)), *groups)
     return mean * count, weight

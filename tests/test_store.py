@@ -156,26 +156,21 @@ def test_weights_hash_reads_all_of_a_small_file(tmp_path: Path, size: int) -> No
     assert store.weights_hash(path) != before
 
 
-def test_weights_hash_of_a_large_file_sees_a_changed_tensor(tmp_path: Path) -> None:
-    """3 GiB of holes, 1 MiB of it changed: as a finetuned projection in the middle of a checkpoint."""
+@pytest.mark.parametrize(
+    ("size", "at", "changed"),
+    [
+        pytest.param(3 << 30, 700_000_001, 1 << 20, id="a finetuned projection in the middle of a large checkpoint"),
+        pytest.param(1 << 28, 100_000_001, 1, id="a byte of a quantised model"),
+    ],
+)
+def test_weights_hash_sees_a_change_in_a_file_of_holes(tmp_path: Path, size: int, at: int, changed: int) -> None:
     path = tmp_path / "weights"
     with path.open("wb") as file:
-        file.truncate(3 << 30)
+        file.truncate(size)
     before = store.weights_hash(path)
     with path.open("r+b") as file:
-        file.seek(700_000_001)
-        file.write(b"\1" * (1 << 20))
-    assert store.weights_hash(path) != before
-
-
-def test_weights_hash_reads_all_of_a_quantised_model(tmp_path: Path) -> None:
-    path = tmp_path / "weights.gguf"
-    with path.open("wb") as file:
-        file.truncate(1 << 28)
-    before = store.weights_hash(path)
-    with path.open("r+b") as file:
-        file.seek(100_000_001)
-        file.write(b"\1")
+        file.seek(at)
+        file.write(b"\1" * changed)
     assert store.weights_hash(path) != before
 
 
