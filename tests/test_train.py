@@ -220,10 +220,11 @@ def test_gradient_of_16_bit_products_is_close_to_that_of_float32() -> None:
     assert np.linalg.norm(rounded - exact) < 0.05 * np.linalg.norm(exact)
 
 
+@pytest.mark.parametrize("leading", [(), (6,), (2, 3)])
 @pytest.mark.parametrize("spec", ["...d,df->...f", "...d,vd->...v"])
-def test_gradients_of_a_16_bit_product(spec: str) -> None:
+def test_gradients_of_a_16_bit_product(spec: str, leading: tuple[int, ...]) -> None:
     rng = np.random.default_rng(0)
-    x, out = rng.standard_normal((2, 3, 8)), rng.standard_normal((2, 3, 5))
+    x, out = rng.standard_normal((*leading, 8)), rng.standard_normal((*leading, 5))
     weight = rng.standard_normal((8, 5) if "df" in spec else (5, 8))
 
     def of(dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:

@@ -69,12 +69,13 @@ def _matmul_16_bit_backward(
     x, weight = kept
     inputs, result = spec.split("->")
     of_x, of_weight = inputs.split(",")
-    d_x = einsum(f"{result},{of_weight}->{of_x}", gradient.astype(weight.dtype), weight)
-    # Summed over all tokens; XLA's CPU backend is no faster at such products in 16 bits than in 32.
-    dtype = jnp.float32 if jax.default_backend() == "cpu" else weight.dtype
-    rows, gradients = (a.reshape(-1, a.shape[-1]).astype(dtype) for a in (x, gradient))
-    flat = [part.replace("...", "n") for part in (of_x, result, of_weight)]
-    d_weight = einsum(f"{flat[0]},{flat[1]}->{flat[2]}", rows, gradients)
+    # XLA's CPU backend sums over several axes in 16 bits, over one in 32; and without the barrier it would compute the
+    # factors column by column, since it exchanges their axes first.
+    x, gradient = lax.optimization_barrier((x, gradient.astype(weight.dtype)))
+    d_x = einsum(f"{result},{of_weight}->{of_x}", gradient, weight)
+    tokens = tuple(range(x.ndim - 1))
+    factors = (x, gradient) if of_weight == of_x[-1] + result[-1] else (gradient, x)
+    d_weight = jnp.tensordot(*factors, (tokens, tokens), preferred_element_type=jnp.float32)
     return d_x, d_weight.astype(weight.dtype)
 
 
