@@ -118,7 +118,7 @@ class Attention(nnx.Module):
         v = jnp.swapaxes(v, 1, 2).astype(dtype)
         written = None
         if past is None:
-            z = _attend_causally(q, k, v, mask)
+            z = _attend_causally(*(part.astype(self.q_proj.dtype) for part in (q, k, v)), mask)
         elif past.slot is None:
             z = _attend(q, (past.k, past.v, past.mask), (k, v, mask))
         else:
@@ -130,7 +130,8 @@ class Attention(nnx.Module):
 def cache_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """Dtype of cached keys and values for weights of a dtype: the same, but float32 on CPU.
 
-    XLA's CPU backend has no batched products of 16-bit floats and rewrites a whole 16-bit cache at every step.
+    XLA's CPU backend rewrites a whole 16-bit cache at every step. Tokens that attend to no cache do so in 16 bits there
+    as well.
     """
     return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else jnp.dtype(dtype)
 
