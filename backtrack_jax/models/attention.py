@@ -118,7 +118,8 @@ class Attention(nnx.Module):
         v = jnp.swapaxes(v, 1, 2).astype(dtype)
         written = None
         if past is None:
-            z = _attend_causally(*(part.astype(self.q_proj.dtype) for part in (q, k, v)), mask)
+            inputs = self.q_proj.dtype
+            z = _attend_causally(q.astype(inputs), k.astype(inputs), v.astype(inputs), mask)
         elif past.slot is None:
             z = _attend(q, (past.k, past.v, past.mask), (k, v, mask))
         else:
