@@ -98,14 +98,14 @@ def make(experiment: Experiment, readings: Readings) -> dict[Condition, int]:
 
 def planned(experiment: Experiment) -> dict[Condition, int]:
     """What `make` gives but for the lengths, known before anything was read."""
-    return _conditions(experiment, lambda target, kind, source, layer: 1.0)
+    return _conditions(experiment, lambda *condition: 1.0)
 
 
-def _conditions(e: Experiment, scale: Callable[[str, str, str, int], float]) -> dict[Condition, int]:
+def _conditions(e: Experiment, scale: Callable[[str, str, str, int, str], float]) -> dict[Condition, int]:
     s, made = e.steering, {}
 
     def add(target: str, kind: str, source: str, layer: int, window: str, magnitudes: Iterable[float], limit: int):
-        length = scale(target, kind, source, layer)
+        length = scale(target, kind, source, layer, window)
         for m in magnitudes:
             c = Condition(target, kind, source, layer, window, m, m * length)
             if m == 0:
@@ -138,13 +138,15 @@ def _has_source(kind: str) -> bool:
     return kind not in ("noise", "self-amplification", "random") and not is_vector_file(kind)
 
 
-def _scale(experiment: Experiment, readings: Readings, target: str, kind: str, source: str, layer: int) -> float:
+def _scale(
+    experiment: Experiment, readings: Readings, target: str, kind: str, source: str, layer: int, window: str
+) -> float:
     """Length of magnitude 1. A control without a source takes the target's own vector as its measure."""
     if experiment.steering.unit == "relative":
         return float(readings.mean_norm[target][layer])
     if experiment.steering.unit == "raw":
         measure = kind if is_vector_file(kind) else experiment.vectors.label
-        return float(readings.vector(source or target, measure).norms[layer])
+        return float(readings.vector(source or target, measure, window).norms[layer])
     return 1.0
 
 

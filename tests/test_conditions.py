@@ -176,6 +176,22 @@ def test_raw_adds_the_vector_as_it_was_found(readings: Readings) -> None:
         np.testing.assert_allclose(row.add[2], readings.vectors[c.source, "backtracking"].directions[2], rtol=1e-5)
 
 
+def test_raw_adds_the_vector_of_every_offset_as_it_was_found(readings: Readings) -> None:
+    e = experiment(unit="raw", kinds=("backtracking",), magnitudes=(1.0,), layer=2, offsets=(-1, 0))
+    of_offsets = [(c, row) for c, row in rows(readings, e, row_key(0, "p", 0)) if c.window in ("-1..-1", "0..0")]
+    assert len(of_offsets) == 2
+    for c, row in of_offsets:
+        np.testing.assert_allclose(row.add[2], readings.offsets["reasoning", c.window].directions[2], rtol=1e-5)
+
+
+def test_what_is_added_twice_is_one_condition(readings: Readings) -> None:
+    """As where a command names the kinds of a config whose baselines hold one of them."""
+    once = experiment(kinds=("backtracking", "noise"), baselines=("deduction",))
+    twice = experiment(kinds=("backtracking", "noise"), baselines=("deduction", "noise"))
+    assert conditions.make(once, readings) == conditions.make(twice, readings)
+    assert once.steering.all_kinds == ("backtracking", "noise", "deduction")
+
+
 def test_unsteered_is_no_intervention(readings: Readings) -> None:
     (c, row), *_ = rows(readings, experiment(), row_key(0, "p", 0))
     assert c.kind == UNSTEERED

@@ -120,10 +120,11 @@ def summarise(rows: Sequence[Row], *, seed: int = 0) -> list[dict[str, Any]]:
     Returns:
       The cell's columns; `rate` (Eq. 1, pooled over replies); `mean_rate` and `std_rate` of the single replies (the
       paper's bars); the variants `substring_rate`, `token_rate`, `sentence_rate`, and `judge_rate`, the share of
-      sentences that the other judge calls backtracking (NaN where it labelled none); counts; the coherence, as means
-      over replies; `effect` (mean over problems of the difference from the unsteered model), and `share_lowered`, the
-      problems on which the condition lowered the rate. `low` and `high` are the ends of the 95 % bootstrap interval
-      over problems of `rate`; those of another measure begin with its name, `effect_low`.
+      sentences that the other judge calls backtracking, of the `n_judged` replies that it labelled (NaN if none);
+      counts; the coherence, as means over replies; `effect` (mean over problems of the difference from the unsteered
+      model), and `share_lowered`, the problems on which the condition lowered the rate. `low` and `high` are the ends
+      of the 95 % bootstrap interval over problems of `rate`; those of another measure begin with its name, as in
+      `effect_low`.
     """
     changed = by_cell(effects(rows))
     return [
@@ -168,6 +169,7 @@ def _summary(members: Sequence[Row], seed: int) -> dict[str, Any]:
         **ratio("judge_rate", *judged, empty=float("nan")),
         "n_replies": len(members),
         "n_problems": len(names),
+        "n_judged": int((judged[1] > 0).sum()),
         "n_hits": int(hits.sum()),
         "n_words": int(words.sum()),
         **mean("log_likelihood"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from backtrack_jax.conditions import UNSTEERED, window_name
+from backtrack_jax.config import is_vector_file
 from backtrack_jax.data.records import LABELS
 from backtrack_jax.report.plots import COLOURS, MARKERS, Heat, Panel, Plot, Series, line_of
 from backtrack_jax.report.results import Results, Rows
@@ -120,7 +121,7 @@ def baselines(r: Results) -> Plot | None:
             found[kind] = cells
     if not set(found) - {r.experiment.vectors.label}:
         return None
-    names = [Path(kind).name for kind in found]
+    names = [Path(kind).name if is_vector_file(kind) else kind for kind in found]
     names = [name if names.count(name) == 1 else kind for name, kind in zip(names, found, strict=True)]
     magnitudes = [cell["magnitude"] for cells in found.values() for cell in cells]
     aside = 0.006 * (max(magnitudes) - min(magnitudes))  # so that intervals do not hide each other
@@ -380,7 +381,9 @@ def metrics(r: Results) -> Plot | None:
         "token_rate": "keyword tokens",
         "sentence_rate": "sentences with a keyword",
     }
+    judged = ""
     if any(c["judge_rate"] == c["judge_rate"] for c in cells):
+        judged = f", of which the judge labelled {_range(cells, 'n_judged')}"
         names["judge_rate"] = f"sentences that backtrack, by {_reply_judge(r)}"
     curves = [_curve(text, cells, n, 100, line_of(i, "base")) for i, (n, text) in enumerate(names.items())]
     panels = [
@@ -389,7 +392,7 @@ def metrics(r: Results) -> Plot | None:
     ]
     caption = (
         f"The same replies, counted in {len(names)} ways: {author}-derived vector on the {author} model, {_where(r)}; "
-        f"{counted(cells)}. {_RATE_INTERVAL}"
+        f"{counted(cells)}{judged}. {_RATE_INTERVAL}"
     )
     return Plot("metrics", "The metric and its variants", caption, [panels], cells)
 

@@ -86,7 +86,9 @@ function drawTrace() {
   const layer = Number(byId("trace-layer").value);
   const vector = Number(byId("trace-vector").value);
   const scale = scaleOf(set, layer, vector);
-  const starts = new Map(trace.starts.map(([label, at]) => [at, label]));
+  // Of several sections that start at a token, the one with the experiment's label, else the first.
+  const own = ([label]) => Number(label === data.label);
+  const starts = new Map([...trace.starts].reverse().sort((a, b) => own(a) - own(b)).map(([label, at]) => [at, label]));
   const read = new Set(trace.read);
   byId("trace-problem").textContent = `Problem: ${trace.problem}`;
   byId("trace-tokens").replaceChildren(...trace.tokens.map((text, i) => {

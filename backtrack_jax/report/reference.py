@@ -149,7 +149,7 @@ def _offsets_and_layers(r: Results) -> dict[str, str]:
     windows = {window_name(e.vectors.window_at(offset)): offset for offset in e.steering.offsets}
     swept = [cell for cell in r.offset_cells() if cell["kind"] != UNSTEERED]
     if best := highest(swept):
-        at = f"offset {windows[best['window']]}, magnitude {best['magnitude']:g}"
+        at = f"offset {windows[best['window']]}, magnitude {best['magnitude']:g}" if best["rate"] else "every offset"
         found["best_offset"] = f"{percent(best)} at {at}{on_fewer(r, best)}"
     if best := highest([cell for cell in swept if windows[cell["window"]] == 0]):
         found["offset_zero"] = f"{percent(best)} at magnitude {best['magnitude']:g}{on_fewer(r, best)}"
@@ -157,7 +157,8 @@ def _offsets_and_layers(r: Results) -> dict[str, str]:
     for source in r.roles:
         if best := highest([cell for cell in by_layer if cell["source"] == source]):
             of, rate = len(r.vectors[r.author]["mean_norm"]), _percent(best["rate"])
-            found[f"best_layer_{source}"] = f"{best['layer']} of {of} ({rate} % of words{on_fewer(r, best)})"
+            which = f"{best['layer']} of {of}" if best["rate"] else "none"
+            found[f"best_layer_{source}"] = f"{which} ({rate} % of words{on_fewer(r, best)})"
     return found
 
 

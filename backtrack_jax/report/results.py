@@ -69,6 +69,7 @@ class Results:
         ]
         most = max((row["n_problems"] for row in steered), default=0)
         found = [row for row in self.tables["rates"] if row["target"] == target and row["kind"] == UNSTEERED]
+        found = [row for row in found if row["n_problems"] >= most]
         found += [row for row in steered if row["n_problems"] == most]
         return sorted(found, key=lambda row: row["magnitude"])
 

@@ -77,7 +77,8 @@ def _judged(r: Results) -> str:
     rates = [f"{100 * cell['judge_rate']:.0f} %" for cell in (best, plain)]
     return (
         f"At the highest rate of these vectors the judge ({r.experiment.analysis.judge}) calls {rates[0]} of the "
-        f"sentences backtracking (unsteered {rates[1]})."
+        f"sentences backtracking (unsteered {rates[1]}); it labelled {best['n_judged']} of {best['n_replies']} replies "
+        f"(unsteered {plain['n_judged']} of {plain['n_replies']})."
     )
 
 
@@ -110,7 +111,10 @@ def _probe(r: Results) -> str:
     if not row or math.isnan(row["auc"]):
         return ""
     other = rows.get("logistic regression")
-    beside = f"; a logistic regression on the same tokens has {other['auc']:.2f}" if other else ""
+    beside = ""
+    if other and not math.isnan(other["auc"]):
+        on = "the same" if other["n_tokens"] == row["n_tokens"] else f"{other['n_tokens']} of the {row['n_tokens']}"
+        beside = f"; a logistic regression on {on} tokens has {other['auc']:.2f}"
     return (
         f"As a probe for what begins within {row['horizon']} tokens, the {row['method']} has a ROC-AUC of "
         f"{row['auc']:.2f} ({row['low']:.2f} to {row['high']:.2f}) at layer {layer}{beside}."

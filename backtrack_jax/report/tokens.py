@@ -34,10 +34,15 @@ class Token:
     projection: float
 
 
-def tokens(trace: dict[str, Any], values: Sequence[float]) -> list[Token]:
-    """Tokens of a shown trace, with a projection of each."""
+def start_labels(starts: Sequence[tuple[str, int]], label: str) -> dict[int, str]:
+    """Which section starts at a token; of several the one with the experiment's label, else the first."""
+    return {at: name for name, at in sorted(reversed(starts), key=lambda start: start[0] == label)}
+
+
+def tokens(trace: dict[str, Any], values: Sequence[float], label: str) -> list[Token]:
+    """Tokens of a shown trace, with a projection of each; `label` is the experiment's."""
     read = set(trace["read"])
-    starts = {at: name for name, at in reversed(trace["starts"])}
+    starts = start_labels(trace["starts"], label)
     return [
         Token(text, i in read, starts.get(i, ""), value)
         for i, (text, value) in enumerate(zip(trace["tokens"], values, strict=True))

@@ -156,7 +156,8 @@ def _replies(
 def _lens(run: "Run", role: str, folder: Path) -> None:
     """Fig. 5: vectors of every model through this model's unembedding, as in Eq. 2 and with the final norm."""
     e = run.experiment
-    ids = logit_lens.keyword_ids(run.tokenizer, e.analysis.keywords)
+    n_items = min(run.tokenizer.vocab_size, run.model(role).config.vocab_size)  # markers may be beyond an embedding
+    ids = [i for i in logit_lens.keyword_ids(run.tokenizer, e.analysis.keywords) if i < n_items]
     scores, items = [], []
     for source in e.roles:
         vector = vectors.load(run.folder("3-vectors") / f"{source}.{e.vectors.label}.safetensors")
@@ -165,7 +166,7 @@ def _lens(run: "Run", role: str, folder: Path) -> None:
                 run.model(role),
                 vector.directions,
                 ids,
-                n_items=run.tokenizer.vocab_size,
+                n_items=n_items,
                 final_norm=final_norm,
             )
             key = {"source": source, "unembedding": role, "final_norm": int(final_norm)}
@@ -189,6 +190,10 @@ def _lens(run: "Run", role: str, folder: Path) -> None:
 def _probe(run: "Run", role: str, folder: Path, pairs: Pairs, sums: dict[str, extract.WindowSums]) -> None:
     """Section 4.2 and Fig. 6: projections on the directions, as a probe and token by token for a few traces."""
     e, spec = run.experiment, run.experiment.analysis
+    labelled = [pair for pair in pairs if pair[1].sections]  # no label is not "no backtracking"
+    if len(labelled) < len(pairs):
+        say(f"  the probe leaves {len(pairs) - len(labelled)} traces without labels out")
+    pairs = labelled
     layers = sorted({*e.vectors.layers, e.steering.layer})
     read = [token_trace(run, role, trace, annotation) for trace, annotation in pairs]
     rng = np.random.default_rng(e.seed)
@@ -423,6 +428,7 @@ def _agreement(run: "Run", traces: Sequence[records.Trace], annotated: Sequence[
 def _agreement_rows(found: Sequence[agreement.Agreement]) -> Rows:
     return [
         {"group": row.group, "unit": row.unit, "n_units": row.n_units, "n_reference": row.n_reference}
+        | {name: getattr(row, name) for name in ("n_traces", "n_problems", "left_out_units", "left_out_traces")}
         | {
             f"{name}{suffix}": getattr(getattr(row, name), field)
             for name in ("precision", "recall", "f1", "kappa")

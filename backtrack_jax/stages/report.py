@@ -34,7 +34,7 @@ def _draw_traces(r: results.Results, folder: Path) -> None:
     at = shown["layers"].index(layer)
     values = [trace["values"][at][vector] for trace in shown["traces"]]
     trace = shown["traces"][0]
-    written = tokens.tokens(trace, values[0])
+    written = tokens.tokens(trace, values[0], label)
     about = f"Reply {trace['id']}, read by the {r.author} model."
     tokens.write(
         written,

@@ -26,6 +26,11 @@ def read_vectors(run: "Run", folder: Path) -> None:
     pairs = records.pair_annotations(traces, annotated)
     found = sorted({section.label for _, annotation in pairs for section in annotation.sections})
     wanted = {e.vectors.label} | (conditions.needed_labels(e) if "4-steering" in run.stages else set())
+    if e.vectors.contrast == "all" and found == [e.vectors.label]:
+        raise ValueError(
+            f"every section is labelled {found[0]!r}, so that D+ and D of vectors.contrast='all' are the same sections "
+            "and their difference is zero; expected sections with other labels too"
+        )
     if missing := sorted(wanted - set(found)):
         raise ValueError(
             f"no section is labelled {missing[0]!r}, which vectors.label or steering.kinds asks for; "
@@ -41,8 +46,9 @@ def read_vectors(run: "Run", folder: Path) -> None:
         into_prompt=e.vectors.into_prompt,
     )
     summary: dict[str, Any] = {"labels": found}
+    added = {_SHUFFLED} & set(e.steering.all_kinds) if "4-steering" in run.stages else set()
     for role in e.roles:
-        sums = _sums_of_role(run, folder, role, pairs, plan, wanted | {e.vectors.contrast})
+        sums = _sums_of_role(run, folder, role, pairs, plan, wanted | added | {e.vectors.contrast})
         summary[role] = _write_vectors(run, folder, role, sums)
     if len(e.roles) == 2:
         base, reasoning = (vectors.load(folder / f"{role}.{e.vectors.label}.safetensors") for role in e.roles)
@@ -124,12 +130,28 @@ def token_trace(
     except ValueError as error:
         raise ValueError(f"trace {trace.id!r}: {error}") from error
     ids, index = run.for_role(role, encoded.ids)
-    places = [encoded.position_of_char(section.start) for section in annotation.sections]
+    places = [_first_token(trace.text, encoded, index, section) for section in annotation.sections]
     placed = [(section.label, at) for section, at in zip(annotation.sections, places, strict=True)]
     placed += [(_SHUFFLED, places[number]) for number in sorted(drawn)]
-    starts = [(label, int(index[at])) for label, at in placed if at is not None and index[at] >= 0]
+    starts = [(label, at) for label, at in placed if at is not None]
     reply_start = int(np.sum(index[: encoded.reply_start] >= 0))
     return extract.TokenTrace(trace.id, ids, reply_start, starts)
+
+
+def _first_token(text: str, encoded: prompts.EncodedTrace, index: np.ndarray, section: records.Section) -> int | None:
+    """Position of a section's first token among those that a model reads; None if it reads none of the section.
+
+    A section may start with a marker that this model is not shown; it then starts with what follows the marker.
+    """
+    at = encoded.position_of_char(section.start)
+    if at is None:
+        return None
+    for token, (start, stop) in enumerate(encoded.spans[at - encoded.reply_start :], at):
+        if start >= section.stop:
+            break
+        if index[token] >= 0 and text[start:stop].strip():
+            return int(index[token])
+    return None
 
 
 def _write_vectors(run: "Run", folder: Path, role: str, sums: extract.WindowSums) -> dict[str, Any]:

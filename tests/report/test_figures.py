@@ -330,9 +330,14 @@ def test_one_model_alone(r: results.Results) -> None:
     assert "reasoning" not in said and "nan" not in said
 
 
+def test_of_sections_that_start_together_the_experiments_own_is_marked() -> None:
+    starts = [("other", 0), ("deduction", 3), ("backtracking", 3), ("other", 3), ("deduction", 5), ("other", 5)]
+    assert tokens.start_labels(starts, "backtracking") == {0: "other", 3: "backtracking", 5: "deduction"}
+
+
 def test_tokens_of_a_trace_are_marked() -> None:
     trace = {"tokens": ["a", " b", "\n\n", "Wait", " c"], "starts": [["deduction", 0], ["backtracking", 3]]}
-    found = tokens.tokens(trace | {"read": [1, 2]}, [0.0, 1.0, 2.0, 3.0, 4.0])
+    found = tokens.tokens(trace | {"read": [1, 2]}, [0.0, 1.0, 2.0, 3.0, 4.0], "backtracking")
     assert [t.read for t in found] == [False, True, True, False, False]
     assert [t.start for t in found] == ["deduction", "", "", "backtracking", ""]
     figure = tokens.draw(found, "backtracking", "t", "c", 2.0)
