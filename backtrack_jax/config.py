@@ -9,6 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from backtrack_jax.data import records
 from backtrack_jax.data.records import LABELS, OTHER
@@ -116,7 +117,7 @@ class VectorSpec:
 
     Attributes:
       label: D+ of Eq. 3.
-      contrast: D of Eq. 3: `all` sections (paper) or the `rest`.
+      contrast: D of Eq. 3: `all` sections (paper) or the `rest`. Vectors of other labels are against `all` of them.
       estimator: `trace_mean` (Eq. 3) or `token_mean` (the released script).
       window: first and last offset from a section's first token, both included.
       offsets: offsets whose sums are kept as well (Fig. 2).
@@ -192,8 +193,8 @@ class SteeringSpec:
 
     @property
     def all_kinds(self) -> tuple[str, ...]:
-        """Everything that is added anywhere."""
-        return (*self.kinds, *self.baselines)
+        """Everything that is added anywhere, once."""
+        return tuple(dict.fromkeys((*self.kinds, *self.baselines)))
 
     @property
     def vector_files(self) -> tuple[str, ...]:
@@ -307,6 +308,8 @@ def check(experiment: Experiment) -> None:
       ValueError: lists every field that is wrong, its value, and what is accepted.
     """
     e = experiment
+    if faults := _type_faults(e):
+        raise ValueError("the config cannot run:\n  " + "\n  ".join(faults))
     faults = [*_model_faults(e), *_source_faults(e), *_vector_faults(e), *_steering_faults(e), *_analysis_faults(e)]
     if not re.fullmatch(r"[^/\\\s.][^/\\]*", e.name):
         faults.append(_fault("name", e.name, "the name of a folder"))
@@ -340,6 +343,22 @@ def check_override(argument: str) -> type:
 
 def _fault(field: str, value: object, accepted: str) -> str:
     return f"{field}={value!r}, expected {accepted}"
+
+
+def _type_faults(spec: Any, prefix: str = "") -> list[str]:
+    """Fields of another type than their defaults have, such as a tuple of one that lacks its comma."""
+    accepted = {bool: bool, int: int, float: (int, float), str: str, tuple: tuple}
+    meant = {tuple: "a tuple, such as (1, 2) or (1,)", str: "text", bool: "True or False", int: "an integer"}
+    faults = []
+    for field in dataclasses.fields(spec):
+        value, name = getattr(spec, field.name), prefix + field.name
+        if dataclasses.is_dataclass(value):
+            faults += _type_faults(value, f"{name}.")
+        elif (kind := type(field.default)) in accepted and (
+            not isinstance(value, accepted[kind]) or (isinstance(value, bool) and kind is not bool)
+        ):
+            faults.append(_fault(name, value, meant.get(kind, "a number")))
+    return faults
 
 
 def _not_one_of(field: str, value: str, accepted: Sequence[str]) -> list[str]:
@@ -396,6 +415,9 @@ def _judge_faults(e: Experiment) -> list[str]:
     faults = _not_one_of("annotations.judge", e.annotations.judge, JUDGES)
     if e.judge == "keyword":
         faults += _not_one_of("annotations.variant", e.annotations.variant, keyword.VARIANTS)
+    if e.judge != "import" and e.annotations.path:
+        accepted = "nothing, or annotations.judge='import', which alone reads it"
+        faults.append(_fault("annotations.path", e.annotations.path, accepted))
     if e.judge == "import" and not e.annotations.path:
         faults.append(_fault("annotations.path", "", "a .jsonl of annotations, for annotations.judge='import'"))
     if e.judge == "released" and not e.traces.path:
@@ -461,8 +483,8 @@ def _finite(value: object) -> bool:
 def _steering_faults(e: Experiment) -> list[str]:
     s, labels = e.steering, _labels(e)
     faults = [] if s.kinds else [_fault("steering.kinds", s.kinds, "at least one")]
-    faults += _repeated("steering.kinds and baselines", s.all_kinds)
     for field, kinds in (("steering.kinds", s.kinds), ("steering.baselines", s.baselines)):
+        faults += _repeated(field, kinds)
         for kind in kinds:
             if not isinstance(kind, str):
                 faults.append(_fault(field, kind, "labels, controls and vector files, as text"))

@@ -179,7 +179,9 @@ def stage_inputs(e: Experiment) -> dict[str, dict[str, Any]]:
     prompt = dataclasses.asdict(e.prompt) | {"tokenizer": weights_id(e.tokenizer_path)}
     traces: dict[str, Any]
     if e.traces.path:
-        traces = {"traces": {"file": store.file_hash(data_path(e.traces.path)), "limit": e.traces.limit}}
+        # Of a folder what is read alone: results or a git repository in it would change it at every run.
+        files = {file.name: store.file_hash(file) for file in records.chain_files(data_path(e.traces.path))}
+        traces = {"traces": {"file": store.fingerprint(files), "limit": e.traces.limit}}
     else:
         asked = store.fingerprint({"problems": [dataclasses.asdict(problem) for problem in problems(e)]})
         sampling = _without(e.traces, "path", "stand_in", "problems", "limit", "batch_size") | {"problems": asked}

@@ -170,7 +170,7 @@ def load(folder: str | os.PathLike[str], dtype: DTypeLike | None = None) -> Llam
     folder = Path(folder)
     if not (folder / _CONFIG).is_file():
         raise FileNotFoundError(f"{folder} holds no adapters: it has no {_CONFIG}")
-    config = json.loads((folder / _CONFIG).read_text())
+    config = store.read_json(folder / _CONFIG)
     _check_options(config, folder)
     if not (folder / _WEIGHTS).is_file():
         others = [path.name for path in folder.glob("adapter_model*")]

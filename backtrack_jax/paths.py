@@ -23,7 +23,10 @@ def local_path(path: str | os.PathLike[str]) -> Path:
 
 def _inside_package(address: str) -> Path:
     package, _, file = address.removeprefix(_PACKAGE).partition("/")
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except ModuleNotFoundError:  # of the package around it
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         install = f"; {_INSTALL[package]}" if package in _INSTALL else ", or misspelt"
         raise FileNotFoundError(f"{address}: the Python package {package} is not installed{install}")

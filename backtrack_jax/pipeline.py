@@ -36,6 +36,7 @@ from backtrack_jax import environment, inputs, store
 from backtrack_jax.analysis.logit_lens import keyword_ids
 from backtrack_jax.config import ROLES, Experiment
 from backtrack_jax.data import records
+from backtrack_jax.judges.ledger import read_entries
 from backtrack_jax.judges.prompts import failure
 from backtrack_jax.judges.settings import UNANSWERED, read_key
 from backtrack_jax.models import checkpoint, prompts
@@ -48,7 +49,7 @@ from backtrack_jax.stages import analysis, annotations, report, steering, traces
 
 STAGES = ("1-traces", "2-annotations", "3-vectors", "4-steering", "5-analysis", "6-report")
 # Of a stage's artifacts and of what a seed draws; a higher number makes this stage and those after it run again.
-_FORMAT = dict.fromkeys(STAGES, 3) | {"3-vectors": 4}
+_FORMAT = dict.fromkeys(STAGES, 3) | {"3-vectors": 5, "5-analysis": 4}
 
 
 def stage_names(wanted: Sequence[str]) -> tuple[str, ...]:
@@ -88,29 +89,30 @@ class Run:
         self.inputs = self._find_inputs()
 
     def _find_inputs(self) -> dict[str, dict[str, Any]]:
-        """Inputs of every stage. Labels of stage 2 that may have gaps are other inputs than labels without.
+        """Inputs of every stage. Labels of traces or replies that may have gaps are other inputs than those without.
 
         So `allow_unanswered` changes nothing where every call was answered, and without it the gaps are asked for, and
         whatever was read off traces with gaps is read anew.
         """
-        own = inputs.stage_inputs(self.experiment)
-        if self.experiment.judge != "openai":
-            return _chained(own)
-        name = "2-annotations"
-        with_gaps = _chained(own | {name: own[name] | {"unanswered": "allowed"}})
-        if store.peek(self.workdir, name, _chained(own)[name]):
-            return _chained(own)
-        if self.experiment.annotations.openai.allow_unanswered:
-            return with_gaps
-        folder = store.peek(self.workdir, name, with_gaps[name])
-        return with_gaps if folder and not _has_gaps(folder / "annotations.jsonl") else _chained(own)
+        e, own = self.experiment, inputs.stage_inputs(self.experiment)
+        judged = (("2-annotations", e.judge, "annotations.jsonl"), ("5-analysis", e.analysis.judge, "judged.jsonl"))
+        for name, judge, labels in judged:
+            with_gaps = own | {name: own[name] | {"unanswered": "allowed"}}
+            if judge != "openai" or store.peek(self.workdir, name, _chained(own)[name]):
+                continue
+            folder = store.peek(self.workdir, name, _chained(with_gaps)[name])
+            if e.annotations.openai.allow_unanswered or (folder and not _has_gaps(folder / labels)):
+                own = with_gaps
+        return _chained(own)
 
     def run(self) -> None:
         """Runs the wanted stages that are not done, each after those it builds on."""
         needed = self.needed()
         asked = {"2-annotations": self.experiment.judge, "5-analysis": self.experiment.analysis.judge}
         if any(who == "openai" and name in self.stages and not self.done(name) for name, who in asked.items()):
-            read_key(self.experiment.annotations.openai.settings())  # before the first stage, which may take hours
+            # Before the first stage, which may take hours.
+            read_key(self.experiment.annotations.openai.settings())
+            read_entries(annotations.ledger_path(self.experiment))
         if any(not self.done(name) for name in self.with_models.intersection(self.stages)):
             self._check_models()
         self.workdir.mkdir(parents=True, exist_ok=True)
@@ -127,6 +129,8 @@ class Run:
         return {"3-vectors", "4-steering", "5-analysis"} | (set() if self.experiment.traces.path else {"1-traces"})
 
     def _say_what_is_not_read(self) -> None:
+        for role in (role for role in ROLES if role not in self.experiment.roles and self.experiment.model(role).path):
+            say(f"{role}.path={self.experiment.model(role).path} is not read: roles={self.experiment.roles}")
         layer, kept = self.experiment.steering.layer, self.experiment.vectors.layers
         if "5-analysis" in self.stages and kept and layer not in kept:
             say(f"probe and reliability are of vectors.layers={kept}; add steering.layer={layer} there to have it")
@@ -214,7 +218,7 @@ class Run:
         """The tokenizer of the experiment, checked on first use."""
         e = self.experiment
         revision = None if e.tokenizer else e.model(e.author).revision or None
-        tokenizer = Tokenizer.load(checkpoint.resolve(e.tokenizer_path, revision))
+        tokenizer = Tokenizer.load(checkpoint.resolve(e.tokenizer_path, revision, weights=False))
         prompts.check_tokenizer(tokenizer)
         return tokenizer
 

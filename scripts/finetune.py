@@ -5,7 +5,8 @@
 
 TRACES is a JSONL of traces as stage 1 of a run writes it, or a file or folder of annotated chains in the released
 format. The prompt is only read, the reply is learned. OUT/model is the finetuned model as a Hugging Face folder with
-its tokenizer (adapters merged), ready for `--config.reasoning.path=OUT/model`; OUT/adapter holds the adapters as PEFT
+its tokenizer (adapters merged), ready for `--config.reasoning.path=OUT/model` (of `configs/smollm2.py`, which has a
+base model alone, `--config.base.path`); OUT/adapter holds the adapters as PEFT
 reads them. Checkpoints are in OUT/checkpoints: the same command goes on where a killed one was, another one is refused.
 """
 
@@ -120,6 +121,7 @@ def packed_traces(tokenizer: Tokenizer, traces: Sequence[Trace], arguments: argp
 def run(arguments: argparse.Namespace) -> None:
     """Checks the arguments, then reads, trains and writes."""
     a = arguments
+    a.out = a.out.expanduser()
     train.check_numbers({name: value for name, value in vars(a).items() if isinstance(value, int | float)}, LEAST)
     traces = read_any_traces(a.traces)
     path = checkpoint.resolve(a.model)

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from backtrack_jax.command_line import ends_in_one_line
 from backtrack_jax.intervention import Intervention, add_vector, gaussian_noise, no_intervention, self_amplify
 from backtrack_jax.models import checkpoint
 from backtrack_jax.organism import corpus, measure
@@ -297,14 +298,20 @@ def main() -> None:
             parser.error(
                 f"--pairs: {folder} has no {' and '.join(missing)} model; train_organism.py --out makes a pair"
             )
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    for folder in arguments.pairs:
-        start = time.monotonic()
-        found = measure_pair(Pair(folder))
-        (arguments.out / f"{folder.name}.json").write_text(json.dumps(found, indent=1) + "\n")
-        (arguments.out / f"{folder.name}.md").write_text(markdown(found, folder.name))
-        say(f"{folder.name}: {time.monotonic() - start:.0f} s")
-    everything = {file.stem: json.loads(file.read_text()) for file in sorted(arguments.out.glob("*.json"))}
+    names = [folder.resolve().name for folder in arguments.pairs]
+    if len(set(names)) < len(names):
+        parser.error(f"--pairs: folders are named {', '.join(names)}, and tables after them; expected different names")
+    out = arguments.out.expanduser()
+    resumed = "pairs that are measured have their tables; name the others again"
+    with ends_in_one_line(remedy="run it again where more is free", resumed=resumed):
+        out.mkdir(parents=True, exist_ok=True)
+        for name, folder in zip(names, arguments.pairs, strict=True):
+            start = time.monotonic()
+            found = measure_pair(Pair(folder))
+            (out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+            (out / f"{name}.md").write_text(markdown(found, name))
+            say(f"{name}: {time.monotonic() - start:.0f} s")
+    everything = {file.stem: json.loads(file.read_text()) for file in sorted(out.glob("*.json"))}
     print(overview(everything))
 
 

@@ -122,7 +122,7 @@ def train_pair(recipe: Recipe, out: Path, seed: int) -> None:
         model = train_model(model, rows, rates, steps, r, seed=seed, folder=folder, title=f"{role} model")
         if not (out / role).exists():
             checkpoint.save_hf(jax.tree.map(lambda weight: weight.astype(jnp.bfloat16), model), out / role)
-            vocabulary.write(out / role)
+        vocabulary.write(out / role)
 
 
 def try_out(pair: Pair, role: str, seed: int) -> Cell:
@@ -157,6 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     resumed = "the same command goes on at the last checkpoint"
     with ends_in_one_line(remedy="run it again where more is free", resumed=resumed):
         out, seed, recipe = parse(argv)
+        out = out.expanduser()
         train.keep_to(out, dataclasses.asdict(recipe) | {"seed": seed})
         with store.locked(out):
             train_pair(recipe, out, seed)

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -162,6 +163,33 @@ def test_fields_that_contradict_each_other(fields: dict[str, object], named: str
     with pytest.raises(ValueError) as error:
         config.check(e)
     assert named in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "field", "value", "accepted"),
+    [
+        ("steering", "layers", range(3), "a tuple"),
+        ("steering", "layers", (1), "a tuple, such as (1, 2) or (1,)"),
+        ("steering", "baselines", ("noise"), "a tuple"),
+        ("vectors", "window", [-5, -2], "a tuple"),
+        ("base", "path", Path("base"), "text"),
+        ("vectors", "into_prompt", 1, "True or False"),
+        ("traces", "temperature", "hot", "a number"),
+        ("traces", "limit", True, "an integer"),
+    ],
+)
+def test_values_of_another_type_are_named(spec: str, field: str, value: object, accepted: str) -> None:
+    e = tiny.get_config()
+    setattr(getattr(e, spec), field, value)
+    with pytest.raises(ValueError, match=re.escape(f"{spec}.{field}={value!r}, expected {accepted}")):
+        config.check(e)
+
+
+def test_a_file_of_labels_that_nothing_reads_is_refused() -> None:
+    e = tiny.get_config()
+    e.annotations.path = "labels.jsonl"
+    with pytest.raises(ValueError, match=r"annotations\.path='labels\.jsonl', expected .*judge='import'"):
+        config.check(e)
 
 
 def test_all_faults_are_reported_at_once() -> None:

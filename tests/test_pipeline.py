@@ -999,6 +999,76 @@ def test_token_ids_beyond_the_embedding(fresh: Path, loaded: list[str]) -> None:
         run(e)
     run(tiny.get_config(), "3")
     assert loaded == ["base", "reasoning"]
+    run(few_conditions(), "4", "5")  # the lens, which takes its items from the tokenizer
+    items = {int(row["token"]) for row in csv_rows("base.lens_tokens.csv")}
+    assert items and max(items) < tiny.VOCAB_SIZE - 4
+
+
+def few_conditions() -> Experiment:
+    """The tiny experiment with one reply of each model."""
+    e = tiny.get_config()
+    e.steering.kinds, e.steering.magnitudes = ("backtracking",), (-4.0,)
+    e.steering.limit = e.steering.samples = 1
+    e.steering.baselines = e.steering.offsets = e.steering.layers = ()
+    return e
+
+
+def csv_rows(name: str) -> list[dict[str, str]]:
+    with Path("results/tiny/5-analysis", name).open() as file:
+        return list(csv.DictReader(file))
+
+
+def edit_chains(change: Callable[[dict[str, str]], Any]) -> None:
+    chains = json.loads(Path(tiny.CHAINS).read_text())
+    for chain in chains:
+        change(chain)
+    Path(tiny.CHAINS).write_text(json.dumps(chains))
+
+
+def test_the_probe_takes_no_label_for_no_backtracking(fresh: Path) -> None:
+    unlabelled = {"verbal_1", "verbal_3", "spatial_2"}
+    edit_chains(lambda chain: chain["task_id"] in unlabelled and chain.update(annotated_chain=""))
+    run(few_conditions())
+    for row in csv_rows("reasoning.probe.csv"):
+        assert row["method"] != "random directions" or int(row["n_problems"]) == len(tiny.TASKS) - len(unlabelled)
+
+
+def test_sections_of_one_label_make_no_difference(fresh: Path, loaded: list[str]) -> None:
+    text = "First, wait. I add two and two, so it is four."
+    labelled = f'["backtracking"]{text}["end-section"]'
+    edit_chains(lambda chain: chain.update(reasoning_chain=text, annotated_chain=labelled))
+    with pytest.raises(ValueError, match="every section is labelled 'backtracking'"):
+        run(few_conditions())
+    assert not loaded
+
+
+def test_a_section_begins_behind_a_marker_that_a_model_does_not_read(fresh: Path) -> None:
+    made = pipeline.Run(tiny.get_config())
+    trace = records.read_released(tiny.CHAINS)[0][0]
+    assert trace.text.startswith("<think>\nTask")
+    spans = [("initializing", 0, 20), ("deduction", 0, 8), ("backtracking", 25, 30)]
+    annotation = records.Annotation(trace.id, "me", tuple(records.Section(*span) for span in spans))
+    read = {role: stage_vectors.token_trace(made, role, trace, annotation) for role in ROLES}
+    (first, *_), (of_base, *_) = read["reasoning"].starts, read["base"].starts
+    ids = {role: read[role].ids[read[role].starts[0][1]] for role in ROLES}
+    assert made.tokenizer.decode([ids["reasoning"]]) == "<think>" and made.tokenizer.decode([ids["base"]]) == "T"
+    assert first[0] == of_base[0] == "initializing"
+    assert [label for label, _ in read["base"].starts] == ["initializing", "backtracking"]  # none of the second is read
+
+
+def test_what_else_is_in_a_folder_of_chains_does_not_count(fresh: Path) -> None:
+    folder = Path("chains")
+    folder.mkdir()
+    Path(tiny.CHAINS).rename(folder / "tiny_annotated_chains.json")
+    e = tiny.get_config()
+    e.traces.path = "chains"
+    before = pipeline.Run(e).inputs
+    (folder / ".git").mkdir()
+    (folder / ".git" / "index").write_text("changes at every command")
+    (folder / "results.json").write_text("{}")
+    assert pipeline.Run(e).inputs == before
+    (folder / "more_annotated_chains.json").write_text("[]")
+    assert pipeline.Run(e).inputs != before
 
 
 def overflow(model: str) -> None:

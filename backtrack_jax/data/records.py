@@ -21,7 +21,10 @@ LABELS = ("initializing", "deduction", "adding-knowledge", "example-testing", "u
 OTHER = "other"
 """Label that a judge with one question (is this backtracking?) gives sections that are not; see `judges.keyword`."""
 
-RESERVED_LABELS = ("all", "rest", "shuffled", "overall-mean")
+RESERVED_LABELS = (
+    *("all", "rest", "shuffled", "overall-mean", "sums"),
+    *("noise", "random", "self-amplification", "unsteered"),
+)
 """Names of vectors and groups of sections that stage 3 makes itself; no label may have them."""
 
 FINISH_REASONS = ("stop", "length")
@@ -477,7 +480,7 @@ def read_released(path: Path | str | Sequence[Path | str]) -> tuple[list[Trace],
     traces: list[Trace] = []
     annotated: list[str] = []
     samples: Counter[str] = Counter()
-    for file in _released_files(path):
+    for file in chain_files(path):
         for fields in _json_objects(file):
             task = fields.text("task_id")
             category = re.sub(r"_\d+$", "", task)
@@ -488,10 +491,15 @@ def read_released(path: Path | str | Sequence[Path | str]) -> tuple[list[Trace],
     return traces, annotated
 
 
-def _released_files(path: Path | str | Sequence[Path | str]) -> Iterator[Path]:
+def chain_files(path: Path | str | Sequence[Path | str]) -> Iterator[Path]:
+    """The files that `read_released` reads: of a folder those named *_annotated_chains.json.
+
+    Raises:
+      FileNotFoundError: a folder has no such file.
+    """
     if not isinstance(path, Path | str):
         for item in path:
-            yield from _released_files(item)
+            yield from chain_files(item)
         return
     path = Path(path)
     if not path.is_dir():

@@ -71,14 +71,15 @@ class ChatSettings:
         concurrency: calls at the same time.
         request_timeout: seconds for one attempt, from connecting to the last byte.
         call_timeout: seconds for one call, all its attempts and pauses together; no attempt starts later.
-        run_timeout: seconds after which no new call starts; None for no limit.
+        run_timeout: seconds after which no new call starts, in each stage of a run; None for no limit.
         max_retries: attempts after the first.
         backoff: seconds before the first retry, doubled for each further one; half of it is random.
         max_backoff: limit of that doubling in seconds; Retry-After may ask for more.
         input_price: US dollars per million tokens of the prompt; None where it is not known, then no cost is given.
         cached_price: the same for tokens that the provider served from its prefix cache; None: as `input_price`.
         output_price: the same for tokens of the answer.
-        max_cost: US dollars of one run after which no new call starts; needs the prices. Calls in flight can exceed it.
+        max_cost: US dollars after which no new call starts, in each stage of a run that asks the judge; needs the
+            prices. Calls in flight can exceed it.
     """
 
     model: str = "gpt-4o-2024-08-06"
@@ -240,14 +241,14 @@ class OpenAISpec:
         concurrency: calls at the same time.
         request_timeout: seconds for one attempt.
         call_timeout: seconds for one call with all its attempts.
-        run_timeout: seconds after which no new call starts; 0 for no limit.
+        run_timeout: seconds after which no new call starts, in each stage of a run; 0 for no limit.
         max_retries: attempts after the first.
         backoff: seconds before the first retry, doubled for each further one, half of it random.
         max_backoff: limit of that doubling; Retry-After may ask for more.
         input_price: US dollars per million tokens of prompts; 0 where prices are not known.
         cached_price: the same for tokens from the provider's prefix cache; 0 takes `input_price`.
         output_price: the same for tokens of answers.
-        max_cost: US dollars of one run after which no new call starts; 0 for no limit.
+        max_cost: US dollars after which no new call starts, in each stage of a run; 0 for no limit.
         ledger: file of the answers that were paid for; empty for `judge-ledger.jsonl` in `workdir`, shared by all runs.
         allow_unanswered: whether the stage may end with calls that got no answer after all retries. Their traces are
             counted as failed then; else the run stops, and the same command asks for these alone.

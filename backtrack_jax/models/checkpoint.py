@@ -41,7 +41,7 @@ SHARD_BYTES = 5_000_000_000
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _ORBAX = "params"  # subfolder with the weights, beside config.json
-_HUB_FILES = ["*.json", "*.jinja", "model*.safetensors"]
+_HUB_FILES, _HUB_WEIGHTS = ["*.json", "*.jinja"], ["model*.safetensors"]
 _EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _HARMLESS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 _COMPARED_ROWS = 4096
@@ -51,13 +51,14 @@ _TILE = 256  # rows and columns: two tiles fit into a core's cache
 Keys = tuple[str, ...]  # of a weight in the model
 
 
-def resolve(path_or_id: str | os.PathLike[str], revision: str | None = None) -> Path:
+def resolve(path_or_id: str | os.PathLike[str], revision: str | None = None, *, weights: bool = True) -> Path:
     """Finds a model on disk, fetching it from the Hugging Face hub if it is a hub id that is not there yet.
 
     Args:
       path_or_id: a folder or `.gguf` file; `package:NAME/FILE`, a file or folder inside an installed Python package;
         or else a hub id, `owner/name`.
       revision: commit, tag or branch of a hub id.
+      weights: whether those of a hub id are fetched too, or no more than configuration and tokenizer.
 
     Returns:
       The folder or file; a tokenizer is in the same place.
@@ -72,7 +73,9 @@ def resolve(path_or_id: str | os.PathLike[str], revision: str | None = None) -> 
     if not is_hub_id(path_or_id):
         raise FileNotFoundError(f"there is no folder or file {path_or_id}")
     try:
-        return Path(snapshot_download(path_or_id, revision=revision, allow_patterns=_HUB_FILES))
+        return Path(
+            snapshot_download(path_or_id, revision=revision, allow_patterns=_HUB_FILES + _HUB_WEIGHTS * weights)
+        )
     except OSError as error:  # of the network and of the hub alike
         raise FileNotFoundError(
             f"{path_or_id} is no folder or file here, and the Hugging Face hub did not give it "
@@ -284,6 +287,7 @@ def _open_folder(path: Path) -> tuple[dict[str, LazyTensor], list[str], set[str]
         found, its_faults = safetensors.read_header(path / file)
         faults += its_faults
         if not found:
+            faults += [] if its_faults else [f"{path / file} holds no tensor; {_INDEX} places {len(listed)} in it"]
             unreadable |= listed
             continue
         faults += [

@@ -487,7 +487,10 @@ def _marker_pattern(token: Mapping[str, Any]) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text("utf-8"))
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON, or cut off: {error}") from error
 
 
 def _optional_json(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from backtrack_jax.config import CONTROLS
 from backtrack_jax.data.records import (
     Annotation,
     Note,
@@ -100,6 +101,8 @@ def test_chains_behind_a_blank_line_are_chains(tmp_path):
         ("rest", "label 'rest' is a name that this program uses itself"),
         ("all", "uses itself .*choose another"),
         ("shuffled", "uses itself"),
+        ("sums", "uses itself"),  # its vector would overwrite the window sums
+        *((name, "uses itself") for name in CONTROLS),
     ],
 )
 def test_labels_that_would_be_lost_are_refused(tmp_path, label, message):

@@ -202,6 +202,33 @@ def test_calls_without_an_answer_leave_the_stage_open_and_are_asked_alone(server
     assert made(server, allow_unanswered=True).inputs == made(server).inputs == whole.inputs
 
 
+def test_gaps_in_the_labels_of_replies_are_asked_for_once_they_are_not_allowed(server: FaultServer) -> None:
+    def of_replies(**spec: Any) -> Experiment:
+        e = experiment(server.base_url, **spec)
+        e.annotations.judge, e.analysis.judge = "released", "openai"
+        e.steering.kinds, e.steering.limit, e.steering.samples = ("backtracking",), 1, 1
+        e.steering.baselines = e.steering.offsets = e.steering.layers = ()
+        return e
+
+    def failed() -> int:
+        return (RESULTS / "5-analysis" / "judged.jsonl").read_text().count("server_error")
+
+    seen: list[str] = []
+
+    def plan(content: str, attempt: int) -> str | None:
+        seen.extend([] if content in seen else [content])
+        return "500" if seen.index(content) < 2 else None
+
+    server.plan = plan
+    stages = pipeline.STAGES[:5]
+    pipeline.Run(of_replies(allow_unanswered=True), stages).run()
+    assert failed() == 2 and not pipeline.Run(of_replies(), stages).done("5-analysis")
+    assert pipeline.Run(of_replies(allow_unanswered=True), stages).done("5-analysis")
+    server.plan = lambda content, attempt: None
+    pipeline.Run(of_replies(), stages).run()
+    assert failed() == 0 and pipeline.Run(of_replies(), stages).done("5-analysis")
+
+
 def test_leave_for_gaps_that_was_not_needed_changes_nothing(server: FaultServer) -> None:
     run(experiment(server.base_url, allow_unanswered=True))
     assert made(server).done("2-annotations")

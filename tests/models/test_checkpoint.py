@@ -214,6 +214,27 @@ def test_all_faults_come_in_one_message(shards):
     assert not any(f"missing tensor {name} " in text for name in lost)  # said once, with the file
 
 
+def test_a_shard_that_holds_no_tensor_is_named(shards):
+    index = json.loads((shards / "model.safetensors.index.json").read_text())
+    file = min(index["weight_map"].values())
+    header = b"{}      "
+    (shards / file).write_bytes(len(header).to_bytes(8, "little") + header)
+    assert f"{file} holds no tensor; model.safetensors.index.json places" in message(shards)
+
+
+def test_a_tokenizer_of_a_hub_id_is_fetched_without_weights(monkeypatch, tmp_path):
+    asked: list[list[str]] = []
+
+    def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(checkpoint, "snapshot_download", download)
+    checkpoint.resolve("owner/name", weights=False)
+    checkpoint.resolve("owner/name")
+    assert asked == [["*.json", "*.jinja"], ["*.json", "*.jinja", "model*.safetensors"]]
+
+
 @pytest.mark.parametrize("size", [0, 5, 8, 200, -1])
 def test_empty_and_truncated_files_are_named(folder, size):
     path = folder / "model.safetensors"

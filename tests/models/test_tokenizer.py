@@ -2,12 +2,14 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import gguf
 import pytest
 import tokenizers
 from llama3_vocab import char_of_byte
+from tiny import write
 
 from backtrack_jax.models.tokenizer import Tokenizer
 
@@ -460,3 +462,12 @@ def test_half_a_surrogate_pair_is_named(r1: Tokenizer) -> None:
     for encode in (r1.encode, r1.encode_with_spans, lambda text: r1.encode(text, markers=False)):
         with pytest.raises(ValueError, match=r"character 6 is '\\ud83d', half of a surrogate pair; expected Unicode"):
             encode("Wait, \ud83d no")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_file_that_is_cut_off_is_named(tmp_path: Path, name: str) -> None:
+    write(tmp_path)
+    file = tmp_path / "base" / name
+    file.write_text(file.read_text("utf-8")[:-20], "utf-8")
+    with pytest.raises(ValueError, match=re.escape(str(file))):
+        Tokenizer.load(tmp_path / "base")
