@@ -206,6 +206,23 @@ def test_captions_count_what_is_drawn(r: results.Results) -> None:
     assert plot is not None and counted in plot.caption
 
 
+def test_an_unsteered_cell_over_fewer_problems_is_no_part_of_a_curve(r: results.Results) -> None:
+    """As where a grid alone has the magnitude 0."""
+    rows = [row | {"n_problems": 1} if row["kind"] == "unsteered" else row for row in r.tables["rates"]]
+    kinds = [
+        {cell["kind"] for cell in some.cells("reasoning", "backtracking", "reasoning")}
+        for some in (r, changed(r, "rates", rows))
+    ]
+    assert kinds == [{"unsteered", "backtracking"}, {"backtracking"}]
+
+
+def test_where_every_rate_is_zero_no_layer_and_offset_is_the_best(r: results.Results) -> None:
+    zero = [row | {"rate": 0.0, "high": 0.0, "n_hits": 0} for row in r.tables["rates"]]
+    replied = [row | {"hits": 0} for row in r.tables["replies"]]
+    found = reference._offsets_and_layers(changed(changed(r, "rates", zero), "replies", replied))
+    assert "every offset" in found["best_offset"] and found["best_layer_base"].startswith("none (0.00")
+
+
 @pytest.mark.parametrize("into_prompt", [False, True])
 def test_why_windows_were_dropped(r: results.Results, into_prompt: bool) -> None:
     e = dataclasses.replace(r.experiment, vectors=dataclasses.replace(r.experiment.vectors, into_prompt=into_prompt))
