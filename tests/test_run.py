@@ -272,6 +272,7 @@ def test_ctrl_c_is_not_lost_in_a_callback_of_the_garbage_collector() -> None:
     code = """
 import gc, os, signal
 from backtrack_jax.command_line import ends_in_one_line
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a suite that runs in the background ignores
 with ends_in_one_line(remedy="", resumed="it goes on"):
     gc.callbacks.append(lambda phase, info: os.kill(os.getpid(), signal.SIGINT))
     gc.collect()
