@@ -180,7 +180,8 @@ def stage_inputs(e: Experiment) -> dict[str, dict[str, Any]]:
     traces: dict[str, Any]
     if e.traces.path:
         # Of a folder what is read alone: results or a git repository in it would change it at every run.
-        files = {file.name: store.file_hash(file) for file in records.chain_files(data_path(e.traces.path))}
+        path = data_path(e.traces.path)
+        files = {file.name if path.is_dir() else "": store.file_hash(file) for file in records.chain_files(path)}
         traces = {"traces": {"file": store.fingerprint(files), "limit": e.traces.limit}}
     else:
         asked = store.fingerprint({"problems": [dataclasses.asdict(problem) for problem in problems(e)]})

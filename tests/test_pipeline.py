@@ -1061,6 +1061,10 @@ def test_what_else_is_in_a_folder_of_chains_does_not_count(fresh: Path) -> None:
     folder.mkdir()
     Path(tiny.CHAINS).rename(folder / "tiny_annotated_chains.json")
     e = tiny.get_config()
+    e.traces.path = shutil.copy(folder / "tiny_annotated_chains.json", "one.json")
+    alone = pipeline.Run(e).inputs
+    e.traces.path = shutil.copy("one.json", "renamed.json")
+    assert pipeline.Run(e).inputs == alone  # where a file lies, and its name, do not enter
     e.traces.path = "chains"
     before = pipeline.Run(e).inputs
     (folder / ".git").mkdir()
