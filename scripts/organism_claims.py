@@ -92,6 +92,7 @@ def conditions(d: Directions, layer: int, magnitude: float) -> dict[str, Interve
             if label != "backtracking":
                 made[f"{source} {label}"] = d.add(vector, layer, magnitude)
         made[f"{source} true belief"] = d.add(d.belief[source].direction, layer, magnitude)
+        made[f"{source} true log-odds"] = d.add(d.belief[source].log_odds_direction, layer, magnitude)
     for name, build in (("base v", d.labels["base"]), ("reasoning v", d.labels["reasoning"])):
         made[f"{name} chosen"] = d.add(build["backtracking"], layer, magnitude)
     length, L, D = magnitude * d.norms[layer], d.n_layers, d.d_model
@@ -139,10 +140,12 @@ def measure_pair(pair: Pair) -> dict[str, Any]:
         "lens": {role: {"excess": e.tolist(), "spread": s.tolist()} for role, (e, s) in lens.items()},
         "cosine of the two vectors": cosines(v["base"], v["reasoning"]).tolist(),
         "cosine with true belief": {role: cosines(v[role], d.belief[role].direction).tolist() for role in v},
+        "cosine with true log-odds": {role: cosines(v[role], d.belief[role].log_odds_direction).tolist() for role in v},
         "offset cosine with true belief": {
             str(offset): cosines(vector, d.belief["base"].direction).tolist() for offset, vector in d.offsets.items()
         },
         "probe R2": {role: d.belief[role].r_squared.tolist() for role in v},
+        "probe R2 of log-odds": {role: d.belief[role].log_odds_r_squared.tolist() for role in v},
         "probe tokens": {role: d.belief[role].tokens for role in v},
     }
 
@@ -157,7 +160,7 @@ def claims(found: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
         name: c
         for name, c in on.items()
         if name.startswith(("noise", "random", "self", "base ", "reasoning "))
-        and not name.endswith(("chosen", "true belief", "-v"))
+        and not name.endswith(("chosen", "true belief", "true log-odds", "-v"))
         and " v " not in name
     }
     worst = max(controls, key=lambda name: controls[name].high)
@@ -172,7 +175,10 @@ def claims(found: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
     z = {role: np.array(lens["excess"]) / np.array(lens["spread"]) for role, lens in found["lens"].items()}
     excess = np.array(found["lens"]["reasoning"]["excess"])
     cosine = found["cosine of the two vectors"][layer]
-    truth = {role: found["cosine with true belief"][role][layer] for role in ("base", "reasoning")}
+    truth, log_odds = (
+        {role: found[f"cosine with true {what}"][role][layer] for role in ("base", "reasoning")}
+        for what in ("belief", "log-odds")
+    )
     return [
         ("unsteered rate 0.2 to 1 %", show(plain), 0.002 <= plain.rate <= 0.01),
         (
@@ -217,9 +223,14 @@ def claims(found: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
         ("logit lens: the same before it is divided by the words' spread (Eq. 2)", values(excess), rises(excess)),
         ("cosine of the two vectors 0.6 to 0.95", f"{cosine:.3f}", 0.6 <= cosine <= 0.95),
         (
-            "cosine with the true belief direction at least 0.8",
+            "cosine with the direction of the true belief, a probability, at least 0.8",
             ", ".join(f"{role} {value:.3f}" for role, value in truth.items()),
             min(truth.values()) >= 0.8,
+        ),
+        (
+            "the same with the direction of its log-odds",
+            ", ".join(f"{role} {value:.3f}" for role, value in log_odds.items()),
+            min(log_odds.values()) >= 0.8,
         ),
     ]
 
@@ -267,21 +278,31 @@ def markdown(found: Mapping[str, Any], name: str) -> str:
     ]
     cells = {name: Cell(**c) for name, c in found["reasoning model"].items()}
     lines += [f"| {name} | {show(c)} | {100 * c.fitting:.1f} |" for name, c in cells.items()]
-    lines += [
-        "",
-        "| layer | cosine of the two | base v, belief | reasoning v, belief | R2 base | R2 reasoning "
-        "| base lens, excess | spread | reasoning lens, excess | spread |",
-        "|---" * 10 + "|",
-    ]
-    columns = (
-        found["cosine of the two vectors"],
-        *(found["cosine with true belief"][role] for role in ("base", "reasoning")),
-        *(found["probe R2"][role] for role in ("base", "reasoning")),
-        *(found["lens"][role][what] for role in ("base", "reasoning") for what in ("excess", "spread")),
-    )
-    for layer, row in enumerate(zip(*columns, strict=True)):
-        lines.append(f"| {layer} | " + " | ".join(f"{value:.2f}" for value in row) + " |")
+    columns = {
+        "cosine of the two": found["cosine of the two vectors"],
+        **of_roles("{} v, belief", found["cosine with true belief"]),
+        **of_roles("{} v, log-odds", found["cosine with true log-odds"]),
+        **of_roles("R2 of the belief, {}", found["probe R2"]),
+        **of_roles("R2 of log-odds, {}", found["probe R2 of log-odds"]),
+        **of_roles("{} lens, excess", {role: lens["excess"] for role, lens in found["lens"].items()}),
+        **of_roles("{} lens, spread", {role: lens["spread"] for role, lens in found["lens"].items()}),
+    }
+    lines += ["", *layer_table("layer", columns)]
+    lines += ["", *layer_table("layer; base v of one offset, belief", found["offset cosine with true belief"])]
     return "\n".join(lines) + "\n"
+
+
+def of_roles(title: str, of: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns of both models, their names put into the title."""
+    return {title.format(role): of[role] for role in ("base", "reasoning")}
+
+
+def layer_table(corner: str, columns: Mapping[str, list[float]]) -> list[str]:
+    """A table of one row a layer."""
+    lines = [f"| {' | '.join([corner, *columns])} |", "|---" * (1 + len(columns)) + "|"]
+    for layer, row in enumerate(zip(*columns.values(), strict=True)):
+        lines.append(f"| {layer} | " + " | ".join(f"{value:.2f}" for value in row) + " |")
+    return lines
 
 
 def say(text: str) -> None:

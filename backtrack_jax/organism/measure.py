@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import special
 from sklearn import linear_model
 
 from backtrack_jax import extract, generate, vectors
@@ -191,16 +192,25 @@ def label_vectors(sums: extract.WindowSums) -> dict[str, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Belief:
-    """How a model holds the exact log-odds of the hidden register, layer by layer.
+    """How a model holds the exact belief about the hidden register, layer by layer.
+
+    The belief is the probability that a token's sentence is shaky, given the words so far; a residual stream holds it
+    linearly (Shai et al., arXiv 2405.15943). Its log-odds are the same knowledge on another scale: there, one in a
+    million is as far from one in a thousand as that is from even odds, so that most of the variance is among sentences
+    that are surely sure.
 
     Attributes:
-      direction: [L, D], slope of the residual stream on the exact log-odds.
-      r_squared: [L], of a linear probe of the log-odds, on problems that it was not fitted on.
+      direction: [L, D], slope of the residual stream on the probability.
+      log_odds_direction: [L, D], slope on its log-odds.
+      r_squared: [L], of a linear probe of the probability, on problems that it was not fitted on.
+      log_odds_r_squared: [L], of the same for the log-odds.
       tokens: how many were read.
     """
 
     direction: np.ndarray
+    log_odds_direction: np.ndarray
     r_squared: np.ndarray
+    log_odds_r_squared: np.ndarray
     tokens: int
 
 
@@ -222,14 +232,15 @@ def belief(pair: Pair, role: str, traces: Sequence[Trace], read: Sequence[TokenT
     states: dict[int, np.ndarray] = {}
     for batch in activations.read(pair.models[role], read, places, layers, batch_size=48):
         states |= dict(batch)
-    half = len(read) // 2
-    fit, test = (np.concatenate([states[i] for i in part]) for part in (range(half), range(half, len(read))))
-    y_fit, y_test = np.concatenate(values[:half]), np.concatenate(values[half:])
-    x, y = np.concatenate([fit, test]), np.concatenate([y_fit, y_test])
-    y_centred = y - y.mean()
-    slope = np.einsum("nld,n->ld", x - x.mean(0), y_centred) / (y_centred**2).sum()
-    scores = [r_squared(fit[:, layer], y_fit, test[:, layer], y_test) for layer in layers]
-    return Belief(slope.astype(np.float32), np.array(scores), len(y))
+    x, odds = np.concatenate([states[i] for i in range(len(read))]), np.concatenate(values)
+    n = sum(map(len, values[: len(values) // 2]))  # tokens of the problems that probes are fitted on
+    slopes, scores = [], []
+    for y in (special.expit(odds), odds):
+        centred = y - y.mean()
+        slope = np.einsum("nld,n->ld", x - x.mean(0), centred) / (centred**2).sum()
+        slopes.append(slope.astype(np.float32))
+        scores.append(np.array([r_squared(x[:n, layer], y[:n], x[n:, layer], y[n:]) for layer in layers]))
+    return Belief(slopes[0], slopes[1], scores[0], scores[1], len(odds))
 
 
 def _log_odds_of_tokens(tokenizer: Tokenizer, trace: Trace, process: Process) -> list[float]:

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from sklearn.linear_model import LinearRegression
 from sklearn.metrics.pairwise import cosine_similarity
 
 from backtrack_jax.data.records import Trace
@@ -81,6 +82,38 @@ def test_vectors_of_labels_with_few_windows_are_left_out(monkeypatch: pytest.Mon
         if label in found:
             expected = mean[:, number] - mean[:, 4]
             np.testing.assert_allclose(cosine_similarity(found[label], expected).diagonal(), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("role", "process"), [("base", grammar.BASE), ("reasoning", grammar.REASONING)])
+def test_belief_is_the_regression_of_torch_s_states_on_the_exact_filter(
+    pair: Pair, traces: list[Trace], role: str, process: grammar.Process
+) -> None:
+    """Every token whose belief is known, of the 16-bit weights in float32 torch; probabilities by their own formula."""
+    torch = pytest.importorskip("torch", reason="needs torch to compare with")
+    transformers = pytest.importorskip("transformers", reason="needs transformers to compare with")
+    folder = checkpoint.resolve("package:backtrack_jax/organism") / role
+    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    read = pair.read(traces, seed=1)
+    states, odds = [], []
+    for trace, tokens in zip(traces, read, strict=True):
+        exact = log_odds(grammar.split_tokens(trace.text.partition("\n")[0]), process)
+        known = np.flatnonzero(np.isfinite(exact))  # none after the base process's first Wait, none where z is certain
+        with torch.no_grad():
+            hidden = peer.model(torch.tensor([list(tokens.ids)]), output_hidden_states=True).hidden_states
+        states.append(hidden[3][0, tokens.reply_start + known].double().numpy())
+        odds.append(exact[known])
+    x, y = np.concatenate(states), np.concatenate(odds)
+    found = measure.belief(pair, role, traces, read, per_trace=1000)
+    assert found.tokens == len(y) > 400
+    fitted = sum(map(len, odds[:15]))
+    for scale, direction, scores in (
+        (1 / (1 + np.exp(-y)), found.direction, found.r_squared),
+        (y, found.log_odds_direction, found.log_odds_r_squared),
+    ):
+        slope = LinearRegression().fit(scale[:, None], x).coef_[:, 0]
+        np.testing.assert_allclose(direction[2], slope, atol=1e-4 * float(np.abs(slope).max()))
+        score = measure.r_squared(x[:fitted], scale[:fitted], x[fitted:], scale[fitted:])
+        assert scores[2] == pytest.approx(score, abs=1e-3)
 
 
 def test_cosines_are_those_of_scikit_learn() -> None:
