@@ -14,7 +14,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from backtrack_jax import store
 from backtrack_jax.command_line import ends_in_one_line
 from backtrack_jax.intervention import Intervention, add_vector, gaussian_noise, no_intervention, self_amplify
 from backtrack_jax.models import checkpoint
 from backtrack_jax.organism import corpus, measure
 from backtrack_jax.organism.measure import Cell, Pair, cosines, unit
 
+VERSION = 1  # of what is measured
 TRACES, CHOOSING, REPORTING = (1000, 101), (48, 102), (80, 104)  # how many problems, seed of these and of replies
 MAGNITUDES = (0.05, 0.1, 0.2, 0.3, 0.45)
 GRID = (0.15, 0.2, 0.3)
@@ -43,6 +45,12 @@ class Directions:
         """Samples traces and reads both models over them."""
         traces = pair.traces(corpus.problems(*TRACES), seed=TRACES[1])
         read = pair.read(traces, seed=TRACES[1])
+        found = sum(label == "backtracking" for trace in read for label, _ in trace.starts)
+        if found < measure.FEWEST_WINDOWS:
+            raise ValueError(
+                f"{found} backtracking sentences in {len(traces)} replies of the reasoning model, expected at least "
+                f"{measure.FEWEST_WINDOWS} to read a vector from"
+            )
         sums = {role: measure.window_sums(pair, role, read, OFFSETS) for role in pair.models}
         self.labels = {role: measure.label_vectors(sums[role]) for role in sums}
         self.counts = {g: int(n) for g, n in zip(sums["base"].plan.groups, sums["base"].read[:, 0], strict=True)}
@@ -164,7 +172,7 @@ def claims(found: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
         and " v " not in name
     }
     worst = max(controls, key=lambda name: controls[name].high)
-    top_base = max((c for name, c in base.items() if " v " in name), key=lambda c: c.high)
+    top_base = max((c for name, c in base.items() if " v " in name), key=lambda c: c.rate)
     by_layer = [
         max((c.rate for m in GRID if (c := on[f"layer {other} {m}"]).fitting >= COHERENT), default=0.0)
         for other in range(L)
@@ -309,11 +317,53 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def main() -> None:
+def weights_of(folder: Path) -> dict[str, str]:
+    """What tells a pair from others."""
+    return {role: store.weights_hash(folder / role) for role in ("base", "reasoning")}
+
+
+def read_tables(out: Path) -> dict[str, dict[str, Any]]:
+    """Name -> what was measured of a pair by this version; says which files are of another."""
+    tables = {file.stem: store.read_json(file) for file in sorted(out.glob("*.json"))}
+    if others := [name for name, table in tables.items() if table.get("version") != VERSION]:
+        say(f"not read, since another version of this program wrote them: {', '.join(others)} in {out}")
+    return {name: table for name, table in tables.items() if name not in others}
+
+
+def measure_pairs(pairs: Mapping[str, Path], out: Path) -> None:
+    """Writes the tables of every pair, and prints that of all that are in the folder.
+
+    Raises:
+      ValueError: a table there is of another pair of that name; or names the pairs that have nothing to measure, once
+        the others are done.
+    """
+    weights = {name: weights_of(folder) for name, folder in pairs.items()}
+    for name, table in read_tables(out).items():
+        if table["weights"] != weights.get(name, table["weights"]):
+            raise ValueError(f"{out / name}.json is of another pair of that name; expected another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for name, folder in pairs.items():
+        start = time.monotonic()
+        try:
+            found = {"version": VERSION, "weights": weights[name]} | measure_pair(Pair(folder))
+        except ValueError as error:
+            failed.append(f"{name}: {error}")
+            continue
+        store.write_text(out / f"{name}.md", markdown(found, name))
+        store.write_text(out / f"{name}.json", json.dumps(found, indent=1) + "\n")
+        say(f"{name}: {time.monotonic() - start:.0f} s")
+    if everything := read_tables(out):
+        print(overview(everything))
+    if failed:
+        raise ValueError("; ".join(failed))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=Path, nargs="+", default=[checkpoint.resolve("package:backtrack_jax/organism")])
     parser.add_argument("--out", type=Path, default=Path("results/organism_claims"))
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     for folder in arguments.pairs:
         if missing := [role for role in ("base", "reasoning") if not (folder / role / "model.safetensors").exists()]:
             parser.error(
@@ -322,18 +372,9 @@ def main() -> None:
     names = [folder.resolve().name for folder in arguments.pairs]
     if len(set(names)) < len(names):
         parser.error(f"--pairs: folders are named {', '.join(names)}, and tables after them; expected different names")
-    out = arguments.out.expanduser()
     resumed = "pairs that are measured have their tables; name the others again"
     with ends_in_one_line(remedy="run it again where more is free", resumed=resumed):
-        out.mkdir(parents=True, exist_ok=True)
-        for name, folder in zip(names, arguments.pairs, strict=True):
-            start = time.monotonic()
-            found = measure_pair(Pair(folder))
-            (out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
-            (out / f"{name}.md").write_text(markdown(found, name))
-            say(f"{name}: {time.monotonic() - start:.0f} s")
-    everything = {file.stem: json.loads(file.read_text()) for file in sorted(out.glob("*.json"))}
-    print(overview(everything))
+        measure_pairs(dict(zip(names, arguments.pairs, strict=True)), arguments.out.expanduser())
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from backtrack_jax.data.annotations import reasoning_end
 from backtrack_jax.data.records import OTHER, Annotation, Section, Trace
 from backtrack_jax.judges.keyword import split_sentences
-from backtrack_jax.organism.grammar import label_of
+from backtrack_jax.organism.grammar import label_of, may_go_on
 
 NAME = "grammar"
 
@@ -27,11 +27,12 @@ def annotate(trace: Trace) -> Annotation:
 def fitting(reply: str) -> tuple[int, int]:
     """Sentences of a reply's reasoning that fit the grammar, and all its sentences.
 
-    A last sentence without its end, where the reply ran into the limit of new tokens, is not counted.
+    A last sentence without its end, where the reply ran into the limit of new tokens, is not counted, unless it fits
+    already so far in no sentence: a reply may fall apart without another full stop.
     """
     end = reasoning_end(reply)
     text = reply[:end]
     sentences = [text[start:stop] for start, stop in split_sentences(text)]
-    if end == len(reply) and sentences and not sentences[-1].endswith("."):
+    if end == len(reply) and sentences and not sentences[-1].endswith(".") and may_go_on(sentences[-1]):
         sentences.pop()
     return sum(label_of(sentence) is not None for sentence in sentences), len(sentences)

@@ -16,7 +16,7 @@ in the residual stream: Shai et al., arXiv 2405.15943.
 import dataclasses
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 SURE, SHAKY = 0, 1
 
@@ -212,12 +212,19 @@ def join_tokens(tokens: Sequence[str]) -> str:
 
 def label_of(sentence: str) -> str | None:
     """Label of a sentence of this language; None for anything else, in the slightest."""
-    tokens = split_tokens(sentence)
-    if join_tokens(tokens) != sentence.strip():
-        return None
+    words = len(split_tokens(sentence))
+    return next((template.label for template in _beginning_with(sentence) if len(template.elements) == words), None)
+
+
+def may_go_on(beginning: str) -> bool:
+    """Whether a sentence of this language begins so."""
+    return any(True for _ in _beginning_with(beginning))
+
+
+def _beginning_with(text: str) -> Iterator[Template]:
+    tokens = split_tokens(text)
+    if join_tokens(tokens) != text.strip():
+        return
     for template in ALL_TEMPLATES:
-        if len(tokens) == len(template.elements) and all(
-            template.likelihood(i, token)[0] > 0 for i, token in enumerate(tokens)
-        ):
-            return template.label
-    return None
+        if all(template.likelihood(i, token)[0] > 0 for i, token in enumerate(tokens)):
+            yield template

@@ -204,7 +204,8 @@ class Belief:
       log_odds_direction: [L, D], slope on its log-odds.
       r_squared: [L], of a linear probe of the probability, on problems that it was not fitted on.
       log_odds_r_squared: [L], of the same for the log-odds.
-      tokens: how many were read.
+      tokens: how many were read. Where the words leave no doubt, as after a Wait, which makes the register sure, the
+        probability is 0 and the log-odds are infinite: these tokens count for the former alone.
     """
 
     direction: np.ndarray
@@ -224,7 +225,7 @@ def belief(pair: Pair, role: str, traces: Sequence[Trace], read: Sequence[TokenT
     places, values = [], []
     for trace, tokens in zip(traces, read, strict=True):
         odds = np.array(_log_odds_of_tokens(pair.tokenizer, trace, process))
-        known = np.flatnonzero(np.isfinite(odds))
+        known = np.flatnonzero(~np.isnan(odds))
         chosen = np.sort(rng.choice(known, min(per_trace, len(known)), replace=False))
         places.append(chosen + tokens.reply_start)
         values.append(odds[chosen])
@@ -234,13 +235,18 @@ def belief(pair: Pair, role: str, traces: Sequence[Trace], read: Sequence[TokenT
         states |= dict(batch)
     x, odds = np.concatenate([states[i] for i in range(len(read))]), np.concatenate(values)
     n = sum(map(len, values[: len(values) // 2]))  # tokens of the problems that probes are fitted on
-    slopes, scores = [], []
-    for y in (special.expit(odds), odds):
-        centred = y - y.mean()
-        slope = np.einsum("nld,n->ld", x - x.mean(0), centred) / (centred**2).sum()
-        slopes.append(slope.astype(np.float32))
-        scores.append(np.array([r_squared(x[:n, layer], y[:n], x[n:, layer], y[n:]) for layer in layers]))
-    return Belief(slopes[0], slopes[1], scores[0], scores[1], len(odds))
+    finite = np.isfinite(odds)
+    direction, score = _regressed(x, special.expit(odds), n)
+    log_odds_direction, log_odds_score = _regressed(x[finite], odds[finite], int(finite[:n].sum()))
+    return Belief(direction, log_odds_direction, score, log_odds_score, len(odds))
+
+
+def _regressed(x: np.ndarray, y: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """By layer, slope of x [N, L, D] on y [N], and R^2 of probes fitted on the first n and tried on the others."""
+    centred = y - y.mean()
+    slope = np.einsum("nld,n->ld", x - x.mean(0), centred) / (centred**2).sum()
+    scores = [r_squared(x[:n, layer], y[:n], x[n:, layer], y[n:]) for layer in range(x.shape[1])]
+    return slope.astype(np.float32), np.array(scores)
 
 
 def _log_odds_of_tokens(tokenizer: Tokenizer, trace: Trace, process: Process) -> list[float]:

@@ -97,7 +97,7 @@ def test_belief_is_the_regression_of_torch_s_states_on_the_exact_filter(
     states, odds = [], []
     for trace, tokens in zip(traces, read, strict=True):
         exact = log_odds(grammar.split_tokens(trace.text.partition("\n")[0]), process)
-        known = np.flatnonzero(np.isfinite(exact))  # none after the base process's first Wait, none where z is certain
+        known = np.flatnonzero(~np.isnan(exact))  # none from the base process's first Wait on
         with torch.no_grad():
             hidden = peer.model(torch.tensor([list(tokens.ids)]), output_hidden_states=True).hidden_states
         states.append(hidden[3][0, tokens.reply_start + known].double().numpy())
@@ -105,15 +105,17 @@ def test_belief_is_the_regression_of_torch_s_states_on_the_exact_filter(
     x, y = np.concatenate(states), np.concatenate(odds)
     found = measure.belief(pair, role, traces, read, per_trace=1000)
     assert found.tokens == len(y) > 400
-    fitted = sum(map(len, odds[:15]))
-    for scale, direction, scores in (
-        (1 / (1 + np.exp(-y)), found.direction, found.r_squared),
-        (y, found.log_odds_direction, found.log_odds_r_squared),
+    certain = np.isinf(y)  # within the sentences that begin with Wait or Hmm
+    assert certain.any() == (role == "reasoning") and (y[certain] < 0).all()
+    first = np.arange(len(y)) < sum(map(len, odds[:15]))
+    for scale, kept, direction, scores in (
+        (np.where(certain, 0, 1 / (1 + np.exp(-y))), np.full(len(y), True), found.direction, found.r_squared),
+        (y, ~certain, found.log_odds_direction, found.log_odds_r_squared),
     ):
-        slope = LinearRegression().fit(scale[:, None], x).coef_[:, 0]
+        slope = LinearRegression().fit(scale[kept, None], x[kept]).coef_[:, 0]
         np.testing.assert_allclose(direction[2], slope, atol=1e-4 * float(np.abs(slope).max()))
-        score = measure.r_squared(x[:fitted], scale[:fitted], x[fitted:], scale[fitted:])
-        assert scores[2] == pytest.approx(score, abs=1e-3)
+        fit, test = kept & first, kept & ~first
+        assert scores[2] == pytest.approx(measure.r_squared(x[fit], scale[fit], x[test], scale[test]), abs=1e-3)
 
 
 def test_cosines_are_those_of_scikit_learn() -> None:
