@@ -6,6 +6,7 @@ are folded into them, and the model is like any other. Files are those of Huggin
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -72,9 +73,13 @@ class Lora:
     targets: tuple[str, ...] = TARGETS
 
     def __post_init__(self) -> None:
-        """Refuses a rank below 1 and matrices that a block does not have."""
-        if self.rank < 1:
-            raise ValueError(f"rank={self.rank}, expected at least 1")
+        """Refuses a rank below 1, an alpha that is no finite number, and no matrices or those that a block has not."""
+        if self.rank < 1 or self.rank != int(self.rank):
+            raise ValueError(f"rank={self.rank}, expected an integer of at least 1")
+        if not math.isfinite(self.alpha):
+            raise ValueError(f"alpha={self.alpha}, expected a finite number")
+        if not self.targets:
+            raise ValueError(f"targets=(), expected some of {', '.join(TARGETS)}")
         if unknown := set(self.targets) - set(TARGETS):
             raise ValueError(f"targets {sorted(unknown)} are no matrices of a block; there are {', '.join(TARGETS)}")
 

@@ -342,6 +342,7 @@ def fit(
 
     Raises:
       FloatingPointError: names the step whose loss is not finite, or after which weights are not.
+      ValueError: names the newest checkpoint where it cannot be read.
     """
     options = ocp.CheckpointManagerOptions(max_to_keep=2)
     with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
@@ -375,7 +376,14 @@ def _restored(manager: ocp.CheckpointManager, state: TrainState) -> tuple[TrainS
     if newest is None:
         return state, 0
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _numbered(state))
-    leaves = manager.restore(newest, args=ocp.args.StandardRestore(target))
+    try:
+        leaves = manager.restore(newest, args=ocp.args.StandardRestore(target))
+    except Exception as error:  # whatever a damaged file makes of Orbax and the libraries below it
+        before = max((step for step in manager.all_steps() if step < newest), default=None)
+        raise ValueError(
+            f"{manager.directory / str(newest)} cannot be read ({error or type(error).__name__}). Remove it, and the "
+            f"same command goes on {'from the start' if before is None else f'after step {before}'}"
+        ) from error
     in_order = [leaves[name] for name in sorted(leaves)]
     restored = jax.tree.unflatten(jax.tree.structure(dataclasses.replace(state, frozen=())), in_order)
     return dataclasses.replace(restored, frozen=state.frozen), newest

@@ -30,9 +30,11 @@ from backtrack_jax.data.records import Trace, read_any_traces
 from backtrack_jax.inputs import check_vocabulary
 from backtrack_jax.models import checkpoint, prompts
 from backtrack_jax.models.llama import Llama
+from backtrack_jax.models.safetensors import read_header
 from backtrack_jax.models.tokenizer import Tokenizer
 
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = ("bfloat16", "float32")  # in float16 small gradients become 0: they would have to be scaled
+SAVE_DTYPES = ("bfloat16", "float16", "float32")
 RESUMED = "the same command goes on at the last checkpoint"
 LEAST = {"length": 2, "lora_rank": 0, "seed": 0, "weight_decay": 0}  # a row of one token predicts none
 
@@ -104,18 +106,33 @@ def packed_traces(tokenizer: Tokenizer, traces: Sequence[Trace], arguments: argp
     a = arguments
     prompt = prompts.PromptFormat(a.format, a.think)
     texts = [tokens_of(tokenizer, trace, prompt, a.length) for trace in traces]
-    rows = train.pack(texts, a.length)
-    learned, filled = int(rows.weights.sum()), np.mean(rows.positions >= 0)
-    if not learned:
+    kept = [text for text in texts if len(text.ids) > text.start]
+    if not kept:
         raise ValueError(
             f"length={a.length} leaves nothing to learn of the {len(traces)} traces of {a.traces}, expected more than "
             f"the prompt and a reply that is not empty; the shortest prompt has {min(t.start for t in texts)} tokens"
         )
+    rows = train.pack(kept, a.length)
+    learned, filled = int(rows.weights.sum()), np.mean(rows.positions >= 0)
+    if len(kept) < len(texts):
+        print(
+            f"{len(texts) - len(kept)} of {len(texts)} traces have no reply within length={a.length}", file=sys.stderr
+        )
     print(
-        f"{len(traces)} traces, {learned} tokens to learn, {rows.ids.size} places, {100 * filled:.0f} % filled",
+        f"{len(kept)} traces, {learned} tokens to learn, {rows.ids.size} places, {100 * filled:.0f} % filled",
         file=sys.stderr,
     )
     return rows
+
+
+def _check_written(model: Path, dtype: str) -> None:
+    """ValueError if the finished model is in another dtype than is asked for."""
+    stored, _ = read_header(min(model.glob("*.safetensors")))
+    written = next(iter(stored.values())).dtype.name
+    if written != dtype:
+        raise ValueError(
+            f"{model} is in {written}, not {dtype}; remove it, and the same command writes it from the last checkpoint"
+        )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -128,13 +145,16 @@ def run(arguments: argparse.Namespace) -> None:
     tokenizer = Tokenizer.load(path)
     check_vocabulary("finetuned", checkpoint.read_config(path), tokenizer, ())
     rows = packed_traces(tokenizer, traces, a)
-    settings = {name: value for name, value in vars(a).items() if name not in ("model", "out", "save_every", "traces")}
+    no_setting = ("model", "out", "save_dtype", "save_every", "traces")  # of the training, or by another name below
+    settings = {name: value for name, value in vars(a).items() if name not in no_setting}
     settings["weights"] = store.weights_hash(path)
     settings["rows"] = hashlib.sha256(b"".join(np.asarray(array).tobytes() for array in rows)).hexdigest()
     train.keep_to(a.out, settings)
     made = a.out / "model"
     with store.locked(a.out):
-        if not made.exists():
+        if made.exists():
+            _check_written(made, a.save_dtype)
+        else:
             # Weights that are not trained need no more than the products' precision.
             model = finetune(checkpoint.load(a.model, a.dtype if a.lora_rank else "float32"), rows, a)
             model = jax.tree.map(lambda weight: weight.astype(a.save_dtype), model)
@@ -164,7 +184,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", default="bfloat16", choices=DTYPES, help="of matrix-product inputs; trained weights are float32"
     )
-    parser.add_argument("--save_dtype", default="bfloat16", choices=DTYPES, help="of all weights of OUT/model")
+    parser.add_argument("--save_dtype", default="bfloat16", choices=SAVE_DTYPES, help="of all weights of OUT/model")
     parser.add_argument("--save_every", type=int, default=25, help="steps between checkpoints")
     parser.add_argument("--seed", type=int, default=0, help="of the rows' order and new adapters")
     return parser.parse_args(argv)

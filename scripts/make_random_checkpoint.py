@@ -64,6 +64,8 @@ def main(argv: list[str]) -> None:
         return
     if (FLAGS.preset is None) == (FLAGS.config_json is None) or not FLAGS.out:
         raise app.UsageError("give --out and one of --preset and --config_json, or --load")
+    if FLAGS.seed < 0 or FLAGS.shard_gb <= 0:
+        raise app.UsageError(f"--seed={FLAGS.seed} --shard_gb={FLAGS.shard_gb}, expected at least 0, and more than 0")
     config = PRESETS[FLAGS.preset] if FLAGS.preset else LlamaConfig.from_file(Path(FLAGS.config_json))
     write(config, Path(FLAGS.out), FLAGS.seed, int(FLAGS.shard_gb * 1e9))
 

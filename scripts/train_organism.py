@@ -117,8 +117,10 @@ def train_pair(recipe: Recipe, out: Path, seed: int) -> None:
         ("base", grammar.BASE, corpus.STORY_SHARE, r.base_steps, (r.base_rate, r.base_adam_rate)),
         ("reasoning", grammar.REASONING, 0.0, r.reasoning_steps, (r.reasoning_rate, r.reasoning_adam_rate)),
     ):
-        rows = packed_corpus(tokenizer, process, stories, steps * r.batch_size, seed)
         folder = out / "checkpoints" / role
+        if (out / "reasoning").exists() and not folder.exists():
+            continue  # the pair is whole, and its checkpoints were removed
+        rows = packed_corpus(tokenizer, process, stories, steps * r.batch_size, seed)
         model = train_model(model, rows, rates, steps, r, seed=seed, folder=folder, title=f"{role} model")
         if not (out / role).exists():
             checkpoint.save_hf(jax.tree.map(lambda weight: weight.astype(jnp.bfloat16), model), out / role)

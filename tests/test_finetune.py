@@ -106,7 +106,7 @@ def test_what_lora_does_not_change_is_the_base_model_s(folder: Path, tmp_path: P
         ("--model=/nope", "error: there is no folder or file /nope"),
         ("--traces=/nope", "error: /nope: no such file"),
         ("--traces=/nope.jsonl", "error: /nope.jsonl: no such file"),
-        ("--dtype=fp16", "argument --dtype: invalid choice: 'fp16' (choose from"),
+        ("--dtype=float16", "argument --dtype: invalid choice: 'float16' (choose from"),
         ("--format=llama", "argument --format: invalid choice: 'llama' (choose from"),
         ("--think=no", "argument --think: invalid choice: 'no' (choose from"),
     ],
@@ -127,6 +127,26 @@ def test_weights_beyond_what_is_saved_are_refused(folder: Path, tmp_path: Path) 
     with pytest.raises(SystemExit, match="error: trained weights are not finite in float16; try another --save_dtype"):
         script("finetune").main([*command, "--length=128", "--rate=1e5", "--save_dtype=float16"])
     assert not (tmp_path / "model").exists()
+    saved = (tmp_path / "checkpoints" / "2").stat().st_mtime_ns
+    script("finetune").main([*command, "--length=128", "--rate=1e5", "--save_dtype=float32"])  # of the same training
+    assert checkpoint.load(str(tmp_path / "model")).dtype == np.float32
+    assert (tmp_path / "checkpoints" / "2").stat().st_mtime_ns == saved
+    with pytest.raises(SystemExit, match=r"error: .*model is in float32, not bfloat16; remove it"):
+        script("finetune").main([*command, "--length=128", "--rate=1e5", "--save_dtype=bfloat16"])
+
+
+def test_traces_without_a_reply_in_reach_are_left_out(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows that hold only what is read, and nothing to learn, would take steps without a word."""
+    short = Trace("a/0", "a", "counting", "Count.", "One, two, three.")
+    long = Trace("b/0", "b", "counting", "Count. " * 60, "One, two, three.")
+    write_jsonl(tmp_path / "traces.jsonl", [short, long])
+    command = [f"--model={folder / 'base'}", f"--traces={tmp_path / 'traces.jsonl'}", f"--out={tmp_path / 'out'}"]
+    script("finetune").main([*command, "--length=64", "--steps=1", "--batch_size=1"])
+    said = capsys.readouterr().err
+    assert "1 of 2 traces have no reply within length=64\n1 traces, " in said
+    assert ", 64 places, " in said
 
 
 def test_two_trainings_do_not_share_a_folder(folder: Path, tmp_path: Path) -> None:

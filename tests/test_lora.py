@@ -67,8 +67,15 @@ def test_only_targets_change_and_by_the_given_rank(model: Llama) -> None:
 def test_unknown_targets_and_ranks_are_refused() -> None:
     with pytest.raises(ValueError, match=r"targets \['lm_head'\] are no matrices of a block"):
         Lora(targets=("lm_head",))
-    with pytest.raises(ValueError, match="rank=0, expected at least 1"):
-        Lora(rank=0)
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"rank": 0}, "rank=0, expected an integer of at least 1"),
+        ({"rank": 2.5}, "rank=2.5, expected an integer of at least 1"),
+        ({"alpha": np.nan}, "alpha=nan, expected a finite number"),
+        ({"targets": ()}, r"targets=\(\), expected some of q_proj"),
+    )
+    for nonsense, message in cases:
+        with pytest.raises(ValueError, match=message):
+            Lora(**nonsense)
 
 
 DEFAULTS = {  # as PEFT writes them

@@ -1,5 +1,7 @@
 import dataclasses
 import functools
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -282,12 +284,15 @@ def test_resumed_training_ends_with_the_same_weights(tmp_path: Path) -> None:
     before, step = adamw_step()
     rows = train.pack(sequences(30), 24)
 
+    calls: list[int] = []
+
     def fit(folder: Path, kill_at: int = -1) -> train.TrainState:
-        calls = iter(range(100))
+        calls.clear()
 
         def maybe_killed(state: train.TrainState, batch: train.Batch) -> tuple[train.TrainState, jax.Array]:
-            if next(calls) == kill_at:
+            if len(calls) == kill_at:
                 raise _Killed
+            calls.append(int(state.step))
             return step(state, batch)
 
         start = jax.tree.map(jnp.copy, before)
@@ -299,10 +304,28 @@ def test_resumed_training_ends_with_the_same_weights(tmp_path: Path) -> None:
     with pytest.raises(_Killed):
         fit(tmp_path / "killed", kill_at=6)
     resumed = fit(tmp_path / "killed")
+    assert calls == list(range(4, 12))  # from the checkpoint on, not from the start
     again = fit(tmp_path / "killed")  # everything is done: what was saved comes back
+    assert not calls
     for state in (resumed, again):
         for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(state), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(tmp_path: Path) -> None:
+    before, step = adamw_step()
+    rows = train.pack(sequences(30), 24)
+    arguments: dict[str, Any] = {"batch_size": 4, "seed": 0, "folder": tmp_path, "save_every": 2, "title": "test"}
+    whole, _ = train.fit(step, jax.tree.map(jnp.copy, before), rows, steps=4, **arguments)
+    for file in (tmp_path / "4").rglob("*"):
+        if file.is_file():
+            os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(ValueError, match=r"/4 cannot be read .*Remove it, and the same command goes on after step 2"):
+        train.fit(step, jax.tree.map(jnp.copy, before), rows, steps=4, **arguments)
+    shutil.rmtree(tmp_path / "4")
+    mended, _ = train.fit(step, jax.tree.map(jnp.copy, before), rows, steps=4, **arguments)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(mended), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_rows_come_in_a_new_order_every_time_and_none_is_missed() -> None:

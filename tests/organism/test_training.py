@@ -25,8 +25,10 @@ def test_killed_training_ends_with_the_same_weights(tmp_path: Path) -> None:
     assert whole.returncode == 1
     killed = train(tmp_path / "killed")
     deadline = time.monotonic() + 300
-    while not (tmp_path / "killed" / "checkpoints" / "base" / "4").exists() and time.monotonic() < deadline:
+    saved = tmp_path / "killed" / "checkpoints" / "base" / "4"
+    while not saved.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
+    assert saved.exists()
     killed.send_signal(signal.SIGKILL)
     killed.communicate(timeout=60)
     assert not (tmp_path / "killed" / "reasoning").exists()
