@@ -467,6 +467,7 @@ def _vector_faults(e: Experiment) -> list[str]:
         faults.append(_fault("vectors.offset_window", v.offset_window, "(first, last), integers, first <= last"))
     if not _integers(v.layers) or any(layer < 0 for layer in v.layers):
         faults.append(_fault("vectors.layers", v.layers, "block numbers >= 0"))
+    faults += [*_repeated("vectors.offsets", v.offsets), *_repeated("vectors.layers", v.layers)]
     if v.batch_size < 1:
         faults.append(_fault("vectors.batch_size", v.batch_size, "at least 1"))
     return faults
@@ -496,6 +497,7 @@ def _steering_faults(e: Experiment) -> list[str]:
         faults.append(_fault("steering.layer", s.layer, "a block number >= 0"))
     if not _integers(s.layers) or any(layer < 0 for layer in s.layers):
         faults.append(_fault("steering.layers", s.layers, "block numbers >= 0"))
+    faults += [*_repeated("steering.layers", s.layers), *_repeated("steering.offsets", s.offsets)]
     if not _integers(s.offsets) or any(offset not in e.vectors.offsets for offset in s.offsets):
         faults.append(_fault("steering.offsets", s.offsets, f"some of vectors.offsets, {e.vectors.offsets}"))
     for field, magnitudes in (("magnitudes", s.magnitudes), ("grid_magnitudes", s.grid_magnitudes or s.magnitudes)):
@@ -518,6 +520,7 @@ def _analysis_faults(e: Experiment) -> list[str]:
         faults.append(_fault("analysis.keywords", a.keywords, "lower-case words"))
     if not a.horizons or not _integers(a.horizons) or min(a.horizons) < 1:
         faults.append(_fault("analysis.horizons", a.horizons, "integers >= 1"))
+    faults += _repeated("analysis.horizons", a.horizons)
     for field, least in (("positions", 1), ("folds", 2), ("shown", 1), ("batch_size", 1)):
         value = getattr(a, field)
         if value < least:

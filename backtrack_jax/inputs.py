@@ -13,6 +13,7 @@ from backtrack_jax.data import records
 from backtrack_jax.data.problems import shipped_problems
 from backtrack_jax.models import checkpoint
 from backtrack_jax.models.config import HUB_CONFIGS, LlamaConfig
+from backtrack_jax.models.sharding import check_parts
 from backtrack_jax.models.tokenizer import Tokenizer
 from backtrack_jax.paths import local_path
 
@@ -80,6 +81,10 @@ def check_architectures(e: Experiment, known: Mapping[str, LlamaConfig]) -> None
                 f"its vocabulary has {config.vocab_size}"
             )
         _check_vector_files(e, role, config)
+        try:
+            check_parts(config, e.model_parallel)
+        except ValueError as error:
+            raise ValueError(f"model_parallel={e.model_parallel}, {role} model: {error}") from error
     shapes = {(config.n_layers, config.d_model) for config in known.values()}
     if len(shapes) > 1:
         raise ValueError(
@@ -138,13 +143,17 @@ def check_planned(e: Experiment) -> None:
     check_architectures(e, {role: config for role in e.roles if (config := architecture(e.model(role).path))})
 
 
-def check_fetched(e: Experiment) -> None:
+def check_fetched(e: Experiment, roles: Sequence[str]) -> None:
     """Fetches the models that are not here and refuses what is wrong with any of them, before weights are read.
+
+    Args:
+      e: the experiment.
+      roles: of the models that are needed.
 
     Raises:
       FileNotFoundError, ValueError: names the model and what is wrong with it.
     """
-    paths = {role: checkpoint.resolve(e.model(role).path, e.model(role).revision or None) for role in e.roles}
+    paths = {role: checkpoint.resolve(e.model(role).path, e.model(role).revision or None) for role in roles}
     for path in paths.values():
         checkpoint.check(path)
     check_architectures(e, {role: checkpoint.read_config(path) for role, path in paths.items()})

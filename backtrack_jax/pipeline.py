@@ -42,7 +42,7 @@ from backtrack_jax.judges.settings import UNANSWERED, read_key
 from backtrack_jax.models import checkpoint, prompts
 from backtrack_jax.models.config import LlamaConfig
 from backtrack_jax.models.llama import Llama
-from backtrack_jax.models.sharding import make_mesh, shardings
+from backtrack_jax.models.sharding import make_mesh
 from backtrack_jax.models.tokenizer import Tokenizer
 from backtrack_jax.progress import say
 from backtrack_jax.stages import analysis, annotations, report, steering, traces, vectors
@@ -272,12 +272,13 @@ class Run:
     def _check_models(self) -> None:
         """Finds, before any long work, what is wrong with one of the models or the tokenizer."""
         e = self.experiment
-        inputs.check_fetched(e)
-        for role in e.roles:
+        to_do = {name for name in self.with_models.intersection(self.stages) if not self.done(name)}
+        roles = (e.author,) if to_do == {"1-traces"} else e.roles
+        _ = self.mesh  # refuses more devices than there are, before anything is fetched
+        inputs.check_fetched(e, roles)
+        for role in roles:
             not_read = () if e.model(role).markers == "keep" else prompts.r1_markers(self.tokenizer)
             inputs.check_vocabulary(role, self.architecture(role), self.tokenizer, not_read)
-            if self.mesh is not None:
-                shardings(self.architecture(role), self.mesh)  # refuses sizes that the devices do not divide
         if "5-analysis" in self.stages and not self.done("5-analysis"):
             try:
                 keyword_ids(self.tokenizer, e.analysis.keywords)

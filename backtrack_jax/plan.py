@@ -2,18 +2,22 @@
 
 from collections.abc import Mapping, Sequence
 
+import jax
+import jax.numpy as jnp
+
 from backtrack_jax import conditions, store
 from backtrack_jax.analysis import agreement
 from backtrack_jax.config import Experiment
 from backtrack_jax.data import records
 from backtrack_jax.inputs import architecture, data_path, problems, spread
+from backtrack_jax.models.attention import cache_dtype
 from backtrack_jax.models.batching import bucket
 from backtrack_jax.models.config import LlamaConfig
 from backtrack_jax.pipeline import STAGES, Run
 from backtrack_jax.stages.annotations import ledger_path
 
 _CHARACTERS_PER_TOKEN = 4  # of English text, for the estimate only
-_PROMPT_TOKENS = 100
+_MARKER_TOKENS = 16  # of a prompt, around system text and problem
 _CHARACTERS_PER_SENTENCE = 69  # measured on the released chains
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -41,7 +45,9 @@ def _traces(run: Run) -> list[str]:
     e, spec = run.experiment, run.experiment.traces
     if spec.path:
         return [f"import {data_path(spec.path)}"]
-    return _sampling(e, e.author, len(problems(e)) * spec.samples, spec.max_new_tokens, spec.batch_size)
+    asked = problems(e)
+    prompt = max(_prompt_tokens(e, problem.problem) for problem in asked)
+    return _sampling(e, e.author, len(asked) * spec.samples, prompt, spec.max_new_tokens, spec.batch_size)
 
 
 def _annotations(run: Run) -> list[str]:
@@ -92,7 +98,7 @@ def _analysis(run: Run) -> list[str]:
     lengths, rows = _trace_lengths(e), _rows(e)
     lines = []
     for role in e.roles:
-        tokens = rows[role] * (_PROMPT_TOKENS + e.steering.max_new_tokens)
+        tokens = rows[role] * (_longest_prompt(e) + e.steering.max_new_tokens)
         lines.append(
             f"{role} model: likelihood of {rows[role]} replies, at most {tokens:,} tokens; activations of "
             f"{len(lengths)} traces, about {sum(lengths):,} tokens, {len(lengths) * spec.positions:,} of them kept"
@@ -101,12 +107,13 @@ def _analysis(run: Run) -> list[str]:
         if config is None:
             lines.append(f"  memory: unknown until {e.model(role).path} is here")
             continue
+        rows_at_once = -(-spec.batch_size // e.data_parallel)
         layers = len({*e.vectors.layers, e.steering.layer})
         kept = 4 * len(lengths) * spec.positions * layers * config.d_model
-        gathered = 4 * config.n_layers * spec.batch_size * bucket(spec.positions) * config.d_model
-        logits = 4 * max(min(1 << 27, spec.batch_size * 256 * config.vocab_size), 256 * config.vocab_size)
+        gathered = 4 * config.n_layers * rows_at_once * bucket(spec.positions) * config.d_model
+        logits = 4 * max(min(1 << 27, rows_at_once * 256 * config.vocab_size), 256 * config.vocab_size)
         lines.append(
-            f"  memory: weights {_weights(e, role, config)}, activations {_gigabytes(gathered)} and on the host "
+            f"  {_memory(e)}: weights {_weights(e, role, config)}, activations {_gigabytes(gathered)} and on the host "
             f"{_gigabytes(kept)}, logits about {_gigabytes(logits)}"
         )
     return [*lines, *_judged_replies(run, rows)]
@@ -120,7 +127,7 @@ def _judged_replies(run: Run, rows: Mapping[str, int]) -> list[str]:
     if folder := store.peek(run.workdir, "4-steering", run.inputs["4-steering"]):
         lines = store.read_lines(folder / "generations.jsonl")
         return _asking(e, agreement.reply_traces(lines)[0])
-    standing = records.Problem("-", "-", "X" * 4 * _PROMPT_TOKENS)
+    standing = records.Problem("-", "-", "X" * _CHARACTERS_PER_TOKEN * _longest_prompt(e))
     return _asking_unsampled(e, [(standing, 0)] * sum(rows.values()), e.steering.max_new_tokens)
 
 
@@ -141,13 +148,11 @@ def _vectors(run: Run) -> list[str]:
             lines.append(f"  memory: unknown until {e.model(role).path} is here")
             continue
         windows = 1 + len(e.vectors.offsets)
-        scores = 4 * e.vectors.batch_size * config.n_heads * longest**2
-        width = (
-            4
-            * e.vectors.batch_size
-            * (longest * (config.d_mlp * 2 + config.d_model * 6) + windows * 14 * config.d_model)
-        )
-        lines.append(f"  memory: weights {_weights(e, role, config)}, activations about {_gigabytes(scores + width)}")
+        parts, rows_at_once = e.model_parallel, -(-e.vectors.batch_size // e.data_parallel)
+        scores = config.n_heads // parts * longest**2 // 2  # half are never computed
+        width = longest * (2 * config.d_mlp // parts + 6 * config.d_model) + windows * 14 * config.d_model
+        held = 4 * rows_at_once * (scores + width)
+        lines.append(f"  {_memory(e)}: weights {_weights(e, role, config)}, activations about {_gigabytes(held)}")
     return lines
 
 
@@ -155,14 +160,30 @@ def _steering(run: Run) -> list[str]:
     e, spec = run.experiment, run.experiment.steering
     lines = [f"{len(conditions.planned(e))} conditions, {_asked(e)} problems at most, {spec.samples} sample(s) each"]
     for role, rows in _rows(e).items():
-        lines += _sampling(e, role, rows, spec.max_new_tokens, spec.batch_size)
+        lines += _sampling(e, role, rows, _longest_prompt(e), spec.max_new_tokens, spec.batch_size)
     return lines
 
 
 def _asked(e: Experiment) -> int:
     """Problems that replies are steered on."""
-    traced = {trace.problem_id for trace in _imported(e)} if e.traces.path else {problem.id for problem in problems(e)}
-    return min(len(traced), e.steering.limit or len(traced))
+    return min(len(_problem_texts(e)), e.steering.limit or len(_problem_texts(e)))
+
+
+def _longest_prompt(e: Experiment) -> int:
+    """Tokens of the longest prompt that replies may be steered on; an estimate."""
+    return max(_prompt_tokens(e, text) for text in _problem_texts(e).values())
+
+
+def _problem_texts(e: Experiment) -> dict[str, str]:
+    """Problem -> its text, of all that there are traces of."""
+    if e.traces.path:
+        return {trace.problem_id: trace.problem for trace in _imported(e)}
+    return {problem.id: problem.problem for problem in problems(e)}
+
+
+def _prompt_tokens(e: Experiment, problem: str) -> int:
+    """An estimate."""
+    return _MARKER_TOKENS + (len(e.prompt.system) + len(problem)) // _CHARACTERS_PER_TOKEN
 
 
 def _rows(e: Experiment) -> dict[str, int]:
@@ -174,29 +195,35 @@ def _rows(e: Experiment) -> dict[str, int]:
     }
 
 
-def _sampling(e: Experiment, role: str, rows: int, new_tokens: int, batch_size: int) -> list[str]:
+def _sampling(e: Experiment, role: str, rows: int, prompt_tokens: int, new_tokens: int, batch_size: int) -> list[str]:
     lines = [f"{role} model: {rows} rows in batches of {batch_size}, up to {rows * new_tokens:,} new tokens"]
     config = architecture(e.model(role).path)
     if config is None:
         return [*lines, f"  memory: unknown until {e.model(role).path} is here"]
-    prompt = bucket(_PROMPT_TOKENS)
-    per_token = 2 * config.n_layers * config.n_kv_heads * config.head_dim * _BYTES[e.model(role).dtype]
-    cache, logits = batch_size * (prompt + new_tokens) * per_token, 3 * 4 * batch_size * config.vocab_size
+    prompt, parts, rows_at_once = bucket(prompt_tokens), e.model_parallel, -(-batch_size // e.data_parallel)
+    cached = cache_dtype(jnp.dtype(e.model(role).dtype)).itemsize
+    per_token = 2 * config.n_layers * config.n_kv_heads // parts * config.head_dim * cached
+    cache, logits = rows_at_once * (prompt + new_tokens) * per_token, 3 * 4 * rows_at_once * config.vocab_size // parts
     # Its own keys and values, before they are moved into the cache, and a block's activations: as compiled for a TPU.
-    prefill = batch_size * prompt * (per_token + 6 * config.d_mlp + 28 * config.d_model)
-    rows_bytes = 2 * 4 * batch_size * config.n_layers * config.d_model
+    prefill = rows_at_once * prompt * (per_token + 6 * config.d_mlp // parts + 28 * config.d_model)
+    rows_bytes = 2 * 4 * rows_at_once * config.n_layers * config.d_model
+    blocks = config.n_parameters - (1 if config.tied else 2) * config.vocab_size * config.d_model
+    second = _gigabytes(blocks * _BYTES[e.model(role).dtype] // parts)
+    room = {"tpu": "", "cpu": f", second copy of the blocks {second}"}
     return [
         *lines,
-        f"  memory: weights {_weights(e, role, config)}, cache {_gigabytes(cache)}, prefill {_gigabytes(prefill)}, "
-        f"interventions and logits {_gigabytes(rows_bytes + logits)}",
+        f"  {_memory(e)}: weights {_weights(e, role, config)}, cache {_gigabytes(cache)}, "
+        f"prefill {_gigabytes(prefill)}, interventions and logits {_gigabytes(rows_bytes + logits)}"
+        + room.get(jax.default_backend(), f", second copy of the blocks {second} if there is room"),
     ]
 
 
 def _trace_lengths(e: Experiment) -> list[int]:
     """Tokens of each trace with its prompt; estimates."""
     if not e.traces.path:
-        return [_PROMPT_TOKENS + e.traces.max_new_tokens] * (len(problems(e)) * e.traces.samples)
-    return [_PROMPT_TOKENS + len(trace.text) // _CHARACTERS_PER_TOKEN for trace in _imported(e)]
+        prompts = [_prompt_tokens(e, problem.problem) for problem in problems(e)]
+        return [tokens + e.traces.max_new_tokens for tokens in prompts for _ in range(e.traces.samples)]
+    return [_prompt_tokens(e, trace.problem) + len(trace.text) // _CHARACTERS_PER_TOKEN for trace in _imported(e)]
 
 
 def _imported(e: Experiment) -> list[records.Trace]:
@@ -204,8 +231,13 @@ def _imported(e: Experiment) -> list[records.Trace]:
 
 
 def _weights(e: Experiment, role: str, config: LlamaConfig) -> str:
-    size = config.n_parameters * _BYTES[e.model(role).dtype]
-    return _gigabytes(size) + (f" over {e.model_parallel} devices" if e.model_parallel > 1 else "")
+    return _gigabytes(config.n_parameters * _BYTES[e.model(role).dtype] // e.model_parallel)
+
+
+def _memory(e: Experiment) -> str:
+    """What the sizes are of: programs of a CPU hold another cache than those of a GPU."""
+    devices = e.data_parallel * e.model_parallel
+    return f"memory on {f'each of {devices} devices, ' if devices > 1 else ''}{jax.default_backend()}"
 
 
 def _gigabytes(size: int) -> str:

@@ -16,6 +16,7 @@ import tiny
 from absl import flags
 
 from backtrack_jax import generate, run
+from backtrack_jax.data import records
 from backtrack_jax.models import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -59,12 +60,13 @@ def test_plan_of_the_tiny_experiment(fresh: Path, command: Callable[..., tuple[s
     assert not message
     assert sorted(Path.cwd().rglob("*")) == before  # nothing is written
     assert re.findall(r"^\d-\w+ +(.*)$", out, re.MULTILINE) == ["to do"] * 6
-    tokens = sum(100 + len(chain["reasoning_chain"]) // 4 for chain in tiny.chains())  # 100 for each prompt
+    prompts = sum(16 + len(chain["problem"]) // 4 for chain in tiny.chains())  # 16 for the markers of each
+    tokens = prompts + sum(len(chain["reasoning_chain"]) // 4 for chain in tiny.chains())
     assert f"base model: 12 traces, about {tokens:,} tokens" in out
     assert "46 conditions, 3 problems at most, 2 sample(s) each" in out
     for role, rows in (("base", 114), ("reasoning", 150)):
         assert f"{role} model: {rows} rows in batches of 32, up to {8 * rows:,} new tokens" in out
-    assert out.count("memory: weights 0.00 GB") == 6
+    assert out.count("memory on cpu: weights 0.00 GB") == 6
 
 
 @pytest.mark.usefixtures("no_model")
@@ -114,9 +116,60 @@ def test_plan_of_the_paper_needs_no_weights(tmp_path: Path, command: Callable[..
         "6-report",
     ):  # each has its plan
         assert re.search(rf"^{stage} +to do\n  \S", out, re.MULTILINE)
-    # 2 x 32 layers x 8 heads x 128 x 2 bytes = 128 KiB a token; 128 rows of 128 + 128 tokens.
-    # A prompt token needs as much once more, and a block 6 x 14336 + 28 x 4096 bytes, see BUILD_NOTES.
-    assert f"cache {128 * 256 * 128 * 1024 / 1e9:.2f} GB, prefill {128 * 128 * 331776 / 1e9:.2f} GB" in out
+    # 2 x 32 layers x 8 heads x 128 x 4 bytes = 256 KiB a token, as on a CPU; the longest problem has 408 characters, so
+    # 128 rows of 128 + 128 tokens. A prompt token needs as much once more, and a block 6 x 14336 + 28 x 4096 bytes.
+    per_token = 256 * 1024
+    cache, prefill = 128 * 256 * per_token, 128 * 128 * (per_token + 6 * 14336 + 28 * 4096)
+    assert f"cache {cache / 1e9:.2f} GB, prefill {prefill / 1e9:.2f} GB" in out
+    assert "second copy of the blocks 13.96 GB" in out
+
+
+@pytest.mark.usefixtures("no_model")
+def test_plan_counts_long_problems_and_devices(tmp_path: Path, command: Callable[..., tuple[str, str]]) -> None:
+    problems = [records.Problem(f"p{i}", "logic", "What follows? " * (10 if i else 500)) for i in range(20)]
+    records.write_jsonl(tmp_path / "long.jsonl", problems)
+    options = [f"--config.traces.problems={tmp_path / 'long.jsonl'}", f"--workdir={tmp_path / 'results'}", "--dry_run"]
+    devices = ["--config.data_parallel=2", "--config.model_parallel=4"]
+    out, message = command(f"--config={ROOT}/configs/paper.py", *options, *devices)
+    assert not message
+    # 500 x 14 / 4 + 16 tokens are padded to 1792; half of 128 rows and a quarter of 256 KiB a token on each device.
+    assert f"memory on each of 8 devices, cpu: weights 4.02 GB, cache {64 * (1792 + 128) * 65536 / 1e9:.2f} GB" in out
+    prompts = 20 * 16 + 500 * 14 // 4 + 19 * (10 * 14 // 4)
+    assert f"base model: 20 traces, about {20 * 500 + prompts:,} tokens" in out
+
+
+def test_traces_alone_need_no_other_model_than_their_author(
+    tmp_path: Path, command: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Llama-3.1-8B takes 16 GB and a licence."""
+    asked = []
+
+    def resolve(path: str, revision: str | None = None, *, weights: bool = True) -> Path:
+        asked.append(path)
+        raise FileNotFoundError(f"{path} is not fetched here")
+
+    monkeypatch.setattr(checkpoint, "resolve", resolve)
+    _, message = command(f"--config={ROOT}/configs/paper.py", "--stages=traces", f"--workdir={tmp_path}")
+    assert asked == ["deepseek-ai/DeepSeek-R1-Distill-Llama-8B"]
+    assert message == f"error: {asked[0]} is not fetched here"
+
+
+@pytest.mark.usefixtures("fresh")
+def test_the_grammar_judges_no_other_language(command: Callable[..., tuple[str, str]]) -> None:
+    """All labels would be `other`, which is no result."""
+    _, message = command(TINY, "--config.annotations.judge=grammar", "--stages=1,2")
+    assert message.startswith("error: judge='grammar': no sentence of 12 texts is one of the small pair's")
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("more", [[], ["--dry_run"]])
+def test_devices_that_do_not_divide_a_model_are_refused_before_it_is_fetched(
+    tmp_path: Path, command: Callable[..., tuple[str, str]], more: list[str]
+) -> None:
+    options = ["--config.model_parallel=3", f"--workdir={tmp_path}", *more]
+    _, message = command(f"--config={ROOT}/configs/paper.py", *options)
+    assert message.startswith("error: model_parallel=3, ")
+    assert "does not divide num_key_value_heads=8" in message
 
 
 @pytest.mark.usefixtures("no_model")
@@ -130,7 +183,7 @@ def test_plan_of_smollm2(tmp_path: Path, command: Callable[..., tuple[str, str]]
     assert "base model: 40 traces" in out
     assert "13 conditions, 16 problems at most, 1 sample(s) each" in out
     assert "base model: 208 rows in batches of 64, up to 19,968 new tokens" in out
-    assert "memory: weights 0.27 GB" in out
+    assert "memory on cpu: weights 0.27 GB" in out
 
 
 @pytest.mark.usefixtures("no_model")

@@ -65,19 +65,22 @@ def shardings(config: LlamaConfig, mesh: Mesh | AbstractMesh) -> dict[str, Any]:
     Raises:
       ValueError: names every size that the `model` axis does not divide.
     """
-    parts = mesh.shape[MODEL]
+    check_parts(config, mesh.shape[MODEL])
+    abstract = nnx.eval_shape(lambda: Llama(config, jnp.dtype(jnp.float32), rngs=nnx.Rngs(0)))
+    return jax.tree.map_with_path(
+        lambda path, leaf: NamedSharding(mesh, _spec(path[-1].key, leaf.ndim)), nnx.to_pure_dict(nnx.state(abstract))
+    )
+
+
+def check_parts(config: LlamaConfig, parts: int) -> None:
+    """ValueError if a model cannot be spread over so many devices; names every size that they do not divide."""
     sizes = {
         "num_key_value_heads": config.n_kv_heads,
         "intermediate_size": config.d_mlp,
         "vocab_size": config.vocab_size,
     }
-    faults = [f"{name}={size}" for name, size in sizes.items() if size % parts]
-    if faults:
+    if faults := [f"{name}={size}" for name, size in sizes.items() if size % parts]:
         raise ValueError(f"the mesh's model axis of {parts} devices does not divide {', '.join(faults)}")
-    abstract = nnx.eval_shape(lambda: Llama(config, jnp.dtype(jnp.float32), rngs=nnx.Rngs(0)))
-    return jax.tree.map_with_path(
-        lambda path, leaf: NamedSharding(mesh, _spec(path[-1].key, leaf.ndim)), nnx.to_pure_dict(nnx.state(abstract))
-    )
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:

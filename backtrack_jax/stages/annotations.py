@@ -13,7 +13,7 @@ from backtrack_jax import store
 from backtrack_jax.config import Experiment
 from backtrack_jax.data import annotations as labels
 from backtrack_jax.data import records
-from backtrack_jax.data.records import Annotation, Note, Rejection, Trace
+from backtrack_jax.data.records import OTHER, Annotation, Note, Rejection, Trace
 from backtrack_jax.inputs import data_path
 from backtrack_jax.judges import grammar, keyword
 from backtrack_jax.judges.prompts import failure
@@ -53,7 +53,13 @@ def judged(e: Experiment, judge: str, traces: Sequence[Trace]) -> list[Annotatio
     if judge == "keyword":
         return [keyword.annotate(trace, e.annotations.variant) for trace in traces]
     if judge == "grammar":
-        return [grammar.annotate(trace) for trace in traces]
+        found = [grammar.annotate(trace) for trace in traces]
+        if not any(section.label != OTHER for annotation in found for section in annotation.sections):
+            raise ValueError(
+                f"judge='grammar': no sentence of {len(traces)} texts is one of the small pair's, and it knows no "
+                "others; expected another judge, such as 'keyword' or 'openai'"
+            )
+        return found
     return _ask(e, traces)
 
 
