@@ -17,6 +17,7 @@ from backtrack_jax.intervention import (
     Span,
     add_vector,
     gaussian_noise,
+    key_of,
     no_intervention,
     self_amplify,
 )
@@ -171,7 +172,7 @@ class Interventions:
         if c.kind == UNSTEERED:
             return no_intervention(n_layers, d_model, span)
         if c.kind == "noise":
-            return gaussian_noise(c.layer, c.length, jax.random.key(0), n_layers=n_layers, d_model=d_model, span=span)
+            return gaussian_noise(c.layer, c.length, key_of(0), n_layers=n_layers, d_model=d_model, span=span)
         if c.kind == "self-amplification":
             return self_amplify(c.layer, c.length, n_layers=n_layers, d_model=d_model, span=span)
         if c.kind == "random":

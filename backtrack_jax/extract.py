@@ -209,7 +209,7 @@ def add_traces(
     if repeated := [name for name, times in Counter(trace.id for trace in traces).items() if times > 1]:
         raise ValueError(f"traces of one id: {repeated}")
     for trace in traces:
-        _check_trace(trace, model.config.vocab_size)
+        _check_trace(trace, model.config.vocab_size, total.plan.labels)
     done = set(total.trace_ids)
     todo = []
     for padded, members in batches([len(trace.ids) for trace in traces], batch_size):
@@ -399,8 +399,10 @@ def _sum_rows(x: jax.Array) -> jax.Array:
     return jnp.matmul(ones, x.reshape(len(x), -1), precision=lax.Precision.HIGHEST).reshape(x.shape[1:])
 
 
-def _check_trace(trace: TokenTrace, vocab_size: int) -> None:
+def _check_trace(trace: TokenTrace, vocab_size: int, labels: Sequence[str]) -> None:
     check_ids(trace.ids, vocab_size, f"trace {trace.id!r}")
+    for label, _ in trace.starts:
+        _index(f"label in trace {trace.id}", label, labels)
     places = [
         ("reply_start", trace.reply_start),
         *((f"the start of a {label} section", at) for label, at in trace.starts),

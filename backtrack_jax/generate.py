@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from backtrack_jax.intervention import Intervention, stack_rows
+from backtrack_jax.intervention import Intervention, key_of, stack_rows
 from backtrack_jax.models.attention import PAD, KVCache
 from backtrack_jax.models.batching import batches, check_ids, left_pad
 from backtrack_jax.models.llama import Llama
@@ -29,7 +29,7 @@ _CDF_BLOCK = 128
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn; traced values, scalar or one per row [B].
+    """How the next token is drawn; traced values, scalar or, in a batch of `generate`, one per row [B].
 
     Attributes:
       temperature: 0 takes the most likely token.
@@ -142,7 +142,7 @@ def generate(
         """Samples from the last position's residual stream [B, 1, D] and writes the tokens at `state.step`."""
         logits = model.logits(resid[:, 0])
         tokens = sample(logits, sampling, keys, state.step)
-        written = lax.dynamic_update_slice(state.ids, tokens[:, None], (0, state.step))
+        written = lax.dynamic_update_slice_in_dim(state.ids, tokens[:, None], state.step, axis=1)
         return dataclasses.replace(
             state,
             ids=jnp.where(state.stopped[:, None], state.ids, written),
@@ -292,7 +292,7 @@ def _first_above(cumulative: jax.Array, weights: jax.Array, target: jax.Array) -
 
 def row_key(seed: int, problem_id: str, sample_id: int) -> jax.Array:
     """PRNG key of one row. Neither its place in a batch nor its condition enters, so conditions share their noise."""
-    key = jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(str(problem_id).encode())))
+    key = jax.random.fold_in(key_of(seed), np.uint32(zlib.crc32(str(problem_id).encode())))
     return jax.random.fold_in(key, sample_id)
 
 
@@ -347,6 +347,9 @@ def generate_rows(
       FloatingPointError: names the row whose logits are not finite.
     """
     sampling.check()
+    for field, value in vars(sampling).items():
+        if jnp.ndim(value):  # rows are sorted into batches, and it would meet others than it is meant for
+            raise ValueError(f"{field} has shape {jnp.shape(value)}, expected one number for all rows")
     for number, row in enumerate(rows):
         check_ids(row.prompt, model.config.vocab_size, row.name or f"row {number}")
     for padded, members in batches([len(row.prompt) for row in rows], batch_size):
@@ -417,7 +420,7 @@ def generate_text(
             sampling=sampling,
             stop_ids=tokenizer.stop_ids,
             max_new_tokens=max_new_tokens,
-            batch_size=min(batch_size, max(len(rows), 1)),
+            batch_size=min(batch_size, 1 << max(len(rows) - 1, 0).bit_length()),  # few sizes, so few programs
         )
         for pair in batch
     )

@@ -91,8 +91,13 @@ class Intervention:
                 f"{(n_rows, n_layers, d_model)}; `stack_rows` makes a batch of rows"
             )
 
+    @property
+    def unresolved(self) -> jax.Array:
+        """[B] bool, whether a row's span waits for the prompt's length."""
+        return jnp.any(self.span == PROMPT_END, axis=-1)
+
     def check_resolved(self) -> None:
-        """ValueError if a concrete span waits for the prompt's length; a traced one that does changes nothing."""
+        """ValueError if a concrete span waits for the prompt's length."""
         if isinstance(self.span, Tracer):
             return
         if rows := np.flatnonzero(np.any(np.asarray(self.span) == PROMPT_END, axis=-1)).tolist():
@@ -127,8 +132,16 @@ def no_intervention(n_layers: int, d_model: int, span: Span = "all", key: jax.Ar
         ablate=per_layer,
         direction=per_layer_vector,
         span=jnp.array(_span_bounds(span), jnp.int32),
-        key=jax.random.key(0) if key is None else key,
+        key=key_of(0) if key is None else key,
     )
+
+
+def key_of(seed: int) -> jax.Array:
+    """PRNG key of a seed, threefry's whatever JAX's default is.
+
+    A draw must depend on the row's key alone. Other generators draw the keys of a batch together (`jax.vmap`).
+    """
+    return jax.random.key(seed, impl="threefry2x32")
 
 
 def add_vector(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from backtrack_jax import extract
 from backtrack_jax.extract import (
     ESTIMATORS,
     TokenTrace,
@@ -383,10 +384,11 @@ def test_windows_may_be_lists():
     assert plan.windows == ((-2, -1),)
 
 
-def test_an_unknown_label_is_named():
+def test_an_unknown_label_is_named_before_anything_is_read(monkeypatch):
     trace = dataclasses.replace(TRACES[0], starts=[("dreaming", 9)])
+    monkeypatch.setattr(extract, "_start_batch", None)
     with pytest.raises(ValueError, match=r"problem 0/0.*'dreaming' is not among \['deduction'"):
-        window_sums(MODEL, [trace], PLAN, batch_size=BATCH_SIZE)
+        window_sums(MODEL, [*TRACES[1:], trace], PLAN, batch_size=1)
 
 
 @pytest.mark.parametrize(

@@ -463,6 +463,7 @@ def test_a_row_without_finite_logits_stops_the_run(rows):
     [
         ({"sampling": Sampling(-0.7)}, "temperature=-0.7, expected a finite number of at least 0"),
         ({"sampling": Sampling(jnp.array([0.7, jnp.nan]))}, "temperature=.*nan.*, expected a finite number"),
+        ({"sampling": Sampling(jnp.array([0.7, 0.0]))}, r"temperature has shape \(2,\), expected one number for all"),
         ({"sampling": Sampling(1.0, top_p=95)}, "top_p=95, expected more than 0 and at most 1"),
         ({"sampling": Sampling(1.0, top_k=jnp.array(0.5))}, "top_k=0.5, expected an integer"),
         ({"batch_size": 0}, "batch_size=0, expected at least 1"),
@@ -751,6 +752,17 @@ def test_texts_are_the_replies_of_every_prompt_under_every_intervention():
     expected = [tokenizer.decode([i for i in ids[number] if i not in tokenizer.stop_ids]) for number in range(4)]
     assert texts == [expected[:2], expected[2:]]
     assert len(set(expected)) > 2
+
+
+def test_texts_of_a_few_more_rows_compile_nothing_new():
+    path = checkpoint.resolve("package:backtrack_jax/organism/reasoning")
+    model, tokenizer = checkpoint.load(str(path), dtype="float32"), Tokenizer.load(path)
+    nothing = no_intervention(model.config.n_layers, model.config.d_model)
+    prompt = tokenizer.encode_chat([{"role": "user", "content": "lamp"}])
+    generate_text(model, tokenizer, [prompt], [nothing] * 3, max_new_tokens=2)
+    before = n_programs()
+    generate_text(model, tokenizer, [prompt], [nothing] * 4, max_new_tokens=2)
+    assert n_programs() == before
 
 
 def test_texts_have_noise_of_their_own_for_every_prompt_seed_and_key():

@@ -17,6 +17,7 @@ import torch
 import transformers
 from helpers import hf_llama, relative_error, save
 
+from backtrack_jax import generate
 from backtrack_jax.intervention import (
     END,
     PROMPT_END,
@@ -276,13 +277,23 @@ def test_spans_resolve_per_row():
 
 
 @pytest.mark.parametrize("span", ["prompt", "generated"])
-def test_a_span_that_waits_for_the_prompts_length_is_refused_or_changes_nothing(span):
-    """The model knows no prompt: refused where the value is known, also in a program; traced, the plain program."""
+def test_a_span_that_waits_for_the_prompts_length_is_refused_or_gives_nan(span):
+    """The model knows no prompt: refused where the value is known, also in a program; traced, its row is no number."""
     model, rows = models()[1], stack_rows([NOTHING] * (B - 1) + [add_vector(VECTOR, 1, 2.0, n_layers=L, span=span)])
     for compiled in (lambda f: f, jax.jit):
         with pytest.raises(ValueError, match=r"spans of rows \[5\] are `prompt` or `generated`.* call `resolve`"):
             compiled(lambda ids: model(ids, jnp.asarray(POSITIONS), intervention=rows))(IDS)
-    np.testing.assert_array_equal(_states(model, IDS, POSITIONS, rows), states(None))
+    found, plain = _states(model, IDS, POSITIONS, rows), states(None)
+    np.testing.assert_array_equal(found[:, : B - 1], plain[:, : B - 1])
+    assert np.isnan(found[:, B - 1]).all()
+
+
+def test_keys_of_rows_do_not_depend_on_the_default_generator():
+    """Of another default, a row's draws would depend on the batch that it is in."""
+    with jax.default_prng_impl("unsafe_rbg"):
+        keys = [no_intervention(**SIZES).key, generate.row_key(3, "a", 0)]
+    assert keys[0] == jax.random.key(0, impl="threefry2x32")
+    assert keys[1] == generate.row_key(3, "a", 0)
 
 
 @pytest.mark.parametrize("kind", [int, np.int64, np.int32, jnp.int32])

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from backtrack_jax.extract import TokenTrace
-from backtrack_jax.models.batching import batches, bucket, right_pad
+from backtrack_jax.models.batching import batches, bucket, check_ids, right_pad
 from backtrack_jax.models.llama import Llama
 from backtrack_jax.models.sharding import place_rows
 
@@ -33,11 +33,12 @@ def read(
       After every batch, (index of a trace, [positions, layers, D] float32).
 
     Raises:
-      ValueError: a layer that the model does not have, or a position beyond a trace.
+      ValueError: a layer that the model does not have, a token that it does not know, or a position beyond a trace.
     """
     if beyond := [layer for layer in layers if not 0 <= layer < model.config.n_layers]:
         raise ValueError(f"layer={beyond[0]} is outside 0..{model.config.n_layers - 1}")
     for trace, at in zip(traces, positions, strict=True):
+        check_ids(trace.ids, model.config.vocab_size, f"trace {trace.id!r}")
         if len(at) and not 0 <= at.min() <= at.max() < len(trace.ids):
             raise ValueError(f"trace {trace.id!r} has {len(trace.ids)} tokens, asked for position {at.max()}")
     most = bucket(max((len(at) for at in positions), default=1) or 1)
@@ -48,7 +49,8 @@ def read(
             at[row, : len(positions[i])] = positions[i]
         batch = place_rows(model, (ids, places, at))
         out = np.asarray(_gather(model, *batch, np.array(layers, np.int32), stop_at_layer=max(layers) + 1))
-        yield [(i, np.moveaxis(out[:, row, : len(positions[i])], 0, 1)) for row, i in enumerate(members)]
+        # Copies: a view would keep the whole padded batch.
+        yield [(i, np.moveaxis(out[:, row, : len(positions[i])], 0, 1).copy()) for row, i in enumerate(members)]
 
 
 @partial(jax.jit, static_argnames="stop_at_layer")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from backtrack_jax.models.batching import batches, right_pad
+from backtrack_jax.models.batching import batches, check_ids, right_pad
 from backtrack_jax.models.llama import Llama
 from backtrack_jax.models.sharding import place_rows
 
@@ -37,8 +37,13 @@ def log_likelihoods(
 
     Yields:
       After every batch, (row number, mean log-likelihood in nats per token); nan for an empty reply.
+
+    Raises:
+      ValueError: names the row with a token that the model does not know.
     """
     sequences = [[*prompt, *reply] for prompt, reply in zip(prompts, replies, strict=True)]
+    for row, sequence in enumerate(sequences):
+        check_ids(sequence, model.config.vocab_size, f"row {row}")
     for padded, members in batches([len(sequence) for sequence in sequences], batch_size):
         if all(row in done for row in members):
             continue

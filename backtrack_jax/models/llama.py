@@ -212,6 +212,8 @@ class Llama(nnx.Module):
             intervention.check_shape(len(ids), self.config.n_layers, self.config.d_model)
             intervention.check_resolved()
         x = take(self.embed_tokens[...], ids).astype(jnp.float32)
+        if intervention is not None:  # a traced span cannot be refused, and must not be left out without a word
+            x = jnp.where(intervention.unresolved[:, None, None], jnp.nan, x)
         # Behind the barrier, or XLA's CPU backend would compute sines anew in every block of a decode step.
         rope = lax.optimization_barrier(rope_tables(jnp.maximum(positions, 0), self.config))
         filled = jnp.zeros((), jnp.int32) if cache is None else cache.filled

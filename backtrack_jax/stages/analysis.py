@@ -201,7 +201,9 @@ def _probe(run: "Run", role: str, folder: Path, pairs: Pairs, sums: dict[str, ex
     chosen = [np.sort(rng.choice(at, min(spec.positions, len(at)), replace=False)) for at in replies_at]
     with Progress(f"  activations of the {role} model", len(read)) as progress:
         sampled = _read_activations(run, role, read, chosen, layers, progress)
-    mean = np.concatenate(sampled).mean(0, dtype=np.float64)
+    of_layer = [np.concatenate([states[:, n] for states in sampled]) for n in range(len(layers))]
+    mean = np.stack([states.mean(0, dtype=np.float64) for states in of_layer])
+    del sampled
     shown = _shown(run, read)
     with Progress(f"  projections of the {role} model", len(shown)) as progress:
         whole = _read_activations(
@@ -212,11 +214,10 @@ def _probe(run: "Run", role: str, folder: Path, pairs: Pairs, sums: dict[str, ex
     traces = np.repeat(np.arange(len(read)), [len(at) for at in chosen])
     rows: Rows = []
     for layer in e.vectors.layers:
-        at = np.concatenate(sampled)[:, layers.index(layer)]
         for horizon in spec.horizons:
             starts = [[at for label, at in trace.starts if label == e.vectors.label] for trace in read]
             soon = [probe.starts_soon(s, at, horizon) for s, at in zip(starts, chosen, strict=True)]
-            tokens = probe.Tokens(at, traces, np.concatenate(soon))
+            tokens = probe.Tokens(of_layer[layers.index(layer)], traces, np.concatenate(soon))
             rows += _probe_rows(run, role, layer, horizon, tokens, [trace for trace, _ in pairs], sums)
     tables.write(folder / f"{role}.probe.csv", rows)
 

@@ -1,5 +1,7 @@
 """Activations at single positions against hidden states of torch."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -29,6 +31,17 @@ def test_activations_are_those_of_torch_at_every_position(layers):
         expected = torch_residuals(reference, ids)[list(layers)][:, at[i]]
         assert found[i].shape == (len(at[i]), len(layers), MODEL.config.d_model)
         np.testing.assert_allclose(np.moveaxis(found[i], 0, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_activations_hold_no_more_memory_than_they_say():
+    [batch] = activations.read(MODEL, TRACES[:1], [np.array([0, 1])], (0,), batch_size=1)
+    assert batch[0][1].base is None
+
+
+def test_a_token_beyond_the_vocabulary_is_refused():
+    trace = dataclasses.replace(TRACES[0], ids=[1, MODEL.config.vocab_size])
+    with pytest.raises(ValueError, match=rf"has the token id {MODEL.config.vocab_size}, expected 0 to"):
+        next(activations.read(MODEL, [trace], [np.array([0])], (0,), batch_size=1))
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,14 @@ def test_batches_that_are_done_are_left_out(pair) -> None:
     assert list(coherence.log_likelihoods(model, PROMPTS[:4], REPLIES[:4], batch_size=2, done=done)) == whole[1:]
 
 
+def test_a_token_beyond_the_vocabulary_is_refused(pair) -> None:
+    """JAX would take the last row of the embedding for it."""
+    _, model = pair
+    V = model.config.vocab_size
+    with pytest.raises(ValueError, match=rf"row 1 has the token id {V}, expected 0 to {V - 1}"):
+        next(coherence.log_likelihoods(model, [PROMPTS[0], [V]], REPLIES[:2], batch_size=2))
+
+
 def block_output(oracle, layer: int, ids: Sequence[int]) -> np.ndarray:
     """By a hook: the last of transformers' hidden states is the one after the final norm."""
     import torch
