@@ -260,13 +260,18 @@ def _draw(weights: jax.Array, top_p: jax.Array | float, keys: jax.Array) -> jax.
     def draw_again(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         token, rejected, keys = state
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
-        drawn = _inverse_cdf(more_likely(token), jax.vmap(jax.random.uniform)(keys))
+        drawn = _inverse_cdf(more_likely(token), _uniform(keys))
         token = jnp.where(rejected, drawn, token)
         return token, outside(token), keys
 
-    token = _inverse_cdf(weights, jax.vmap(jax.random.uniform)(keys))
+    token = _inverse_cdf(weights, _uniform(keys))
     rejected = lax.cond(jnp.any(top_p < 1), outside, lambda token: token < 0, token)
     return lax.while_loop(lambda state: jnp.any(state[1]), draw_again, (token, rejected, keys))[0]
+
+
+def _uniform(keys: jax.Array) -> jax.Array:
+    """One number in [0, 1) per key, float32 also where JAX's default is float64."""
+    return jax.vmap(lambda key: jax.random.uniform(key, dtype=jnp.float32))(keys)
 
 
 def _inverse_cdf(weights: jax.Array, u: jax.Array) -> jax.Array:
@@ -431,4 +436,5 @@ def generate_text(
 
 def _with_noise_of(row: jax.Array, intervention: Intervention) -> Intervention:
     """The intervention with noise of a row's own: a key of the row's and of the intervention's key together."""
-    return dataclasses.replace(intervention, key=jax.random.fold_in(noise_key(row), jax.random.bits(intervention.key)))
+    own = jax.random.bits(intervention.key, dtype=jnp.uint32)
+    return dataclasses.replace(intervention, key=jax.random.fold_in(noise_key(row), own))

@@ -111,7 +111,8 @@ def _analysis(run: Run) -> list[str]:
         layers = len({*e.vectors.layers, e.steering.layer})
         kept = 4 * len(lengths) * spec.positions * layers * config.d_model
         gathered = 4 * config.n_layers * rows_at_once * bucket(spec.positions) * config.d_model
-        logits = 4 * max(min(1 << 27, rows_at_once * 256 * config.vocab_size), 256 * config.vocab_size)
+        of_position = spec.batch_size * config.vocab_size
+        logits = 4 * max(min(1 << 27, 256 * of_position), of_position) // (e.data_parallel * e.model_parallel)
         lines.append(
             f"  {_memory(e)}: weights {_weights(e, role, config)}, activations {_gigabytes(gathered)} and on the host "
             f"{_gigabytes(kept)}, logits about {_gigabytes(logits)}"

@@ -4,7 +4,10 @@ Shapes are few on purpose: most tests run the one program that `generate_rows` c
 """
 
 import dataclasses
+import os
 import re
+import subprocess
+import sys
 import types
 from collections.abc import Sequence
 from typing import Any
@@ -752,6 +755,28 @@ def test_texts_are_the_replies_of_every_prompt_under_every_intervention():
     expected = [tokenizer.decode([i for i in ids[number] if i not in tokenizer.stop_ids]) for number in range(4)]
     assert texts == [expected[:2], expected[2:]]
     assert len(set(expected)) > 2
+
+
+def test_a_row_is_the_same_where_numbers_are_64_bit_by_default():
+    script = """
+import jax, jax.numpy as jnp
+from backtrack_jax.generate import Sampling, generate_text
+from backtrack_jax.intervention import gaussian_noise
+from backtrack_jax.models import checkpoint
+from backtrack_jax.models.tokenizer import Tokenizer
+path = checkpoint.resolve("package:backtrack_jax/organism/reasoning")
+model, tokenizer = checkpoint.load(str(path)), Tokenizer.load(path)
+noise = gaussian_noise(2, 100.0, jax.random.key(1), n_layers=8, d_model=128)
+prompt = tokenizer.encode_chat([{"role": "user", "content": "lamp"}])
+print(generate_text(model, tokenizer, [prompt], [noise], max_new_tokens=12, sampling=Sampling(0.7, 0.95)))
+"""
+    texts = [
+        subprocess.run(
+            [sys.executable, "-c", script], env=os.environ | {"JAX_ENABLE_X64": x64}, capture_output=True, check=True
+        ).stdout
+        for x64 in ("0", "1")
+    ]
+    assert texts[0] == texts[1] and len(texts[0]) > 20
 
 
 def test_texts_of_a_few_more_rows_compile_nothing_new():

@@ -4,6 +4,7 @@ Text that falls apart is unlikely; text that repeats itself is likely, so repeti
 log-likelihood per token, in nats, at temperature 1 and without top-p, whatever the reply was sampled with.
 """
 
+import math
 from collections.abc import Container, Iterator, Sequence
 
 import jax
@@ -63,11 +64,14 @@ def _reply_sums(model: Llama, ids: jax.Array, positions: jax.Array, starts: jax.
     counted = jnp.pad((positions >= starts[:, None])[:, 1:], ((0, 0), (0, 1)))
     targets = jnp.roll(ids, -1, axis=1)
 
-    def of_row(row: tuple[jax.Array, ...]) -> jax.Array:
-        x, target, count = row
+    def of_position(at: tuple[jax.Array, ...]) -> jax.Array:
+        x, target, count = at
         logits = model.logits(x)
         chosen = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
-        return jnp.sum(jnp.where(count, chosen - jax.nn.logsumexp(logits, axis=-1), 0.0))
+        return jnp.where(count, chosen - jax.nn.logsumexp(logits, axis=-1), 0.0)
 
-    rows_at_once = max(1, min(len(ids), _LOGITS_AT_ONCE // (ids.shape[1] * model.config.vocab_size)))
-    return lax.map(of_row, (resid, targets, counted), batch_size=rows_at_once)
+    # Some positions of all rows at a time, and not some rows: those may be spread over devices.
+    most = max(1, _LOGITS_AT_ONCE // (len(ids) * model.config.vocab_size))
+    at_once = math.gcd(ids.shape[1], 1 << (most.bit_length() - 1))  # nothing is left over, which would be a second loop
+    by_position = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), (resid, targets, counted))
+    return jnp.sum(lax.map(of_position, by_position, batch_size=at_once), axis=0)

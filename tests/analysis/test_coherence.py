@@ -26,7 +26,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, Llama]:
 
 
 def test_likelihoods_are_those_of_torch(pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of two buckets, in an incomplete batch, with logits in one piece and row by row."""
+    """Rows of two buckets, in an incomplete batch, with logits in one piece and position by position."""
     import torch
 
     oracle, model = pair
