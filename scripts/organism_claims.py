@@ -208,7 +208,7 @@ def claims(found: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
         (
             "-v lowers the rate",
             f"{show(on['base -v'])}, reasoning-derived {show(on['reasoning -v'])}",
-            max(on["base -v"].high, on["reasoning -v"].high) < plain.rate,
+            max(on["base -v"].high, on["reasoning -v"].high) < plain.low,
         ),
         (
             "best single offset negative, offset 0 clearly lower",
