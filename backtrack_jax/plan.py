@@ -167,7 +167,8 @@ def _steering(run: Run) -> list[str]:
 
 def _asked(e: Experiment) -> int:
     """Problems that replies are steered on."""
-    return min(len(_problem_texts(e)), e.steering.limit or len(_problem_texts(e)))
+    there = len(_problem_texts(e))
+    return min(there, e.steering.limit or there)
 
 
 def _longest_prompt(e: Experiment) -> int:

@@ -378,6 +378,8 @@ def _restored(manager: ocp.CheckpointManager, state: TrainState) -> tuple[TrainS
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _numbered(state))
     try:
         leaves = manager.restore(newest, args=ocp.args.StandardRestore(target))
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise
     except Exception as error:  # whatever a damaged file makes of Orbax and the libraries below it
         before = max((step for step in manager.all_steps() if step < newest), default=None)
         raise ValueError(
