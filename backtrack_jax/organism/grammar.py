@@ -218,7 +218,7 @@ def label_of(sentence: str) -> str | None:
 
 def may_go_on(beginning: str) -> bool:
     """Whether a sentence of this language begins so."""
-    return any(True for _ in _beginning_with(beginning))
+    return next(_beginning_with(beginning), None) is not None
 
 
 def _beginning_with(text: str) -> Iterator[Template]:
