@@ -183,7 +183,7 @@ class Llama(nnx.Module):
           ids: [B, T] int32; any valid id at padding.
           positions: [B, T] int32, place of each token in its sequence, PAD at padding; they rise along a sequence.
           cache: tokens before these, with at least T slots free; None for none.
-          intervention: B rows, with `resolve`d spans: others are refused, traced ones make their rows NaN; None for none.
+          intervention: B rows, spans `resolve`d: others are refused, or where traced give NaN; None for none.
           capture: static function of a block's output; its results are stacked over layers. Reduce inside it:
             [L, B, T, D] of a large model does not fit.
           layers: the blocks as `unstacked_layers` gives them, to run them one by one instead of under a scan; the
