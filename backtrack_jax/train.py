@@ -19,6 +19,7 @@ import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from backtrack_jax import store
 from backtrack_jax.models.attention import PAD
@@ -189,8 +190,17 @@ class TrainState:
 
 
 def new_state(params: Any, optimizer: optax.GradientTransformation, frozen: Any = ()) -> TrainState:
-    """The state before the first step."""
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), frozen)
+    """The state before the first step, where the given weights are.
+
+    Those that were put on a device make a step's results stay there; were counters left to JAX's choice, the second
+    step would be compiled anew, for counters that stay.
+    """
+    state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    placed = next((a.sharding for a in jax.tree.leaves((params, frozen)) if a.committed), None)
+    if placed is not None:
+        one = NamedSharding(placed.mesh, PartitionSpec()) if isinstance(placed, NamedSharding) else placed
+        state = jax.tree.map(lambda a: a if a.committed else jax.device_put(a, one), state)
+    return dataclasses.replace(state, frozen=frozen)
 
 
 def make_step(

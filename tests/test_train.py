@@ -14,7 +14,7 @@ import optax
 import pytest
 from flax import nnx
 
-from backtrack_jax import train
+from backtrack_jax import lora, train
 from backtrack_jax.models.attention import PAD
 from backtrack_jax.models.batching import right_pad
 from backtrack_jax.models.config import LlamaConfig
@@ -249,6 +249,24 @@ def test_steps_lower_the_loss_and_donate_the_state() -> None:
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(start.params))
     assert losses[-1] < 0.8 * losses[0]
     assert state.step == 30
+
+
+@pytest.mark.parametrize("placed", [False, True], ids=["as JAX likes", "on a device, as a loaded checkpoint"])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_steps_are_compiled_once(rank: int, placed: bool, caplog: pytest.LogCaptureFixture) -> None:
+    weights = jax.device_put(model(), jax.devices()[0]) if placed else model()
+    frozen: Any = ()
+    if rank:
+        params, frozen, build = lora.trainable(weights, lora.Lora(rank), jax.random.key(0))
+    else:
+        params, build = train.trainable(weights)
+    optimizer = optax.adamw(1e-3)
+    step, state = train.make_step(build, optimizer), train.new_state(params, optimizer, frozen)
+    batch = train.pack(sequences(3), 24)
+    with jax.log_compiles():
+        for _ in range(3):
+            state, _ = step(state, batch)
+    assert caplog.text.count("Compiling jit(update)") == 1
 
 
 def test_muon_takes_a_step_of_equal_size_along_all_directions_of_every_layer() -> None:
