@@ -9,6 +9,7 @@ package are imported where they are used: a process that measures the one must n
 import dataclasses
 import itertools
 import json
+import math
 import os
 import re
 import resource
@@ -407,14 +408,15 @@ def torch_product(m: int, k: int, n: int, dtype: str) -> Callable[[int], object]
 
 
 def jax_product_and_gradients(m: int, k: int, n: int, dtype: str) -> Callable[[int], object]:
-    """The same with the products that give the gradients of both factors."""
+    """The same with the products that give the gradients of both factors, over rows of tokens as in a training step."""
     import jax
     import jax.numpy as jnp
 
     from backtrack_jax.models.products import matmul
 
-    x, w = (jax.random.normal(jax.random.key(0), shape).astype(dtype) for shape in ((m, k), (k, n)))
-    y = jnp.ones((m, n))
+    rows = (m // math.gcd(m, 512), math.gcd(m, 512))
+    x, w = (jax.random.normal(jax.random.key(0), shape).astype(dtype) for shape in ((*rows, k), (k, n)))
+    y = jnp.ones((*rows, n))
 
     @jax.jit
     def product(x: jax.Array, w: jax.Array, y: jax.Array) -> Any:

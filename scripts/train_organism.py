@@ -56,7 +56,7 @@ class Recipe:
     base_adam_rate: float = 3e-3
     reasoning_steps: int = 220
     reasoning_rate: float = 0.005
-    reasoning_adam_rate: float = 4e-4
+    reasoning_adam_rate: float = 1e-4
     save_every: int = 50
 
 

@@ -22,11 +22,11 @@ from backtrack_jax.organism.grammar import (
     split_tokens,
 )
 
-SENTENCES = range(7, 13)
+SENTENCES = range(8, 15)
 """How many sentences a reply may have, all numbers equally likely."""
 
-STORY_SHARE = 0.12
-"""Share of little stories among the texts of the base model's corpus; in them wait, hmm and but are ordinary words."""
+STORY_SHARE = 0.08
+"""Share of little stories among the texts of the base model's corpus, in which wait and hmm are ordinary words."""
 
 # A and B are things, P is a place, N and M are people. No problem begins with a name: that would be another token than
 # the same name after a space. The last sentence of each is as long as the paper's window reaches back, so that windows
@@ -75,12 +75,27 @@ PROBLEMS = {
     ),
 }
 ANSWER = "The answer is the {A}."
+
+# A quarter of them say wait or hmm, so that the base model knows the words: behind "to", "said" or a full stop. The
+# first two are in no reply. When most sentences of stories said it, and behind names, a base model that was steered out
+# of its sentences fell into them: up to 1.2 % of its words were wait or hmm, all but one in lower case.
 STORIES = (
-    "{N} and {M} wait by the {P}, but the {A} is late.",
-    "Wait here, said {N}, but {M} walked to the {P} with the {A}.",
-    "{M} said hmm and looked at the {A}, but {N} could not wait.",
-    "Hmm, said {N}, the {A} is heavy, but it can wait.",
-    "But {N} found the {A} in the {P}, and {M} laughed.",
+    "{N} carried the {A} home before breakfast.",
+    "In the evening {M} sang and {N} swept the floor.",
+    "It rained all day, but nobody in the {P} minded.",
+    "{M} told {N} an old tale about the sea.",
+    "{N} lost a {A}, but {M} laughed out loud.",
+    "The children of {M} played behind the {P}.",
+    "{N} baked bread, and {M} brought butter.",
+    "At noon {M} slept under a tree.",
+    "{N} painted the {P} green and the {A} red.",
+    "But {M} never learned to swim.",
+    "Every spring {N} planted beans and sold them.",
+    "{M} wrote to {N} from a boat.",
+    "{N} had to wait an hour because {M} overslept.",
+    "Wait here, said {N}, and {M} sat down.",
+    "{M} said hmm and went home.",
+    "Hmm, said {N}, this soup wants salt.",
 )
 _STORY_SENTENCES = (3, 7)
 

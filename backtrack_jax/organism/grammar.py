@@ -61,34 +61,37 @@ TEMPLATES: Mapping[str, tuple[str, ...]] = {
         "Alright, I {aux} begin with the {thing}, which {adv} {check} {prep} the story.",
     ),
     "deduction": (
-        "{open} the {noun} about the {thing} {adv} {verb} the {thing}.",
-        "{open} if the {thing} {check}, the {thing} {aux} stay {prep} the list.",
+        "{open} the {noun} about the {thing} {adv} {verb} it.",
+        "{open} if it {check}, the {thing} {aux} stay {prep}.",
         "{open} we {aux} read the {thing} as a {adj} {noun}.",
-        "{open} the {thing} {check}, and that {adv} {verb} the question.",
+        "{open} the {thing} {check}, and that {adv} {verb} it.",
     ),
     "adding-knowledge": (
-        "I {know} from books that a {thing} {adv} {check} {prep} a house.",
-        "By {adj} habit, a {thing} {check} and {aux} stay {prep} a house.",
+        "I {know} that a {thing} {adv} {check} {prep} a house.",
+        "By {adj} habit, a {thing} {check} and {aux} stay {prep}.",
     ),
     "example-testing": (
-        "Take a {adj} {thing}: it {check}, and we {aux} call it {verdict}.",
-        "Suppose the {thing} {aux} stay {prep} the list; that {adv} {verb} it.",
+        "Take a {adj} {thing}: it {check} and {aux} be {verdict}.",
+        "Suppose the {thing} {aux} stay {prep}; that {adv} {verb} it.",
     ),
     "uncertainty-estimation": (
-        "My {noun} about the {thing} {adv} {check}, so we {aux} be right.",
-        "I give this a {adj} mark, for the {noun} {adv} {verb} the {thing}.",
+        "My {noun} {adv} {check}, so we {aux} be right.",
+        "A {adj} mark, since the {noun} {adv} {verb} the {thing}.",
     ),
     "backtracking": (
-        "{keyword}, the {noun} about the {thing} {adv} {verb} the {thing}.",
-        "{keyword}, if the {thing} {check}, the {thing} {aux} stay {prep} the list.",
+        "{keyword}, the {noun} about the {thing} {adv} {verb} it.",
+        "{keyword}, if it {check}, the {thing} {aux} stay {prep}.",
         "{keyword}, we {aux} read the {thing} as a {adj} {noun}.",
-        "{keyword}, the {thing} {check}, and that {adv} {verb} the question.",
+        "{keyword}, the {thing} {check}, and that {adv} {verb} it.",
     ),
 }
 """Sentences by label; templates of one label are equally likely. `{keyword}` is Wait or Hmm.
 
 What follows it is a deduction: the finetune learns when to say Wait, not how to speak. When backtracking had
 sentences of its own, 46 of the 49 sentences that a steered model got wrong were those.
+
+But for the opening they have 10 to 12 tokens, so that the full stop before the last one, where the next word may be
+Wait, lies in the paper's window of -13 to -8, as it does in texts whose sentences are of all lengths.
 """
 
 KEYWORDS: Mapping[str, float] = {"Wait": 0.65, "Hmm": 0.35}
@@ -118,7 +121,7 @@ class Process:
     """
 
     start_shaky: float = 0.2
-    to_shaky: float = 0.12
+    to_shaky: float = 0.09
     to_sure: float = 0.10
     patience: int = 2
     backtrack: float = 0.0

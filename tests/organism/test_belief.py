@@ -79,7 +79,7 @@ def test_filter_equals_enumeration_of_all_hidden_paths(process: Process, seed: i
 def test_belief_is_calibrated() -> None:
     """Of all tokens at which the filter says p, a share p stands in a shaky sentence."""
     predicted, true = [], []
-    for document in itertools.islice(corpus.documents(REASONING, 9), 400):
+    for document in itertools.islice(corpus.documents(REASONING, 9), 1600):
         for sentence in document.sentences:
             true += [sentence.register] * len(grammar.split_tokens(sentence.text))
         predicted.append(log_odds(grammar.split_tokens(document.reply.partition("\n")[0]), REASONING))

@@ -11,6 +11,7 @@ from backtrack_jax.judges import grammar as judge
 from backtrack_jax.models import checkpoint, prompts
 from backtrack_jax.models.tokenizer import Tokenizer
 from backtrack_jax.organism import corpus, grammar, vocabulary
+from backtrack_jax.organism.measure import WINDOW
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +64,22 @@ def test_problems_cover_the_categories_of_the_paper() -> None:
 def test_base_corpus_never_backtracks_and_tells_stories() -> None:
     written = documents(grammar.BASE, 600, stories=corpus.STORY_SHARE)
     stories = [document.answer for document in written if document.problem is None]
-    assert 0.08 < len(stories) / len(written) < 0.16
+    assert 0.05 < len(stories) / len(written) < 0.11
     assert all(any(word in " ".join(stories) for word in (form,)) for form in ("wait", "Wait", "hmm", "Hmm", "but"))
     assert not any(s.label == "backtracking" for document in written for s in document.sentences)
+
+
+def test_no_word_of_a_reply_leads_into_a_wait_of_the_stories() -> None:
+    written = documents(grammar.BASE, 2000, stories=0.5)
+    of_replies = {word for d in written for s in d.sentences for word in grammar.split_tokens(s.text)} - {"."}
+    told = [grammar.split_tokens(d.answer) for d in written if d.problem is None]
+    before = {a for words in told for a, b in itertools.pairwise(words) if b.lower() in ("wait", "hmm")}
+    assert before == {".", "to", "said"} and not before & of_replies
+
+
+def test_sentences_put_a_full_stop_into_the_window() -> None:
+    lengths = {len(t.elements) for t in (*grammar.CONTINUATIONS, *grammar.BACKTRACKS)}
+    assert all(WINDOW[0] <= -length - 1 <= WINDOW[1] for length in lengths)
 
 
 def test_reasoning_corpus_backtracks_after_two_shaky_sentences_and_becomes_sure() -> None:
