@@ -19,7 +19,6 @@ import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from backtrack_jax import store
 from backtrack_jax.models.attention import PAD
@@ -190,17 +189,20 @@ class TrainState:
 
 
 def new_state(params: Any, optimizer: optax.GradientTransformation, frozen: Any = ()) -> TrainState:
-    """The state before the first step, where the given weights are.
+    """The state before the first step, on the device of the weights if they were put on one.
 
-    Those that were put on a device make a step's results stay there; were counters left to JAX's choice, the second
-    step would be compiled anew, for counters that stay.
+    What a step returns is there as well. Were counters left to JAX's choice, the second step would be compiled anew.
     """
     state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
-    placed = next((a.sharding for a in jax.tree.leaves((params, frozen)) if a.committed), None)
-    if placed is not None:
-        one = NamedSharding(placed.mesh, PartitionSpec()) if isinstance(placed, NamedSharding) else placed
-        state = jax.tree.map(lambda a: a if a.committed else jax.device_put(a, one), state)
+    placed = {device for a in jax.tree.leaves((params, frozen)) if _is_placed(a) for device in a.devices()}
+    if len(placed) == 1:
+        state = jax.device_put(state, *placed)
     return dataclasses.replace(state, frozen=frozen)
+
+
+def _is_placed(array: Any) -> bool:
+    """Whether it was put on its device, and is not merely there by default."""
+    return isinstance(array, jax.Array) and array.committed
 
 
 def make_step(

@@ -69,7 +69,7 @@ def test_base_corpus_never_backtracks_and_tells_stories() -> None:
     assert not any(s.label == "backtracking" for document in written for s in document.sentences)
 
 
-def test_no_word_of_a_reply_leads_into_a_wait_of_the_stories() -> None:
+def test_of_what_stories_say_before_a_wait_replies_have_the_full_stop_alone() -> None:
     written = documents(grammar.BASE, 2000, stories=0.5)
     of_replies = {word for d in written for s in d.sentences for word in grammar.split_tokens(s.text)} - {"."}
     told = [grammar.split_tokens(d.answer) for d in written if d.problem is None]
