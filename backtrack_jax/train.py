@@ -22,7 +22,7 @@ from jax import lax
 
 from backtrack_jax import store
 from backtrack_jax.models.attention import PAD
-from backtrack_jax.models.llama import Llama, RMSNorm, unembed
+from backtrack_jax.models.llama import Llama, Recompute, RMSNorm, unembed
 from backtrack_jax.progress import Progress
 
 Head = tuple[RMSNorm, jax.Array]  # final norm and unembedding [V, D]
@@ -109,37 +109,41 @@ def pack(sequences: Sequence[Tokens], length: int) -> Batch:
     return batch
 
 
-def cross_entropy(model: Llama, batch: Batch, dtype: jnp.dtype | None = None) -> tuple[jax.Array, jax.Array]:
+def cross_entropy(
+    model: Llama, batch: Batch, dtype: jnp.dtype | None = None, recompute: Recompute = Recompute.CHEAP
+) -> tuple[jax.Array, jax.Array]:
     """Summed loss of the predicted tokens and their summed weights, both float32, in nats.
 
-    A gradient keeps no more than the residual stream between the blocks, and computes these again. It is to be had in
-    reverse mode only (`jax.grad`, `jax.vjp`).
+    A gradient is to be had in reverse mode only (`jax.grad`, `jax.vjp`).
 
     Args:
       model: the model.
       batch: rows of packed sequences.
       dtype: of matrix-product inputs; None for that of the weights.
+      recompute: what a gradient computes again.
 
     Returns:
       The two sums; their quotient is the mean loss.
     """
-    resid = model(batch.ids, batch.positions, segments=batch.segments, dtype=dtype, remat=True).resid
+    resid = model(batch.ids, batch.positions, segments=batch.segments, dtype=dtype, recompute=recompute).resid
     together = max(1, len(batch.ids)) if model.config.vocab_size <= _SMALL_VOCABULARY else 1
     weight = jnp.sum(batch.weights[:, 1:])
     # Weighted by shares, or the gradient of many tokens' sum could leave float16's range before it is divided. The
     # count is a power of two, by which shares, and their gradients in 16 bits, are rounded no otherwise than the sum's.
     count = lax.stop_gradient(jnp.ldexp(1.0, jnp.frexp(weight)[1]))
-    groups = [a.reshape(-1, together, *a.shape[1:]) for a in (resid, batch.ids, batch.weights / count)]
+    # The last token predicts nothing, but rows of an odd length would be multiplied more slowly.
+    following = [jnp.pad(a[:, 1:], ((0, 0), (0, 1))) for a in (batch.ids, batch.weights / count)]
+    groups = [a.reshape(-1, together, *a.shape[1:]) for a in (resid, *following)]
     mean: Any = _loss_of_groups((model.norm, model.unembedding.astype(dtype or model.dtype)), *groups)
     return mean * count, weight
 
 
 def _loss_of_group(head: Head, resid: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
-    """Summed loss of b rows: residual stream [b, T, D], ids and weights [b, T]."""
+    """Summed loss of b rows: residual stream [b, T, D], ids of the tokens that follow and their weights [b, T]."""
     norm, unembedding = head
-    logits = unembed(norm(resid[:, :-1]), unembedding)
-    picked = jnp.take_along_axis(logits, ids[:, 1:, None], axis=-1)[..., 0]
-    return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * weights[:, 1:])
+    logits = unembed(norm(resid), unembedding)
+    picked = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
+    return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * weights)
 
 
 @jax.custom_vjp
@@ -206,7 +210,10 @@ def _is_placed(array: Any) -> bool:
 
 
 def make_step(
-    build: Callable[[Any, Any], Llama], optimizer: optax.GradientTransformation, dtype: jnp.dtype | None = None
+    build: Callable[[Any, Any], Llama],
+    optimizer: optax.GradientTransformation,
+    dtype: jnp.dtype | None = None,
+    recompute: Recompute = Recompute.CHEAP,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]:
     """A compiled training step.
 
@@ -214,6 +221,7 @@ def make_step(
       build: the model out of trained and frozen weights.
       optimizer: optax transformation.
       dtype: of matrix-product inputs; None for that of the weights.
+      recompute: what a gradient computes again.
 
     Returns:
       (state, batch) -> (new state, mean loss of the batch before the step). The old state's memory is given to the new,
@@ -221,7 +229,7 @@ def make_step(
     """
 
     def loss_of(params: Any, frozen: Any, batch: Batch) -> jax.Array:
-        total, weight = cross_entropy(build(params, frozen), batch, dtype)
+        total, weight = cross_entropy(build(params, frozen), batch, dtype, recompute)
         return total / jnp.maximum(weight, 1.0)
 
     @functools.partial(jax.jit, donate_argnums=0)

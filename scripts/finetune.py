@@ -29,7 +29,7 @@ from backtrack_jax.command_line import Help, ends_in_one_line
 from backtrack_jax.data.records import Trace, read_any_traces
 from backtrack_jax.inputs import check_vocabulary
 from backtrack_jax.models import checkpoint, prompts
-from backtrack_jax.models.llama import Llama
+from backtrack_jax.models.llama import Llama, Recompute
 from backtrack_jax.models.safetensors import read_header
 from backtrack_jax.models.tokenizer import Tokenizer
 
@@ -78,7 +78,7 @@ def finetune(model: Llama, rows: train.Batch, arguments: argparse.Namespace) -> 
     else:
         params, build = train.trainable(model)
     state, _ = train.fit(
-        train.make_step(build, optimizer, jnp.dtype(a.dtype)),
+        train.make_step(build, optimizer, jnp.dtype(a.dtype), Recompute(a.recompute)),
         train.new_state(params, optimizer, frozen),
         rows,
         steps=a.steps,
@@ -184,6 +184,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", default="bfloat16", choices=DTYPES, help="of matrix-product inputs; trained weights are float32"
     )
+    parser.add_argument(
+        "--recompute",
+        default=Recompute.CHEAP.value,
+        choices=[r.value for r in Recompute],
+        help="in the backward pass: nothing, all but matrix products, or whole blocks, which takes least memory",
+    )
     parser.add_argument("--save_dtype", default="bfloat16", choices=SAVE_DTYPES, help="of all weights of OUT/model")
     parser.add_argument("--save_every", type=int, default=25, help="steps between checkpoints")
     parser.add_argument("--seed", type=int, default=0, help="of the rows' order and new adapters")
@@ -191,7 +197,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    with ends_in_one_line(remedy="lower --batch_size or --length, with another --out", resumed=RESUMED):
+    with ends_in_one_line(
+        remedy="lower --batch_size or --length, or --recompute=blocks, with another --out", resumed=RESUMED
+    ):
         run(parse(argv))
 
 

@@ -18,7 +18,7 @@ from backtrack_jax import lora, train
 from backtrack_jax.models.attention import PAD
 from backtrack_jax.models.batching import right_pad
 from backtrack_jax.models.config import LlamaConfig
-from backtrack_jax.models.llama import Llama
+from backtrack_jax.models.llama import Llama, Recompute
 from backtrack_jax.models.products import matmul
 
 CONFIG = LlamaConfig(
@@ -69,22 +69,27 @@ def test_pack_refuses_what_does_not_fit() -> None:
         train.pack([train.Tokens([1] * 8), train.Tokens([1] * 9)], 8)
 
 
-def test_a_gradient_computed_again_is_that_of_what_was_kept() -> None:
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_gradient_computed_again_is_that_of_what_was_kept(dtype: jnp.dtype) -> None:
     llama, batch = model(), train.pack(sequences(12), 24)
-
-    @functools.partial(jax.jit, static_argnames="remat")
-    def gradient(llama: Llama, remat: bool) -> Llama:
-        def total(llama: Llama) -> jax.Array:
-            resid = llama(batch.ids, batch.positions, segments=batch.segments, remat=remat).resid
-            return jnp.sum(jnp.square(llama.logits(resid)))
-
-        return jax.grad(total)(llama)
-
-    again, kept = (gradient.lower(llama, remat).compile() for remat in (True, False))
-    for a, b in zip(jax.tree.leaves(again(llama)), jax.tree.leaves(kept(llama)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.max(jnp.abs(b))))
-    memory: list[Any] = [program.memory_analysis() for program in (again, kept)]
-    assert memory[0].temp_size_in_bytes < 0.8 * memory[1].temp_size_in_bytes
+    products, memory, gradients = {}, {}, {}
+    for recompute in Recompute:
+        loss = functools.partial(train.cross_entropy, batch=batch, dtype=dtype, recompute=recompute)
+        lowered = jax.jit(jax.grad(lambda llama, loss=loss: loss(llama)[0])).lower(llama)
+        compiled: Any = lowered.compile()
+        products[recompute] = lowered.as_text().count("stablehlo.dot_general")
+        memory[recompute] = compiled.memory_analysis().temp_size_in_bytes
+        gradients[recompute] = compiled(llama)
+    again = 2 if dtype == jnp.float32 else 0  # attention's; in 16 bits its own backward pass computes scores again
+    assert products[Recompute.CHEAP] == products[Recompute.NOTHING] + again
+    # Six products with weights in a block: the seventh's result is of no use to a gradient.
+    assert products[Recompute.BLOCKS] == products[Recompute.NOTHING] + 6 + 2
+    assert memory[Recompute.BLOCKS] < 0.9 * memory[Recompute.CHEAP] < 0.7 * memory[Recompute.NOTHING]
+    tolerance = 1e-5 if dtype == jnp.float32 else 0.02
+    expected = gradients.pop(Recompute.NOTHING)
+    for found in gradients.values():
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
 
 
 def test_a_folder_with_a_model_that_no_training_made_is_left_alone(tmp_path: Path) -> None:
@@ -199,17 +204,10 @@ def test_a_gradient_of_the_loss_holds_the_logits_of_one_row() -> None:
     assert held < 3 * 64 * 20_000 * 4  # they and their gradient
 
 
-def test_a_gradient_of_the_loss_computes_the_blocks_again() -> None:
-    def of_everything_kept(llama: Llama, batch: train.Batch) -> jax.Array:
-        return jnp.sum(llama(batch.ids, batch.positions, segments=batch.segments).resid)
-
-    config = dataclasses.replace(CONFIG, n_layers=12)
-    held = _memory_of_gradient(config, lambda llama, batch: train.cross_entropy(llama, batch)[0])
-    assert held < 0.8 * _memory_of_gradient(config, of_everything_kept)
-
-
 def test_gradient_of_16_bit_products_is_close_to_that_of_float32() -> None:
-    params, build = train.trainable(model())
+    params, build = train.trainable(
+        jax.tree.map(lambda w: 0.4 * w if w.ndim > 1 else w, model())
+    )  # less sure of itself
     batch = train.pack(sequences(12), 24)
 
     def gradients(dtype: jnp.dtype | None) -> np.ndarray:
@@ -219,7 +217,7 @@ def test_gradient_of_16_bit_products_is_close_to_that_of_float32() -> None:
     exact, rounded = gradients(None), gradients(jnp.bfloat16)
     assert np.linalg.norm(exact) > 1
     assert not np.array_equal(exact, rounded)
-    assert np.linalg.norm(rounded - exact) < 0.05 * np.linalg.norm(exact)
+    assert np.linalg.norm(rounded - exact) < 0.01 * np.linalg.norm(exact)
 
 
 @pytest.mark.parametrize("leading", [(), (6,), (2, 3)])

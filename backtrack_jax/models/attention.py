@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ from flax import nnx
 from jax import lax
 
 from backtrack_jax.models.config import Llama3RopeScaling, LlamaConfig
-from backtrack_jax.models.products import einsum, matmul, random_param
+from backtrack_jax.models.products import einsum, einsum_16_bit, kept, matmul, random_param
 
 PAD = -1  # position of a padding token
 _QUERY_CHUNK = 128  # queries of a causal chunk, at least; shorter ones make products too small to be fast
@@ -119,12 +120,12 @@ class Attention(nnx.Module):
         written = None
         if past is None:
             inputs = self.q_proj.dtype
-            z = _attend_causally(q.astype(inputs), k.astype(inputs), v.astype(inputs), mask)
+            z = attend_causally(q.astype(inputs), k.astype(inputs), v.astype(inputs), mask)
         elif past.slot is None:
-            z = _attend(q, (past.k, past.v, past.mask), (k, v, mask))
+            z, _ = _attend(q, (past.k, past.v, past.mask), (k, v, mask))
         else:
             written = write((past.k, past.v), (k, v), past.slot)
-            z = _attend(q, (*written, past.mask))
+            z, _ = _attend(q, (*written, past.mask))
         return matmul(z, self.o_proj[...]), k, v, written
 
 
@@ -144,40 +145,132 @@ def write(past: KeysValues, new: KeysValues, filled: jax.Array) -> KeysValues:
     return k, v
 
 
-def _attend_causally(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+def attend_causally(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """`_attend` without a cache: queries [B, T, K, G, H] to keys [B, K, H, T] and values [B, K, T, H]."""
+    if q.dtype.itemsize == 2:
+        return _attend_causally_16_bit(q, k, v, mask)
+    return _attend_in_chunks(kept(q), kept(k), kept(v), mask)[0]
+
+
+def _attend_in_chunks(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`_attend` without a cache, in chunks of queries that do not look at the keys behind them.
 
     Half the scores are never computed, and those of one chunk are all that is held at a time.
     """
-    T = q.shape[1]
+    product = einsum_16_bit if q.dtype.itemsize == 2 else einsum
+    z, logs = [], []
+    for chunk in _query_chunks(q.shape[1]):
+        seen = slice(0, chunk.stop)
+        of_chunk = _attend(q[:, chunk], (k[..., seen], v[:, :, seen], mask[:, chunk, seen]), product=product)
+        z.append(of_chunk[0])
+        logs.append(of_chunk[1])
+    return jnp.concatenate(z, axis=1), jnp.concatenate(logs, axis=2)
+
+
+def _query_chunks(T: int) -> list[slice]:
+    """The parts in which T queries are gone through."""
     size = max(_QUERY_CHUNK, -(-T // _MAX_CHUNKS))
-    chunks = []
-    for start in range(0, T, size):
-        stop = min(start + size, T)
-        chunks.append(_attend(q[:, start:stop], (k[..., :stop], v[:, :, :stop], mask[:, start:stop, :stop])))
-    return jnp.concatenate(chunks, axis=1) if len(chunks) > 1 else chunks[0]
+    return [slice(start, min(start + size, T)) for start in range(0, T, size)]
 
 
-def _attend(q: jax.Array, *parts: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+def _attend(
+    q: jax.Array, *parts: tuple[jax.Array, jax.Array, jax.Array], product: Callable[..., jax.Array] = einsum
+) -> tuple[jax.Array, jax.Array]:
     """Softmax attention of queries [B, T, K, G, H] over all parts together.
 
     A part is its keys [B, K, H, S], values [B, K, S, H], and which of them a query may attend to, [B, T, S].
-    Returns [B, T, N * H] float32.
-
-    The queries of a key head's group are rows of one matrix, [B, K, T * G, H].
+    Returns [B, T, N * H] float32, and logarithms of the sums that weights were divided by, [B, K, T * G] float32.
     """
     B, T, K, G, H = q.shape
-    rows = jnp.moveaxis(q, 2, 1).reshape(B, K, T * G, H)
+    rows = _as_rows(q)
     keys, values, masks = zip(*parts, strict=True)
-    scores = [einsum("BKRH,BKHS->BKRS", rows, k) for k in keys]
+    scores = [product("BKRH,BKHS->BKRS", rows, k) for k in keys]
     masks = [jnp.repeat(mask, G, axis=1)[:, None] for mask in masks]
     scores = [jnp.where(mask, score, -1e30) for mask, score in zip(masks, scores, strict=True)]
     highest = functools.reduce(jnp.maximum, [jnp.max(score, axis=-1, keepdims=True) for score in scores])
     weights = [jnp.exp(score - lax.stop_gradient(highest)) for score in scores]
-    sums = [einsum("BKRS,BKSH->BKRH", w.astype(v.dtype), v) for w, v in zip(weights, values, strict=True)]
-    totals = [jnp.sum(w, axis=-1, keepdims=True) for w in weights]
-    z = functools.reduce(jnp.add, sums) / functools.reduce(jnp.add, totals)
-    return jnp.moveaxis(z.reshape(B, K, T, G, H), 1, 2).reshape(B, T, K * G * H)
+    sums = [product("BKRS,BKSH->BKRH", w.astype(v.dtype), v) for w, v in zip(weights, values, strict=True)]
+    total = functools.reduce(jnp.add, [jnp.sum(w, axis=-1, keepdims=True) for w in weights])
+    z = functools.reduce(jnp.add, sums) / total
+    z = jnp.moveaxis(z.reshape(B, K, T, G, H), 1, 2).reshape(B, T, K * G * H)
+    return z, (highest + jnp.log(total))[..., 0]
+
+
+def _as_rows(q: jax.Array) -> jax.Array:
+    """[B, T, K, G, H] to [B, K, T * G, H]: the queries of a key head's group are rows of one matrix."""
+    B, T, K, G, H = q.shape
+    return jnp.moveaxis(q, 2, 1).reshape(B, K, T * G, H)
+
+
+@jax.custom_vjp
+def _attend_causally_16_bit(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Whose gradient is made of 16-bit products too; left to itself, JAX would multiply in float32."""
+    return _attend_in_chunks(q, k, v, mask)[0]
+
+
+def _attend_16_bit_forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> tuple[jax.Array, Any]:
+    z, logs = _attend_in_chunks(q, k, v, mask)
+    z, logs = kept(z), kept(logs)
+    return z, (kept(q), kept(jnp.swapaxes(k, 2, 3)), kept(v), mask, z, logs)
+
+
+def _attend_16_bit_backward(
+    saved: tuple[jax.Array, ...], d_z: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    """In chunks of queries as the forward pass; keys that several chunks see sum their gradients."""
+    q, k, v, mask, z, logs = saved
+    B, T, K, G, H = q.shape
+    d_z = d_z.reshape(q.shape).astype(q.dtype)
+    # Of the rounded gradient, as the products are: where one key has all the weight, the two must cancel.
+    along = jnp.sum(d_z * z.reshape(q.shape), axis=-1, keepdims=True)
+    rows, d_z, along = _as_rows(q), _as_rows(d_z), _as_rows(along)[..., 0]
+    d_q, d_k, d_v = [], jnp.zeros(k.shape), jnp.zeros(v.shape)
+    for chunk in _query_chunks(T):
+        of, seen = slice(chunk.start * G, chunk.stop * G), slice(0, chunk.stop)
+        d_rows, d_keys, d_values = _chunk_gradients(
+            rows[:, :, of],
+            d_z[:, :, of],
+            logs[:, :, of],
+            along[:, :, of],
+            k[:, :, seen],
+            v[:, :, seen],
+            mask[:, chunk, seen],
+        )
+        d_q.append(d_rows)
+        d_k, d_v = d_k.at[:, :, seen].add(d_keys), d_v.at[:, :, seen].add(d_values)
+    d_q = jnp.moveaxis(jnp.concatenate(d_q, axis=2).reshape(B, K, T, G, H), 1, 2)
+    return d_q.astype(q.dtype), jnp.swapaxes(d_k, 2, 3).astype(k.dtype), d_v.astype(v.dtype), None
+
+
+def _chunk_gradients(
+    q: jax.Array, d_z: jax.Array, logs: jax.Array, along: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of queries, keys and values, float32, as in FlashAttention (Dao et al. 2022, appendix B.2).
+
+    Scores are computed again, with a row for each key, which is how the products want them.
+
+    Args:
+      q: [B, K, R, H], R queries of a group as rows.
+      d_z: [B, K, R, H], gradient of what they read.
+      logs: [B, K, R], logarithms of the sums that their weights were divided by.
+      along: [B, K, R], d_z times what they read, float32.
+      k: [B, K, S, H].
+      v: [B, K, S, H].
+      mask: [B, R / G, S].
+    """
+    mask = jnp.repeat(jnp.swapaxes(mask, 1, 2), q.shape[2] // mask.shape[1], axis=2)[:, None]
+    scores = einsum_16_bit("BKSH,BKRH->BKSR", k, q)
+    weights = jnp.where(mask, jnp.exp(scores - logs[:, :, None]), 0).astype(q.dtype)
+    d_weights = einsum_16_bit("BKSH,BKRH->BKSR", v, d_z)
+    d_scores = (weights * (d_weights - along[:, :, None])).astype(q.dtype)
+    d_q = einsum_16_bit("BKSH,BKSR->BKHR", k, d_scores)
+    d_k = einsum_16_bit("BKSR,BKRH->BKSH", d_scores, q)
+    d_v = einsum_16_bit("BKSR,BKRH->BKSH", weights, d_z)
+    d_q, d_k = lax.optimization_barrier((d_q, d_k))  # the axes of both are exchanged
+    return jnp.swapaxes(d_q, 2, 3), d_k, d_v
+
+
+_attend_causally_16_bit.defvjp(_attend_16_bit_forward, _attend_16_bit_backward)
 
 
 def may_see(queries: jax.Array, keys: jax.Array) -> jax.Array:

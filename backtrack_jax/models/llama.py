@@ -13,7 +13,9 @@ so they cannot disagree, and padding may stand on either side:
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from enum import StrEnum
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +28,21 @@ from jax.core import Tracer
 from backtrack_jax.intervention import Intervention, intervene
 from backtrack_jax.models.attention import PAD, Attention, KeysValues, KVCache, Past, may_see, rope_tables, write
 from backtrack_jax.models.config import LlamaConfig
-from backtrack_jax.models.products import matmul, random_param, take
+from backtrack_jax.models.products import KEPT, kept, matmul, random_param, take
+
+
+class Recompute(StrEnum):
+    """What a gradient computes again, instead of keeping it from the forward pass.
+
+    `nothing`: all is kept.
+    `cheap`: norms, rotations, activations and weights of attention; kept are what the products with weight matrices
+      gave, in the dtype of their inputs, and the residual stream.
+    `blocks`: everything but the residual stream between the blocks.
+    """
+
+    NOTHING = "nothing"
+    CHEAP = "cheap"
+    BLOCKS = "blocks"
 
 
 class BlockOutput(NamedTuple):
@@ -81,8 +97,33 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] to [B, T, D] float32."""
-        gated = jax.nn.silu(matmul(x, self.gate_proj[...])) * matmul(x, self.up_proj[...])
+        gate, up = matmul(x, self.gate_proj[...]), matmul(x, self.up_proj[...])
+        dtype = self.down_proj.dtype
+        gated: Any = _gated_16_bit(dtype, gate, up) if dtype.itemsize == 2 else _gated(kept(gate), kept(up))
         return matmul(gated, self.down_proj[...])
+
+
+def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return jax.nn.silu(gate) * up
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gated_16_bit(dtype: jnp.dtype, gate: jax.Array, up: jax.Array) -> jax.Array:
+    """`_gated`, rounded as the product with it will; a gradient keeps 16 bits of what comes in and of what goes out."""
+    return _gated(gate, up).astype(dtype).astype(jnp.float32)
+
+
+def _gated_16_bit_forward(dtype: jnp.dtype, gate: jax.Array, up: jax.Array) -> tuple[jax.Array, Any]:
+    gated = kept(_gated(gate, up).astype(dtype)).astype(jnp.float32)
+    return gated, (kept(gate.astype(dtype)), kept(up.astype(dtype)))
+
+
+def _gated_16_bit_backward(dtype: jnp.dtype, saved: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    gate, up = (factor.astype(jnp.float32) for factor in saved)
+    return jax.vjp(_gated, gate, up)[1](gradient)
+
+
+_gated_16_bit.defvjp(_gated_16_bit_forward, _gated_16_bit_backward)
 
 
 class Block(nnx.Module):
@@ -114,7 +155,7 @@ class Block(nnx.Module):
         """
         with jax.named_scope("attention"):
             attn_out, k, v, written = self.self_attn(self.input_layernorm(x), rope, mask, past)
-        resid_mid = x + attn_out
+        resid_mid = kept(x + attn_out)
         with jax.named_scope("mlp"):
             mlp_out = self.mlp(self.post_attention_layernorm(resid_mid))
         resid_post = edit(resid_mid + mlp_out)
@@ -175,7 +216,7 @@ class Llama(nnx.Module):
         stop_at_layer: int | None = None,
         segments: jax.Array | None = None,
         dtype: jnp.dtype | None = None,
-        remat: bool = False,
+        recompute: Recompute = Recompute.NOTHING,
     ) -> Output:
         """Runs the blocks over `ids`; nothing that is given is changed.
 
@@ -194,8 +235,7 @@ class Llama(nnx.Module):
             cache only. None where a row holds one sequence.
           dtype: of matrix-product inputs, where it is not that of the weights: training keeps float32 weights and may
             multiply in bfloat16. Static.
-          remat: whether a gradient computes every block again from its input, instead of keeping all that was computed
-            on the way. Static.
+          recompute: what a gradient computes again. Static.
 
         Returns:
           The residual stream after the last block that ran, the cache and the captures.
@@ -249,9 +289,9 @@ class Llama(nnx.Module):
         if stop_at_layer is not None:
             others = jax.tree.map(lambda a: a[:stop_at_layer], others)
         if layers is not None:
-            x, (kept, captured) = _loop_blocks(body, x, layers, others, remat)
+            x, (kept, captured) = _loop_blocks(body, x, layers, others, recompute)
         else:
-            x, (kept, captured) = _scan_blocks(body, x, self.layers, others, remat)
+            x, (kept, captured) = _scan_blocks(body, x, self.layers, others, recompute)
             if cache is not None:
                 kept = write((cache.k, cache.v), kept, filled)
         k, v = kept
@@ -310,7 +350,7 @@ def _check_stop(stop_at_layer: int, n_layers: int, cache: KVCache | None, layers
 
 
 def _scan_blocks(
-    body: Callable, x: jax.Array, blocks: Block, others: tuple[Any, ...], remat: bool
+    body: Callable, x: jax.Array, blocks: Block, others: tuple[Any, ...], recompute: Recompute
 ) -> tuple[jax.Array, Any]:
     """`lax.scan` of body(x, (block, *others)) over the stacked blocks and what is scanned beside them.
 
@@ -328,16 +368,23 @@ def _scan_blocks(
             return body(x, (_block_at(stacked, layer), *others))
 
         scanned = others
-    if remat:
-        step = jax.checkpoint(step, prevent_cse=False)  # a scan keeps the two computations apart
-    return lax.scan(step, x, scanned)
+    # A scan keeps the two computations apart.
+    return lax.scan(_recomputing(step, recompute, prevent_cse=False), x, scanned)
+
+
+def _recomputing(step: Callable, recompute: Recompute, prevent_cse: bool = True) -> Callable:
+    """The same function, whose gradient keeps no more than it is told to."""
+    if recompute == Recompute.NOTHING:
+        return step
+    policy = jax.checkpoint_policies.save_only_these_names(KEPT) if recompute == Recompute.CHEAP else None
+    return jax.checkpoint(step, policy=policy, prevent_cse=prevent_cse)
 
 
 def _loop_blocks(
-    body: Callable, x: jax.Array, blocks: tuple[Block, ...], others: tuple[Any, ...], remat: bool
+    body: Callable, x: jax.Array, blocks: tuple[Block, ...], others: tuple[Any, ...], recompute: Recompute
 ) -> tuple[Any, Any]:
     """What `_scan_blocks` does, one block after the other; keys and values come back as one array per layer."""
-    step = jax.checkpoint(body) if remat else body
+    step = _recomputing(body, recompute)
     numbers, cached, values = others
     outs = []
     for layer, block in enumerate(blocks):

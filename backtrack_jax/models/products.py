@@ -1,12 +1,16 @@
 """Matrix products and look-ups of 16- and 32-bit weights: what they round, and what XLA's backends need to be fast."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+KEPT = "kept"  # name of what a gradient may keep where it computes the rest again, see `kept`
 
 
 @jax.tree_util.register_dataclass
@@ -73,10 +77,20 @@ def _matmul_16_bit_backward(
     # factors column by column, since it exchanges their axes first.
     x, gradient = lax.optimization_barrier((x, gradient.astype(weight.dtype)))
     d_x = einsum(f"{result},{of_weight}->{of_x}", gradient, weight)
-    tokens = tuple(range(x.ndim - 1))
     factors = (x, gradient) if of_weight == of_x[-1] + result[-1] else (gradient, x)
-    d_weight = jnp.tensordot(*factors, (tokens, tokens), preferred_element_type=jnp.float32)
-    return d_x, d_weight.astype(weight.dtype)
+    return d_x, _sum_over_tokens(*factors).astype(weight.dtype)
+
+
+def _sum_over_tokens(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Sum of a^T b over all axes but the last, [..., i] and [..., o]: [i, o] float32.
+
+    A CPU exchanges the axes of a first. Where those of b and of the result are less to move, it is given these.
+    """
+    n, i, o = math.prod(a.shape[:-1]), a.shape[-1], b.shape[-1]
+    if n * i > n * o + i * o:
+        return lax.optimization_barrier(_sum_over_tokens(b, a)).T
+    summed = tuple(range(a.ndim - 1))
+    return jnp.tensordot(a, b, (summed, summed), preferred_element_type=jnp.float32)
 
 
 _matmul_16_bit = jax.custom_vjp(_product_16_bit, nondiff_argnums=(0,))
@@ -87,6 +101,32 @@ def einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """`jnp.einsum` with float32 accumulation and result; float32 inputs are multiplied in full float32."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def einsum_16_bit(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """`einsum` of 16-bit factors that have one summed letter, which XLA's CPU backend does not widen to float32.
+
+    It widens factors whose axes it would have to exchange. Where two axes are summed it exchanges them before it looks,
+    and one of the two may have length 1. Behind the barrier, or it would take an exchange of axes before the product
+    into it, and stop at run time, since it has no such product. One after it needs a barrier as well.
+    """
+    inputs, result = spec.split("->")
+    of_a, of_b = inputs.split(",")
+    (summed,) = set(of_a) & set(of_b) - set(result)
+    a, b = lax.optimization_barrier((a, b))
+    a, b = jnp.expand_dims(a, of_a.index(summed)), jnp.expand_dims(b, of_b.index(summed))
+    return einsum(spec.replace(summed, "z" + summed), a, b)
+
+
+def kept(x: jax.Array) -> jax.Array:
+    """x; a gradient that computes again only what is cheap (`Recompute.CHEAP`) keeps it.
+
+    16-bit numbers are kept as integers, since XLA's CPU backend would widen them. These have no derivative, so only
+    what nobody differentiates may come here: what the forward rule of a `jax.custom_vjp` hands to the backward one.
+    """
+    if x.dtype.itemsize != 2:
+        return checkpoint_name(x, KEPT)
+    return lax.bitcast_convert_type(checkpoint_name(lax.bitcast_convert_type(x, jnp.uint16), KEPT), x.dtype)
 
 
 def take(table: jax.Array, index: jax.Array | int) -> jax.Array:
