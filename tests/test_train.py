@@ -170,6 +170,21 @@ def test_16_bit_weights_have_gradients(dtype: jnp.dtype) -> None:
         assert np.linalg.norm(a.astype(jnp.float32) - b) < 0.1 * np.linalg.norm(b)
 
 
+def test_float32_has_derivatives_in_forward_mode_too() -> None:
+    """16-bit products have backward rules of their own, and no forward ones."""
+    params, build = train.trainable(model())
+    batch = train.pack(sequences(4), 24)
+    change = jax.tree.map(lambda weight: jnp.cos(jnp.arange(weight.size, dtype=float)).reshape(weight.shape), params)
+
+    def total(params: Any) -> jax.Array:
+        return jnp.sum(jnp.sin(build(params)(batch.ids, batch.positions, segments=batch.segments).resid))
+
+    _, along = jax.jit(lambda: jax.jvp(total, (params,), (change,)))()
+    gradient = jax.jit(jax.grad(total))(params)
+    expected = sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(change), strict=True))
+    np.testing.assert_allclose(along, expected, rtol=1e-4)
+
+
 def test_gradients_of_many_tokens_stay_within_float16() -> None:
     """The gradient of their summed loss would not: the head's reaches 130,000."""
     params, build = train.trainable(model())
