@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from backtrack_jax.models.attention import attend_causally, may_see
+
+torch = pytest.importorskip("torch", reason="needs torch to compare with")
 
 B, T, K, G, H = 3, 300, 2, 3, 16  # three chunks of queries, of which the last is cut short
 RNG = np.random.default_rng(0)
