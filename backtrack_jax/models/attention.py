@@ -224,7 +224,7 @@ def _attend_16_bit_backward(
     # Of the rounded gradient, as the products are: where one key has all the weight, the two must cancel.
     along = jnp.sum(d_z * z.reshape(q.shape), axis=-1, keepdims=True)
     rows, d_z, along = _as_rows(q), _as_rows(d_z), _as_rows(along)[..., 0]
-    d_q, d_k, d_v = [], jnp.zeros(k.shape), jnp.zeros(v.shape)
+    d_q, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for chunk in _query_chunks(T):
         of, seen = slice(chunk.start * G, chunk.stop * G), slice(0, chunk.stop)
         d_rows, d_keys, d_values = _chunk_gradients(
