@@ -114,7 +114,7 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """Summed loss of the predicted tokens and their summed weights, both float32, in nats.
 
-    A gradient is to be had in reverse mode only (`jax.grad`, `jax.vjp`).
+    A gradient is to be had in reverse mode only (`jax.grad`, `jax.vjp`); a second one, on a CPU, in float32 only.
 
     Args:
       model: the model.

@@ -188,7 +188,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--recompute",
         default=Recompute.CHEAP.value,
         choices=[r.value for r in Recompute],
-        help="in the backward pass: nothing, all but matrix products, or whole blocks, which takes least memory",
+        help="in the backward pass: nothing, all but products with weights, or whole blocks, which takes least memory",
     )
     parser.add_argument("--save_dtype", default="bfloat16", choices=SAVE_DTYPES, help="of all weights of OUT/model")
     parser.add_argument("--save_every", type=int, default=25, help="steps between checkpoints")

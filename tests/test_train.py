@@ -4,7 +4,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import chex
 import jax
@@ -90,6 +90,11 @@ def test_a_gradient_computed_again_is_that_of_what_was_kept(dtype: jnp.dtype) ->
     for found in gradients.values():
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
+
+
+def test_what_is_no_way_to_recompute_is_refused() -> None:
+    with pytest.raises(ValueError, match="recompute=False, expected one of nothing, cheap, blocks"):
+        train.cross_entropy(model(), train.pack(sequences(2), 24), recompute=cast(Any, False))
 
 
 def test_a_folder_with_a_model_that_no_training_made_is_left_alone(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from flax import nnx
 from jax import lax
 
 from backtrack_jax.models.config import Llama3RopeScaling, LlamaConfig
-from backtrack_jax.models.products import einsum, einsum_16_bit, kept, matmul, random_param
+from backtrack_jax.models.products import cpu_barrier, einsum, einsum_16_bit, kept, matmul, random_param
 
 PAD = -1  # position of a padding token
 _QUERY_CHUNK = 128  # queries of a causal chunk, at least; shorter ones make products too small to be fast
@@ -146,7 +146,10 @@ def write(past: KeysValues, new: KeysValues, filled: jax.Array) -> KeysValues:
 
 
 def attend_causally(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """`_attend` without a cache: queries [B, T, K, G, H] to keys [B, K, H, T] and values [B, K, T, H]."""
+    """`_attend` without a cache: queries [B, T, K, G, H] to keys [B, K, H, T] and values [B, K, T, H].
+
+    What a query that sees no key reads (padding) means nothing, nor does a gradient of it.
+    """
     if q.dtype.itemsize == 2:
         return _attend_causally_16_bit(q, k, v, mask)
     return _attend_in_chunks(kept(q), kept(k), kept(v), mask)[0]
@@ -188,7 +191,8 @@ def _attend(
     masks = [jnp.repeat(mask, G, axis=1)[:, None] for mask in masks]
     scores = [jnp.where(mask, score, -1e30) for mask, score in zip(masks, scores, strict=True)]
     highest = functools.reduce(jnp.maximum, [jnp.max(score, axis=-1, keepdims=True) for score in scores])
-    weights = [jnp.exp(score - lax.stop_gradient(highest)) for score in scores]
+    highest = lax.stop_gradient(highest)  # the result does not depend on it
+    weights = [jnp.exp(score - highest) for score in scores]
     sums = [product("BKRS,BKSH->BKRH", w.astype(v.dtype), v) for w, v in zip(weights, values, strict=True)]
     total = functools.reduce(jnp.add, [jnp.sum(w, axis=-1, keepdims=True) for w in weights])
     z = functools.reduce(jnp.add, sums) / total
@@ -260,13 +264,13 @@ def _chunk_gradients(
     """
     mask = jnp.repeat(jnp.swapaxes(mask, 1, 2), q.shape[2] // mask.shape[1], axis=2)[:, None]
     scores = einsum_16_bit("BKSH,BKRH->BKSR", k, q)
-    weights = jnp.where(mask, jnp.exp(scores - logs[:, :, None]), 0).astype(q.dtype)
+    weights = jnp.exp(jnp.where(mask, scores - logs[:, :, None], -jnp.inf)).astype(q.dtype)
     d_weights = einsum_16_bit("BKSH,BKRH->BKSR", v, d_z)
     d_scores = (weights * (d_weights - along[:, :, None])).astype(q.dtype)
     d_q = einsum_16_bit("BKSH,BKSR->BKHR", k, d_scores)
     d_k = einsum_16_bit("BKSR,BKRH->BKSH", d_scores, q)
     d_v = einsum_16_bit("BKSR,BKRH->BKSH", weights, d_z)
-    d_q, d_k = lax.optimization_barrier((d_q, d_k))  # the axes of both are exchanged
+    d_q, d_k = cpu_barrier((d_q, d_k))  # the axes of both are exchanged
     return jnp.swapaxes(d_q, 2, 3), d_k, d_v
 
 

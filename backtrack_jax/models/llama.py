@@ -34,9 +34,10 @@ from backtrack_jax.models.products import KEPT, kept, matmul, random_param, take
 class Recompute(StrEnum):
     """What a gradient computes again, instead of keeping it from the forward pass.
 
-    `nothing`: all is kept.
-    `cheap`: norms, rotations, activations and weights of attention; kept are what the products with weight matrices
-      gave, in the dtype of their inputs, and the residual stream.
+    `nothing`: all is kept, but for attention's weights and the activations of 16-bit models, which are always
+      computed again.
+    `cheap`: norms, activations and attention's weights. Kept are the residual stream, what attention reads, and what
+      the products with weight matrices gave, in the dtype of their inputs, queries and keys rotated.
     `blocks`: everything but the residual stream between the blocks.
     """
 
@@ -109,7 +110,7 @@ def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gated_16_bit(dtype: jnp.dtype, gate: jax.Array, up: jax.Array) -> jax.Array:
-    """`_gated`, rounded as the product with it will; a gradient keeps 16 bits of what comes in and of what goes out."""
+    """`_gated`, rounded to the dtype of the weights behind it; a gradient keeps 16 bits of what comes in and out."""
     return _gated(gate, up).astype(dtype).astype(jnp.float32)
 
 
@@ -243,7 +244,7 @@ class Llama(nnx.Module):
         Raises:
           ValueError: if ids and positions are not integers of one shape [B, T], or concrete positions do not rise along
             a sequence; if an intervention has other shapes than these rows and this model, or a concrete span that is
-            not resolved; or if `stop_at_layer` is outside 1..L or cannot be had.
+            not resolved; if `stop_at_layer` is outside 1..L or cannot be had; or if `recompute` is no `Recompute`.
         """
         ids, positions = _checked_tokens(ids, positions, segments)
         if stop_at_layer is not None:
@@ -373,7 +374,9 @@ def _scan_blocks(
 
 
 def _recomputing(step: Callable, recompute: Recompute, prevent_cse: bool = True) -> Callable:
-    """The same function, whose gradient keeps no more than it is told to."""
+    """The same function, whose gradient keeps no more than it is told to; ValueError for what is no `Recompute`."""
+    if recompute not in list(Recompute):
+        raise ValueError(f"recompute={recompute!r}, expected one of {', '.join(Recompute)}")
     if recompute == Recompute.NOTHING:
         return step
     policy = jax.checkpoint_policies.save_only_these_names(KEPT) if recompute == Recompute.CHEAP else None

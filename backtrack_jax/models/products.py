@@ -2,13 +2,15 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+
+_T = TypeVar("_T")
 
 KEPT = "kept"  # name of what a gradient may keep where it computes the rest again, see `kept`
 
@@ -75,7 +77,7 @@ def _matmul_16_bit_backward(
     of_x, of_weight = inputs.split(",")
     # XLA's CPU backend sums over several axes in 16 bits, over one in 32; and without the barrier it would compute the
     # factors column by column, since it exchanges their axes first.
-    x, gradient = lax.optimization_barrier((x, gradient.astype(weight.dtype)))
+    x, gradient = cpu_barrier((x, gradient.astype(weight.dtype)))
     d_x = einsum(f"{result},{of_weight}->{of_x}", gradient, weight)
     factors = (x, gradient) if of_weight == of_x[-1] + result[-1] else (gradient, x)
     return d_x, _sum_over_tokens(*factors).astype(weight.dtype)
@@ -88,7 +90,7 @@ def _sum_over_tokens(a: jax.Array, b: jax.Array) -> jax.Array:
     """
     n, i, o = math.prod(a.shape[:-1]), a.shape[-1], b.shape[-1]
     if n * i > n * o + i * o:
-        return lax.optimization_barrier(_sum_over_tokens(b, a)).T
+        return cpu_barrier(_sum_over_tokens(b, a)).T
     summed = tuple(range(a.ndim - 1))
     return jnp.tensordot(a, b, (summed, summed), preferred_element_type=jnp.float32)
 
@@ -113,20 +115,39 @@ def einsum_16_bit(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     inputs, result = spec.split("->")
     of_a, of_b = inputs.split(",")
     (summed,) = set(of_a) & set(of_b) - set(result)
-    a, b = lax.optimization_barrier((a, b))
+    a, b = cpu_barrier((a, b))
     a, b = jnp.expand_dims(a, of_a.index(summed)), jnp.expand_dims(b, of_b.index(summed))
     return einsum(spec.replace(summed, "z" + summed), a, b)
+
+
+def cpu_barrier(x: _T) -> _T:
+    """x; XLA's CPU backend computes it before what follows. Others are free to make one computation of both."""
+    return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
 
 
 def kept(x: jax.Array) -> jax.Array:
     """x; a gradient that computes again only what is cheap (`Recompute.CHEAP`) keeps it.
 
-    16-bit numbers are kept as integers, since XLA's CPU backend would widen them. These have no derivative, so only
+    16-bit numbers are kept as integers on a CPU, since XLA would widen them there. These have no derivative, so only
     what nobody differentiates may come here: what the forward rule of a `jax.custom_vjp` hands to the backward one.
+    Who differentiates that rule, for a second derivative, is refused.
     """
-    if x.dtype.itemsize != 2:
+    if jax.default_backend() != "cpu" or x.dtype.itemsize != 2:
         return checkpoint_name(x, KEPT)
-    return lax.bitcast_convert_type(checkpoint_name(lax.bitcast_convert_type(x, jnp.uint16), KEPT), x.dtype)
+    integers = lax.bitcast_convert_type(_differentiated_once(x), jnp.uint16)
+    return lax.bitcast_convert_type(checkpoint_name(integers, KEPT), x.dtype)
+
+
+@jax.custom_jvp
+def _differentiated_once(x: jax.Array) -> jax.Array:
+    return x
+
+
+@_differentiated_once.defjvp
+def _refuse_second_derivative(primals: Any, tangents: Any) -> Any:
+    raise NotImplementedError(
+        "a second derivative through 16-bit products is not to be had on a CPU; expected float32 weights and dtype=None"
+    )
 
 
 def take(table: jax.Array, index: jax.Array | int) -> jax.Array:

@@ -1,12 +1,15 @@
 """Attention that sees no cache, against PyTorch's in float64: forward and backward."""
 
 import functools
+import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from backtrack_jax.models import attention
 from backtrack_jax.models.attention import attend_causally, may_see
 
 torch = pytest.importorskip("torch", reason="needs torch to compare with")
@@ -75,14 +78,37 @@ def test_attention_and_its_gradients_are_those_of_torch(dtype: jnp.dtype, tolera
 
 
 def test_16_bit_gradients_are_products_of_16_bit_factors() -> None:
-    """XLA's CPU backend would widen some to float32, at half the speed, and stops at others."""
+    """In what XLA's CPU backend makes of them: it would widen some to float32, at half the speed."""
     mask = jnp.asarray(mask_of("full"))
     inputs = [jnp.asarray(a, jnp.bfloat16) for a in (Q, KEYS, VALUES)]
     gradient = jax.grad(lambda q, k, v: jnp.sum(attend_causally(q, k, v, mask) * D_Z), (0, 1, 2))
-    text = jax.jit(gradient).lower(*inputs).as_text()
-    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
-    assert len(products) == 3 * (2 + 5)
-    assert all(line.count("xbf16>") == 2 for line in products)
+    text: str = jax.jit(gradient).lower(*inputs).compile().as_text()
+    dtypes = dict(re.findall(r"(%[\w.-]+) = (\w+)\[", text))
+    products = Counter(
+        tuple(dtypes[name] for name in dot) for dot in re.findall(r" dot\((%[\w.-]+), (%[\w.-]+)\)", text)
+    )
+    assert products == {("bf16", "bf16"): 3 * (2 + 5)}
+
+
+@pytest.mark.parametrize("layout", ["full", "left"])
+def test_second_derivatives_in_16_bits_are_right_or_refused(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused on a CPU, where 16-bit numbers are kept as integers, which have no derivative."""
+    mask = mask_of(layout)
+    some = np.any(mask, axis=-1)[:, :, None]
+
+    def twice(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        gradients = jax.grad(lambda *a: jnp.sum(jnp.sin(attend_causally(*a, jnp.asarray(mask)) * some)), (0, 1, 2))
+        return sum((jnp.sum(jnp.cos(g)) for g in gradients(q, k, v)), start=jnp.zeros(()))
+
+    def second(dtype: jnp.dtype) -> tuple[jax.Array, ...]:
+        rounded = (jnp.asarray(a, jnp.bfloat16).astype(dtype) for a in (Q, KEYS, VALUES))
+        return jax.jit(jax.grad(twice, (0, 1, 2)))(*rounded)
+
+    with pytest.raises(NotImplementedError, match=r"second derivative through 16-bit products .* expected float32"):
+        second(jnp.bfloat16)
+    monkeypatch.setattr(attention, "kept", lambda x: x)  # as on other backends
+    for found, exact in zip(second(jnp.bfloat16), second(jnp.float32), strict=True):
+        assert np.linalg.norm(found.astype(jnp.float32) - exact) < 0.03 * np.linalg.norm(exact)
 
 
 @pytest.mark.parametrize(
