@@ -14,8 +14,6 @@ import tiny
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 MEASURED = ("tokens_per_s", "runs_s", "warm_up_s", "load_s", "peak_gb", "busy_cores", "device", "threads", "floor_s")
 
-pytestmark = [pytest.mark.slow, pytest.mark.hf]
-
 
 def write_model(folder: Path) -> Path:
     tokenizer = tiny.tokenizer_json()
@@ -26,6 +24,8 @@ def write_model(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
+@pytest.mark.hf
 def test_programs_agree_and_are_reported(tmp_path: Path) -> None:
     command = [
         sys.executable,
@@ -92,6 +92,7 @@ def work(model: Path) -> dict[str, Any]:
         "labels": ["deduction"],
         "offsets": [-1],
         "batch": 1,
+        "copies": 1,
         "nnsight_rows": 1,
         "repeats": 1,
         "products": [[2, 3, 4]],
