@@ -145,7 +145,7 @@ def _differentiated_once(x: jax.Array) -> jax.Array:
 
 @_differentiated_once.defjvp
 def _refuse_second_derivative(primals: Any, tangents: Any) -> Any:
-    raise NotImplementedError(
+    raise TypeError(
         "a second derivative through 16-bit products is not to be had on a CPU; expected float32 weights and dtype=None"
     )
 
