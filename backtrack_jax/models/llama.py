@@ -28,7 +28,7 @@ from jax.core import Tracer
 from backtrack_jax.intervention import Intervention, intervene
 from backtrack_jax.models.attention import PAD, Attention, KeysValues, KVCache, Past, may_see, rope_tables, write
 from backtrack_jax.models.config import LlamaConfig
-from backtrack_jax.models.products import KEPT, kept, matmul, random_param, take
+from backtrack_jax.models.products import KEPT, cpu_barrier, kept, matmul, random_param, take
 
 
 class Recompute(StrEnum):
@@ -365,7 +365,7 @@ def _scan_blocks(
     if widened or len(others[0]) < len(blocks.input_layernorm.weight[...]):
 
         def step(x, others):
-            stacked, layer = lax.optimization_barrier((blocks, others[0]))
+            stacked, layer = cpu_barrier((blocks, others[0]))
             return body(x, (_block_at(stacked, layer), *others))
 
         scanned = others
