@@ -20,7 +20,9 @@ def figure(plot: Plot) -> dict[str, Any]:
     rows, columns = len(plot.panels), max(len(row) for row in plot.panels)
     heats = any(panel.heat for row in plot.panels for panel in row)
     titles = [panel.title for row in plot.panels for panel in [*row, *[_BLANK] * (columns - len(row))]]
-    height = 150 + sum(max(_height(panel) for panel in row) for row in plot.panels)
+    # Titles stand below the tool bar, which is there all the time where nothing can hover.
+    top = 56 if any(panel.title for panel in plot.panels[0]) else 30
+    height = 120 + top + sum(max(_height(panel) for panel in row) for row in plot.panels)
     made = make_subplots(
         rows,
         columns,
@@ -37,7 +39,8 @@ def figure(plot: Plot) -> dict[str, Any]:
     made.update_layout(
         template=None,
         height=height,
-        margin={"l": 60, "r": 20, "t": 30, "b": 110 if named else 60},
+        margin={"l": 60, "r": 20, "t": top, "b": 110 if named else 60},
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": "rgba(128,128,128,0.6)", "activecolor": "rgb(128,128,128)"},
         legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
