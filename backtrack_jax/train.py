@@ -22,13 +22,13 @@ from jax import lax
 
 from backtrack_jax import store
 from backtrack_jax.models.attention import PAD
-from backtrack_jax.models.llama import Llama, Recompute, RMSNorm, unembed
+from backtrack_jax.models.llama import Llama, Recompute, unembed
+from backtrack_jax.models.products import cpu_barrier, take
 from backtrack_jax.progress import Progress
 
-Head = tuple[RMSNorm, jax.Array]  # final norm and unembedding [V, D]
-
 _RESULTS = ("adapter", "base", "checkpoints", "model", "reasoning")  # what trainings write into their folders
-_SMALL_VOCABULARY = 4096  # up to here all rows' logits fit into memory together
+_LOGITS_AT_A_TIME = 3 << 20  # 12 MB
+_LEAST_PART = 1024  # ids of a part of the vocabulary; fewer make products too small to be fast
 
 
 class Batch(NamedTuple):
@@ -126,52 +126,93 @@ def cross_entropy(
       The two sums; their quotient is the mean loss.
     """
     resid = model(batch.ids, batch.positions, segments=batch.segments, dtype=dtype, recompute=recompute).resid
-    together = max(1, len(batch.ids)) if model.config.vocab_size <= _SMALL_VOCABULARY else 1
-    weight = jnp.sum(batch.weights[:, 1:])
-    # Weighted by shares, or the gradient of many tokens' sum could leave float16's range before it is divided. The
-    # count is a power of two, by which shares, and their gradients in 16 bits, are rounded no otherwise than the sum's.
-    count = lax.stop_gradient(jnp.ldexp(1.0, jnp.frexp(weight)[1]))
     # The last token predicts nothing, but rows of an odd length would be multiplied more slowly.
-    following = [jnp.pad(a[:, 1:], ((0, 0), (0, 1))) for a in (batch.ids, batch.weights / count)]
-    groups = [a.reshape(-1, together, *a.shape[1:]) for a in (resid, *following)]
-    mean: Any = _loss_of_groups((model.norm, model.unembedding.astype(dtype or model.dtype)), *groups)
-    return mean * count, weight
-
-
-def _loss_of_group(head: Head, resid: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
-    """Summed loss of b rows: residual stream [b, T, D], ids of the tokens that follow and their weights [b, T]."""
-    norm, unembedding = head
-    logits = unembed(norm(resid), unembedding)
-    picked = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
-    return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * weights)
+    ids, weights = (jnp.pad(a[:, 1:], ((0, 0), (0, 1))) for a in (batch.ids, batch.weights))
+    total: Any = _summed_loss(model.norm(resid), model.unembedding.astype(dtype or model.dtype), ids, weights)
+    return total, jnp.sum(weights)
 
 
 @jax.custom_vjp
-def _loss_of_groups(head: Head, resid: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
-    """`_loss_of_group` of n groups [n, b, T], one after the other, summed: logits of one group exist at a time.
+def _summed_loss(x: jax.Array, unembedding: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
+    """Sum over tokens of weight * (logsumexp(logits) - logit of the id); logits exist of a part of the ids at a time.
 
-    A gradient is computed beside the loss, group by group, and multiplied in the end by what the sum counts in the
-    loss as a whole: so the logits are neither kept for it nor computed twice.
+    A gradient computes them again: all at once take longer to move through memory than to multiply twice.
+
+    Args:
+      x: [B, T, D] float32, residual stream behind the final norm.
+      unembedding: W_U, [V, D].
+      ids: [B, T], tokens that follow.
+      weights: [B, T], what these count.
     """
-    return jnp.sum(lax.map(lambda group: _loss_of_group(head, *group), (resid, ids, weights)))
+    return _summed_loss_forward(x, unembedding, ids, weights)[0]
 
 
-def _loss_and_gradients(head: Head, resid: jax.Array, ids: jax.Array, weights: jax.Array) -> tuple[jax.Array, Any]:
-    def add(sums: Any, group: Any) -> tuple[Any, list[jax.Array]]:
-        loss, (of_head, *of_rows) = jax.value_and_grad(_loss_of_group, (0, 1, 3))(head, *group)
-        return jax.tree.map(jnp.add, sums, (loss, of_head)), of_rows
+def _summed_loss_forward(
+    x: jax.Array, unembedding: jax.Array, ids: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    parts = _vocabulary_in_parts(unembedding, ids.size)
 
-    nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (jnp.zeros(()), head))
-    (total, of_head), of_rows = lax.scan(add, nothing, (resid, ids, weights))
-    return total, (jax.tree.map(lambda summed, a: summed.astype(a.dtype), of_head, head), *of_rows)
+    def add(sums: tuple[jax.Array, ...], number: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
+        highest, total, picked = sums
+        part, of = _part(parts, number)
+        logits = unembed(x, part)
+        if parts.size > unembedding.size:
+            logits = jnp.where(of < len(unembedding), logits, -jnp.inf)
+        place = ids - of[0]
+        here = jnp.take_along_axis(logits, jnp.clip(place, 0, len(of) - 1)[..., None], axis=-1)[..., 0]
+        picked = jnp.where((place >= 0) & (place < len(of)), here, picked)
+        before, highest = highest, jnp.maximum(highest, jnp.max(logits, axis=-1))
+        total = total * jnp.exp(before - highest) + jnp.sum(jnp.exp(logits - highest[..., None]), axis=-1)
+        return (highest, total, picked), None
+
+    nothing = jnp.zeros(ids.shape, jnp.float32)
+    (highest, total, picked), _ = lax.scan(add, (nothing - jnp.inf, nothing, nothing), jnp.arange(len(parts)))
+    logs = highest + jnp.log(total)
+    return jnp.sum((logs - picked) * weights), (x, unembedding, ids, weights, logs, picked)
 
 
-def _times_outer(gradients: Any, outer: jax.Array) -> tuple[Any, jax.Array, None, jax.Array]:
-    of_head, of_resid, of_weights = jax.tree.map(lambda a: (outer * a).astype(a.dtype), gradients)
-    return of_head, of_resid, None, of_weights
+def _summed_loss_backward(
+    saved: tuple[jax.Array, ...], outer: jax.Array
+) -> tuple[jax.Array, jax.Array, None, jax.Array]:
+    x, unembedding, ids, weights, logs, picked = saved
+    parts = _vocabulary_in_parts(unembedding, ids.size)
+    counts = (outer * weights)[..., None]
+
+    def add(d_x: jax.Array, number: jax.Array) -> tuple[jax.Array, jax.Array]:
+        part, of = _part(parts, number)
+        logits, gradients = jax.vjp(unembed, x, part)
+        chances = jnp.exp(logits - logs[..., None])
+        if parts.size > unembedding.size:
+            chances = jnp.where(of < len(unembedding), chances, 0)
+        of_x, of_part = gradients((chances - (of == ids[..., None])) * counts)
+        return d_x + of_x, of_part.astype(jnp.float32)  # XLA's CPU backend would rewrite a whole 16-bit stack each time
+
+    d_x, d_parts = lax.scan(add, jnp.zeros_like(x), jnp.arange(len(parts)))
+    d_unembedding = d_parts.reshape(-1, d_parts.shape[-1])[: len(unembedding)].astype(unembedding.dtype)
+    return d_x, d_unembedding, None, outer * (logs - picked)
 
 
-_loss_of_groups.defvjp(_loss_and_gradients, _times_outer)
+_summed_loss.defvjp(_summed_loss_forward, _summed_loss_backward)
+
+
+def _vocabulary_in_parts(unembedding: jax.Array, tokens: int) -> jax.Array:
+    """W_U [V, D] as [parts, v, D], whose logits of so many tokens stay in a processor's cache; zeros where V ends.
+
+    v divides V if a number of this size does: otherwise W_U is copied.
+    """
+    V = len(unembedding)
+    most = min(V, max(_LEAST_PART, _LOGITS_AT_A_TIME // tokens))
+    size = max(size for size in range(1, most + 1) if V % size == 0)
+    if size < most // 2:
+        size = most
+    return jnp.pad(unembedding, ((0, -V % size), (0, 0))).reshape(-1, size, unembedding.shape[-1])
+
+
+def _part(parts: jax.Array, number: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One part of W_U, [v, D], and the ids that its rows are of, [v]."""
+    # Behind the barrier, or XLA's CPU backend would widen all 16-bit weights before the loop.
+    parts, number = cpu_barrier((parts, number))
+    return take(parts, number), number * parts.shape[1] + jnp.arange(parts.shape[1])
 
 
 @jax.tree_util.register_dataclass

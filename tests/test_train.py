@@ -37,8 +37,8 @@ CONFIG = LlamaConfig(
 
 
 @functools.cache
-def model() -> Llama:
-    made = jax.jit(lambda: Llama(CONFIG, rngs=nnx.Rngs(0)))()
+def model(vocab_size: int = 37) -> Llama:
+    made = jax.jit(lambda: Llama(dataclasses.replace(CONFIG, vocab_size=vocab_size), rngs=nnx.Rngs(0)))()
     return jax.tree.map(lambda weight: 5 * weight if weight.ndim > 1 else weight, made)  # far from uniform
 
 
@@ -117,11 +117,19 @@ def test_a_folder_belongs_to_one_training_once_that_has_begun(tmp_path: Path) ->
         train.keep_to(folder, {"dtype": "bfloat16", "rate": 2e-3, "rank": 8})
 
 
-@pytest.mark.parametrize("vocabulary", ["small", "large"])
-def test_packed_loss_is_that_of_the_sequences_one_by_one(vocabulary: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if vocabulary == "large":
-        monkeypatch.setattr(train, "_SMALL_VOCABULARY", 0)
-    llama = model()
+@pytest.fixture(params=[(37, 1), (37, 4), (40, 4)], ids=["at once", "in parts with a rest", "in equal parts"])
+def vocab_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """V of a vocabulary whose logits the loss computes so."""
+    V, parts = request.param
+    if parts > 1:
+        monkeypatch.setattr(train, "_LOGITS_AT_A_TIME", 0)
+        monkeypatch.setattr(train, "_LEAST_PART", 10)
+    assert len(train._vocabulary_in_parts(jnp.zeros((V, 16)), 24)) == parts
+    return V
+
+
+def test_packed_loss_is_that_of_the_sequences_one_by_one(vocab_size: int) -> None:
+    llama = model(vocab_size)
     total, weight = jax.jit(train.cross_entropy)(llama, train.pack(sequences(12), 24))
     expected = 0.0
     forward = jax.jit(lambda ids, positions: jax.nn.log_softmax(llama.logits(llama(ids, positions).resid)))
@@ -133,15 +141,10 @@ def test_packed_loss_is_that_of_the_sequences_one_by_one(vocabulary: str, monkey
     assert weight == sum(len(sequence.ids) - sequence.start for sequence in sequences(12))
 
 
-@pytest.mark.parametrize("vocabulary", ["small", "large"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_gradient_of_the_loss_is_that_of_its_definition(
-    vocabulary: str, tied: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradient_of_the_loss_is_that_of_its_definition(tied: bool, vocab_size: int) -> None:
     """Of the squared mean, so that what comes from outside the sum is not 1; of weights and of what tokens count."""
-    if vocabulary == "large":
-        monkeypatch.setattr(train, "_SMALL_VOCABULARY", 0)
-    llama = Llama(dataclasses.replace(CONFIG, tied=tied), rngs=nnx.Rngs(0))
+    llama = Llama(dataclasses.replace(CONFIG, tied=tied, vocab_size=vocab_size), rngs=nnx.Rngs(0))
     params, build = train.trainable(llama)
     batch = train.pack(sequences(12), 24)
 
@@ -218,15 +221,16 @@ def _memory_of_gradient(config: LlamaConfig, loss: Callable[[Llama, train.Batch]
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-def test_a_gradient_of_the_loss_holds_the_logits_of_one_row() -> None:
+def test_a_gradient_of_the_loss_holds_logits_of_a_part_of_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "_LOGITS_AT_A_TIME", 1000 * 8 * 64)
     config = dataclasses.replace(CONFIG, vocab_size=20_000)
     held = _memory_of_gradient(config, lambda llama, batch: train.cross_entropy(llama, batch)[0])
-    assert held < 3 * 64 * 20_000 * 4  # they and their gradient
+    assert held < 20_000 * 8 * 64 * 4 / 4  # a quarter of all
 
 
-def test_gradient_of_16_bit_products_is_close_to_that_of_float32() -> None:
+def test_gradient_of_16_bit_products_is_close_to_that_of_float32(vocab_size: int) -> None:
     params, build = train.trainable(
-        jax.tree.map(lambda w: 0.4 * w if w.ndim > 1 else w, model())
+        jax.tree.map(lambda w: 0.4 * w if w.ndim > 1 else w, model(vocab_size))
     )  # less sure of itself
     batch = train.pack(sequences(12), 24)
 
