@@ -122,10 +122,10 @@ class Attention(nnx.Module):
             inputs = self.q_proj.dtype
             z = attend_causally(q.astype(inputs), k.astype(inputs), v.astype(inputs), mask)
         elif past.slot is None:
-            z, _ = _attend(q, (past.k, past.v, past.mask), (k, v, mask))
+            z = _from_rows(_attend(q, (past.k, past.v, past.mask), (k, v, mask))[0], T)
         else:
             written = write((past.k, past.v), (k, v), past.slot)
-            z, _ = _attend(q, (*written, past.mask))
+            z = _from_rows(_attend(q, (*written, past.mask))[0], T)
         return matmul(z, self.o_proj[...]), k, v, written
 
 
@@ -146,13 +146,13 @@ def write(past: KeysValues, new: KeysValues, filled: jax.Array) -> KeysValues:
 
 
 def attend_causally(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """`_attend` without a cache: queries [B, T, K, G, H] to keys [B, K, H, T] and values [B, K, T, H].
+    """Attention without a cache: queries [B, T, K, G, H], keys [B, K, H, T] and values [B, K, T, H] to [B, T, N * H].
 
     What a query that sees no key reads (padding) means nothing, nor does a gradient of it.
     """
     if q.dtype.itemsize == 2:
         return _attend_causally_16_bit(q, k, v, mask)
-    return _attend_in_chunks(kept(q), kept(k), kept(v), mask)[0]
+    return _from_rows(_attend_in_chunks(kept(q), kept(k), kept(v), mask)[0], q.shape[1])
 
 
 def _attend_in_chunks(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -167,7 +167,7 @@ def _attend_in_chunks(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array)
         of_chunk = _attend(q[:, chunk], (k[..., seen], v[:, :, seen], mask[:, chunk, seen]), product=product)
         z.append(of_chunk[0])
         logs.append(of_chunk[1])
-    return jnp.concatenate(z, axis=1), jnp.concatenate(logs, axis=2)
+    return jnp.concatenate(z, axis=2), jnp.concatenate(logs, axis=2)
 
 
 def _query_chunks(T: int) -> list[slice]:
@@ -182,9 +182,9 @@ def _attend(
     """Softmax attention of queries [B, T, K, G, H] over all parts together.
 
     A part is its keys [B, K, H, S], values [B, K, S, H], and which of them a query may attend to, [B, T, S].
-    Returns [B, T, N * H] float32, and logarithms of the sums that weights were divided by, [B, K, T * G] float32.
+    Returns [B, K, T * G, H] float32, and logarithms of the sums that weights were divided by, [B, K, T * G] float32.
     """
-    B, T, K, G, H = q.shape
+    G = q.shape[3]
     rows = _as_rows(q)
     keys, values, masks = zip(*parts, strict=True)
     scores = [product("BKRH,BKHS->BKRS", rows, k) for k in keys]
@@ -195,9 +195,7 @@ def _attend(
     weights = [jnp.exp(score - highest) for score in scores]
     sums = [product("BKRS,BKSH->BKRH", w.astype(v.dtype), v) for w, v in zip(weights, values, strict=True)]
     total = functools.reduce(jnp.add, [jnp.sum(w, axis=-1, keepdims=True) for w in weights])
-    z = functools.reduce(jnp.add, sums) / total
-    z = jnp.moveaxis(z.reshape(B, K, T, G, H), 1, 2).reshape(B, T, K * G * H)
-    return z, (highest + jnp.log(total))[..., 0]
+    return functools.reduce(jnp.add, sums) / total, (highest + jnp.log(total))[..., 0]
 
 
 def _as_rows(q: jax.Array) -> jax.Array:
@@ -206,16 +204,23 @@ def _as_rows(q: jax.Array) -> jax.Array:
     return jnp.moveaxis(q, 2, 1).reshape(B, K, T * G, H)
 
 
+def _from_rows(z: jax.Array, T: int) -> jax.Array:
+    """[B, K, T * G, H] to [B, T, N * H]."""
+    B, K, R, H = z.shape
+    return jnp.moveaxis(z.reshape(B, K, T, R // T, H), 1, 2).reshape(B, T, -1)
+
+
 @jax.custom_vjp
 def _attend_causally_16_bit(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Whose gradient is made of 16-bit products too; left to itself, JAX would multiply in float32."""
-    return _attend_in_chunks(q, k, v, mask)[0]
+    """Rounded to 16 bits. Its gradient is made of 16-bit products too, where JAX alone would multiply in float32."""
+    return _attend_16_bit_forward(q, k, v, mask)[0]
 
 
 def _attend_16_bit_forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> tuple[jax.Array, Any]:
     z, logs = _attend_in_chunks(q, k, v, mask)
-    z, logs = kept(z), kept(logs)
-    return z, (kept(q), kept(jnp.swapaxes(k, 2, 3)), kept(v), mask, z, logs)
+    z, logs = kept(z.astype(q.dtype)), kept(logs)
+    saved = kept(_as_rows(q)), kept(jnp.swapaxes(k, 2, 3)), kept(v), mask, z, logs
+    return _from_rows(z, q.shape[1]).astype(jnp.float32), saved
 
 
 def _attend_16_bit_backward(
@@ -223,16 +228,16 @@ def _attend_16_bit_backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     """In chunks of queries as the forward pass; keys that several chunks see sum their gradients."""
     q, k, v, mask, z, logs = saved
-    B, T, K, G, H = q.shape
-    d_z = d_z.reshape(q.shape).astype(q.dtype)
+    (B, K, R, H), T = q.shape, k.shape[2]
+    G = R // T
+    d_z = cpu_barrier(_as_rows(d_z.reshape(B, T, K, G, H).astype(q.dtype)))
     # Of the rounded gradient, as the products are: where one key has all the weight, the two must cancel.
-    along = jnp.sum(d_z * z.reshape(q.shape), axis=-1, keepdims=True)
-    rows, d_z, along = _as_rows(q), _as_rows(d_z), _as_rows(along)[..., 0]
+    along = jnp.sum(d_z.astype(jnp.float32) * z.astype(jnp.float32), axis=-1)
     d_q, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for chunk in _query_chunks(T):
         of, seen = slice(chunk.start * G, chunk.stop * G), slice(0, chunk.stop)
         d_rows, d_keys, d_values = _chunk_gradients(
-            rows[:, :, of],
+            q[:, :, of],
             d_z[:, :, of],
             logs[:, :, of],
             along[:, :, of],
@@ -262,7 +267,7 @@ def _chunk_gradients(
       v: [B, K, S, H].
       mask: [B, R / G, S].
     """
-    mask = jnp.repeat(jnp.swapaxes(mask, 1, 2), q.shape[2] // mask.shape[1], axis=2)[:, None]
+    mask = cpu_barrier(jnp.repeat(jnp.swapaxes(mask, 1, 2), q.shape[2] // mask.shape[1], axis=2))[:, None]
     scores = einsum_16_bit("BKSH,BKRH->BKSR", k, q)
     weights = jnp.exp(jnp.where(mask, scores - logs[:, :, None], -jnp.inf)).astype(q.dtype)
     d_weights = einsum_16_bit("BKSH,BKRH->BKSR", v, d_z)
