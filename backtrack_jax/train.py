@@ -27,7 +27,6 @@ from backtrack_jax.models.products import cpu_barrier, take
 from backtrack_jax.progress import Progress
 
 _RESULTS = ("adapter", "base", "checkpoints", "model", "reasoning")  # what trainings write into their folders
-_LOGITS_AT_A_TIME = 3 << 20  # 12 MB
 _LEAST_PART = 1024  # ids of a part of the vocabulary; fewer make products too small to be fast
 
 
@@ -196,16 +195,20 @@ _summed_loss.defvjp(_summed_loss_forward, _summed_loss_backward)
 
 
 def _vocabulary_in_parts(unembedding: jax.Array, tokens: int) -> jax.Array:
-    """W_U [V, D] as [parts, v, D], whose logits of so many tokens stay in a processor's cache; zeros where V ends.
+    """W_U [V, D] as [parts, v, D], for so many tokens; zeros behind the last id.
 
-    v divides V if a number of this size does: otherwise W_U is copied.
+    v divides V, so that W_U need not be copied, and is a multiple of 128, as far as such numbers are to be had.
     """
     V = len(unembedding)
-    most = min(V, max(_LEAST_PART, _LOGITS_AT_A_TIME // tokens))
-    size = max(size for size in range(1, most + 1) if V % size == 0)
-    if size < most // 2:
-        size = most
+    most = max(_LEAST_PART, _logits_at_a_time() // tokens)
+    exact = [size for size in range(most // 2, most + 1) if V % size == 0]
+    size = V if most >= V else max(exact, key=lambda size: (size % 128 == 0, size), default=most)
     return jnp.pad(unembedding, ((0, -V % size), (0, 0))).reshape(-1, size, unembedding.shape[-1])
+
+
+def _logits_at_a_time() -> int:
+    """12 MB of them on a CPU, which stay in its cache; elsewhere 256 MB, since small products are slow there."""
+    return 3 << 20 if jax.default_backend() == "cpu" else 64 << 20
 
 
 def _part(parts: jax.Array, number: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -122,10 +122,27 @@ def vocab_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     """V of a vocabulary whose logits the loss computes so."""
     V, parts = request.param
     if parts > 1:
-        monkeypatch.setattr(train, "_LOGITS_AT_A_TIME", 0)
+        monkeypatch.setattr(train, "_logits_at_a_time", lambda: 0)
         monkeypatch.setattr(train, "_LEAST_PART", 10)
     assert len(train._vocabulary_in_parts(jnp.zeros((V, 16)), 24)) == parts
     return V
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "tokens", "parts", "size"),
+    [
+        (49152, 2048, 32, 1536),  # SmolLM2
+        (128256, 2048, 167, 768),  # Llama 3: 1336 divides it too, but is no multiple of 128
+        (128257, 2048, 84, 1536),  # a token more, of which nothing near 1536 is a factor
+        (32000, 1 << 20, 50, 640),  # however many tokens, no fewer ids than make a product fast
+        (311, 2048, 1, 311),
+    ],
+)
+def test_a_vocabulary_in_parts_is_padded_where_nothing_divides_it(
+    vocab_size: int, tokens: int, parts: int, size: int
+) -> None:
+    made = jax.eval_shape(lambda: train._vocabulary_in_parts(jnp.zeros((vocab_size, 2)), tokens))
+    assert made.shape == (parts, size, 2)
 
 
 def test_packed_loss_is_that_of_the_sequences_one_by_one(vocab_size: int) -> None:
@@ -222,7 +239,7 @@ def _memory_of_gradient(config: LlamaConfig, loss: Callable[[Llama, train.Batch]
 
 
 def test_a_gradient_of_the_loss_holds_logits_of_a_part_of_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "_LOGITS_AT_A_TIME", 1000 * 8 * 64)
+    monkeypatch.setattr(train, "_logits_at_a_time", lambda: 1000 * 8 * 64)
     config = dataclasses.replace(CONFIG, vocab_size=20_000)
     held = _memory_of_gradient(config, lambda llama, batch: train.cross_entropy(llama, batch)[0])
     assert held < 20_000 * 8 * 64 * 4 / 4  # a quarter of all
