@@ -165,7 +165,8 @@ def _summed_loss_forward(
         return (highest, total, picked), None
 
     nothing = jnp.zeros(ids.shape, jnp.float32)
-    (highest, total, picked), _ = lax.scan(add, (nothing - jnp.inf, nothing, nothing), jnp.arange(len(parts)))
+    start = nothing - jnp.inf, nothing, nothing + jnp.nan  # of an id that is in no part
+    (highest, total, picked), _ = lax.scan(add, start, jnp.arange(len(parts)))
     logs = highest + jnp.log(total)
     return jnp.sum((logs - picked) * weights), (x, unembedding, ids, weights, logs, picked)
 

@@ -158,6 +158,12 @@ def test_packed_loss_is_that_of_the_sequences_one_by_one(vocab_size: int) -> Non
     assert weight == sum(len(sequence.ids) - sequence.start for sequence in sequences(12))
 
 
+def test_an_id_beyond_the_vocabulary_has_no_finite_loss(vocab_size: int) -> None:
+    batch = train.pack([train.Tokens([1, 2, 3])], 24)
+    batch.ids[0, 2] = vocab_size
+    assert not np.isfinite(train.cross_entropy(model(vocab_size), batch)[0])
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_gradient_of_the_loss_is_that_of_its_definition(tied: bool, vocab_size: int) -> None:
     """Of the squared mean, so that what comes from outside the sum is not 1; of weights and of what tokens count."""
