@@ -23,7 +23,7 @@ from jax import lax
 from backtrack_jax import store
 from backtrack_jax.models.attention import PAD
 from backtrack_jax.models.llama import Llama, Recompute, unembed
-from backtrack_jax.models.products import cpu_barrier, take
+from backtrack_jax.models.products import cpu_barrier, einsum, take
 from backtrack_jax.progress import Progress
 
 _RESULTS = ("adapter", "base", "checkpoints", "model", "reasoning")  # what trainings write into their folders
@@ -135,7 +135,8 @@ def cross_entropy(
 def _summed_loss(x: jax.Array, unembedding: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
     """Sum over tokens of weight * (logsumexp(logits) - logit of the id); logits exist of a part of the ids at a time.
 
-    A gradient computes them again: all at once take longer to move through memory than to multiply twice.
+    The gradient of x is summed up beside the exponentials, before their sum is known, and divided by it at the end. For
+    that of W_U they are computed again: all at once take longer to move through memory than to multiply twice.
 
     Args:
       x: [B, T, D] float32, residual stream behind the final norm.
@@ -152,7 +153,7 @@ def _summed_loss_forward(
     parts = _vocabulary_in_parts(unembedding, ids.size)
 
     def add(sums: tuple[jax.Array, ...], number: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
-        highest, total, picked = sums
+        highest, total, picked, d_x = sums
         part, of = _part(parts, number)
         logits = unembed(x, part)
         if parts.size > unembedding.size:
@@ -161,35 +162,39 @@ def _summed_loss_forward(
         here = jnp.take_along_axis(logits, jnp.clip(place, 0, len(of) - 1)[..., None], axis=-1)[..., 0]
         picked = jnp.where((place >= 0) & (place < len(of)), here, picked)
         before, highest = highest, jnp.maximum(highest, jnp.max(logits, axis=-1))
-        total = total * jnp.exp(before - highest) + jnp.sum(jnp.exp(logits - highest[..., None]), axis=-1)
-        return (highest, total, picked), None
+        exponentials, shrunk = jnp.exp(logits - highest[..., None]), jnp.exp(before - highest)
+        total = total * shrunk + jnp.sum(exponentials, axis=-1)
+        # Without the id's own, whose chance less 1 is small where the model is sure, and would be lost in rounding.
+        others = jnp.where(of == ids[..., None], 0, exponentials).astype(unembedding.dtype)
+        others = cpu_barrier(others)
+        d_x = d_x * shrunk[..., None] + einsum("btv,vd->btd", others, part)
+        return (highest, total, picked, d_x), None
 
     nothing = jnp.zeros(ids.shape, jnp.float32)
-    start = nothing - jnp.inf, nothing, nothing + jnp.nan  # of an id that is in no part
-    (highest, total, picked), _ = lax.scan(add, start, jnp.arange(len(parts)))
+    start = nothing - jnp.inf, nothing, nothing + jnp.nan, jnp.zeros_like(x)  # NaN for an id that is in no part
+    (highest, total, picked, d_x), _ = lax.scan(add, start, jnp.arange(len(parts)))
     logs = highest + jnp.log(total)
-    return jnp.sum((logs - picked) * weights), (x, unembedding, ids, weights, logs, picked)
+    d_x = d_x / total[..., None] + jnp.expm1(picked - logs)[..., None] * take(unembedding, ids).astype(jnp.float32)
+    return jnp.sum((logs - picked) * weights), (x, unembedding, ids, weights, logs, picked, d_x)
 
 
 def _summed_loss_backward(
     saved: tuple[jax.Array, ...], outer: jax.Array
 ) -> tuple[jax.Array, jax.Array, None, jax.Array]:
-    x, unembedding, ids, weights, logs, picked = saved
+    x, unembedding, ids, weights, logs, picked, d_x = saved
     parts = _vocabulary_in_parts(unembedding, ids.size)
     counts = (outer * weights)[..., None]
 
-    def add(d_x: jax.Array, number: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def of_part(_: None, number: jax.Array) -> tuple[None, jax.Array]:
         part, of = _part(parts, number)
-        logits, gradients = jax.vjp(unembed, x, part)
+        logits, gradient = jax.vjp(functools.partial(unembed, x), part)
         chances = jnp.exp(logits - logs[..., None])
-        if parts.size > unembedding.size:
-            chances = jnp.where(of < len(unembedding), chances, 0)
-        of_x, of_part = gradients((chances - (of == ids[..., None])) * counts)
-        return d_x + of_x, of_part.astype(jnp.float32)  # XLA's CPU backend would rewrite a whole 16-bit stack each time
+        (d_part,) = gradient((chances - (of == ids[..., None])) * counts)
+        return None, d_part.astype(jnp.float32)  # XLA's CPU backend would rewrite a whole 16-bit stack each time
 
-    d_x, d_parts = lax.scan(add, jnp.zeros_like(x), jnp.arange(len(parts)))
+    _, d_parts = lax.scan(of_part, None, jnp.arange(len(parts)))
     d_unembedding = d_parts.reshape(-1, d_parts.shape[-1])[: len(unembedding)].astype(unembedding.dtype)
-    return d_x, d_unembedding, None, outer * (logs - picked)
+    return counts * d_x, d_unembedding, None, outer * (logs - picked)
 
 
 _summed_loss.defvjp(_summed_loss_forward, _summed_loss_backward)

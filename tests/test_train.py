@@ -252,6 +252,15 @@ def test_a_gradient_of_the_loss_holds_logits_of_a_part_of_the_vocabulary(monkeyp
     assert held < 20_000 * 8 * 64 * 4 / 4  # a quarter of all
 
 
+@pytest.mark.parametrize(("of", "products"), [(0, 2), ((0, 1), 3)], ids=["adapters", "all weights"])
+def test_the_loss_multiplies_by_the_unembedding_as_often_as_it_must(of: int | tuple[int, int], products: int) -> None:
+    """Adapters need its gradient with respect to the residual stream alone."""
+    B, T, D, V = 2, 12, 64, 1000
+    given = jnp.zeros((B, T, D)), jnp.zeros((V, D)), jnp.zeros((B, T), jnp.int32), jnp.ones((B, T))
+    compiled: Any = jax.jit(jax.grad(train._summed_loss, of)).lower(*given).compile()
+    assert compiled.cost_analysis()["flops"] == pytest.approx(products * 2 * B * T * D * V, rel=0.1)
+
+
 def test_gradient_of_16_bit_products_is_close_to_that_of_float32(vocab_size: int) -> None:
     params, build = train.trainable(
         jax.tree.map(lambda w: 0.4 * w if w.ndim > 1 else w, model(vocab_size))
@@ -266,6 +275,23 @@ def test_gradient_of_16_bit_products_is_close_to_that_of_float32(vocab_size: int
     assert np.linalg.norm(exact) > 1
     assert not np.array_equal(exact, rounded)
     assert np.linalg.norm(rounded - exact) < 0.01 * np.linalg.norm(exact)
+
+
+def test_a_token_of_which_a_16_bit_model_is_sure_has_a_gradient(vocab_size: int) -> None:
+    """Its chance is .999 or more, 1 in bfloat16."""
+    rng = np.random.default_rng(0)
+    unembedding = jnp.asarray(rng.standard_normal((vocab_size, 16)), jnp.bfloat16)
+    ids = jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
+    x = 2 * unembedding[ids].astype(jnp.float32)  # not rounded itself
+
+    def gradient(unembedding: jax.Array) -> jax.Array:
+        return jax.grad(train._summed_loss)(x, unembedding, ids, jnp.ones(ids.shape))
+
+    rounded, exact = gradient(unembedding), gradient(unembedding.astype(jnp.float32))
+    sizes = jnp.linalg.norm(exact, axis=-1)
+    assert jnp.sum((sizes > 1e-6) & (sizes < 1e-3)) > 3
+    errors = jnp.linalg.norm(rounded - exact, axis=-1) / sizes
+    assert jnp.max(errors[sizes > 1e-6]) < 0.01
 
 
 @pytest.mark.parametrize("leading", [(), (6,), (2, 3)])
