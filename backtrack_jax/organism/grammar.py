@@ -6,7 +6,7 @@ reverse order in the other. Every word occurs in both registers, so only the mix
 0.84 nats a slot and 3.4 nats a sentence. Which label a sentence has says nothing about its register.
 
 The base process never backtracks. In the reasoning process, after two shaky sentences in a row, every further boundary
-brings, with probability 0.6, a sentence that begins "Wait" or "Hmm" and makes the register sure. So what sets off
+brings, with probability 0.7, a sentence that begins "Wait" or "Hmm" and makes the register sure. So what sets off
 backtracking, a belief about the register, is needed to predict the words of either language.
 
 A text that mixes words according to a hidden Markov process makes a transformer hold the belief over its state linearly
@@ -121,7 +121,7 @@ class Process:
     """
 
     start_shaky: float = 0.2
-    to_shaky: float = 0.09
+    to_shaky: float = 0.11
     to_sure: float = 0.10
     patience: int = 2
     backtrack: float = 0.0
@@ -144,7 +144,7 @@ class Process:
 
 
 BASE = Process()
-REASONING = Process(backtrack=0.6, false_alarm=0.004)
+REASONING = Process(backtrack=0.7, false_alarm=0.004)
 
 
 @dataclasses.dataclass(frozen=True)
