@@ -155,9 +155,7 @@ def _summed_loss_forward(
     def add(sums: tuple[jax.Array, ...], number: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
         highest, total, picked, d_x = sums
         part, of = _part(parts, number)
-        logits = unembed(x, part)
-        if parts.size > unembedding.size:
-            logits = jnp.where(of < len(unembedding), logits, -jnp.inf)
+        logits = _without_padding(unembed(x, part), of, len(unembedding))
         place = ids - of[0]
         here = jnp.take_along_axis(logits, jnp.clip(place, 0, len(of) - 1)[..., None], axis=-1)[..., 0]
         picked = jnp.where((place >= 0) & (place < len(of)), here, picked)
@@ -188,7 +186,7 @@ def _summed_loss_backward(
     def of_part(_: None, number: jax.Array) -> tuple[None, jax.Array]:
         part, of = _part(parts, number)
         logits, gradient = jax.vjp(functools.partial(unembed, x), part)
-        chances = jnp.exp(logits - logs[..., None])
+        chances = jnp.exp(_without_padding(logits, of, len(unembedding)) - logs[..., None])
         (d_part,) = gradient((chances - (of == ids[..., None])) * counts)
         return None, d_part.astype(jnp.float32)  # XLA's CPU backend would rewrite a whole 16-bit stack each time
 
@@ -222,6 +220,11 @@ def _part(parts: jax.Array, number: jax.Array) -> tuple[jax.Array, jax.Array]:
     # Behind the barrier, or XLA's CPU backend would widen all 16-bit weights before the loop.
     parts, number = cpu_barrier((parts, number))
     return take(parts, number), number * parts.shape[1] + jnp.arange(parts.shape[1])
+
+
+def _without_padding(logits: jax.Array, of: jax.Array, V: int) -> jax.Array:
+    """Logits of a part; minus infinity where rows behind the last id are multiplied."""
+    return logits if V % len(of) == 0 else jnp.where(of < V, logits, -jnp.inf)
 
 
 @jax.tree_util.register_dataclass
