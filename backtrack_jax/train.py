@@ -163,8 +163,7 @@ def _summed_loss_forward(
         exponentials, shrunk = jnp.exp(logits - highest[..., None]), jnp.exp(before - highest)
         total = total * shrunk + jnp.sum(exponentials, axis=-1)
         # Without the id's own, whose chance less 1 is small where the model is sure, and would be lost in rounding.
-        others = jnp.where(of == ids[..., None], 0, exponentials).astype(unembedding.dtype)
-        others = cpu_barrier(others)
+        others = cpu_barrier(jnp.where(of == ids[..., None], 0, exponentials).astype(unembedding.dtype))
         d_x = d_x * shrunk[..., None] + einsum("btv,vd->btd", others, part)
         return (highest, total, picked, d_x), None
 
