@@ -320,6 +320,25 @@ def check(experiment: Experiment) -> None:
         raise ValueError("the config cannot run:\n  " + "\n  ".join(faults))
 
 
+def check_windows(experiment: Experiment) -> None:
+    """Refuses what stage 3 would only after the traces were sampled: windows that no reply of their length can hold.
+
+    Raises:
+      ValueError: lists every such window.
+    """
+    v, most = experiment.vectors, experiment.traces.max_new_tokens
+    if experiment.traces.path:  # whose replies have any length
+        return
+    offsets = {f"steering.offsets={o}, which reads the window": v.window_at(o) for o in experiment.steering.offsets}
+    faults = []
+    for name, (first, last) in {"vectors.window": v.window, **offsets}.items():
+        before, after = 0 if v.into_prompt else max(0, -first), max(0, last)
+        if before + after >= most:
+            faults.append(_fault(name, (first, last), f"one that replies of traces.max_new_tokens={most} can hold"))
+    if faults:
+        raise ValueError("no vector could be read:\n  " + "\n  ".join(faults))
+
+
 def check_overrides(arguments: Sequence[str]) -> None:
     """Refuses what `check_override` does, and a list that is given twice: ValueError names it."""
     lists = [argument.lstrip("-").partition("=")[0] for argument in arguments if check_override(argument) is tuple]

@@ -34,7 +34,7 @@ from jax.sharding import Mesh
 
 from backtrack_jax import environment, inputs, store
 from backtrack_jax.analysis.logit_lens import keyword_ids
-from backtrack_jax.config import ROLES, Experiment
+from backtrack_jax.config import ROLES, Experiment, check_windows
 from backtrack_jax.data import records
 from backtrack_jax.judges.ledger import read_entries
 from backtrack_jax.judges.prompts import failure
@@ -76,7 +76,9 @@ class Run:
         """
         self.stages = tuple(stages)
         reads_vectors = not set(stages) <= {"1-traces", "2-annotations"}
-        experiment = experiment.for_vectors() if reads_vectors else experiment
+        if reads_vectors:
+            experiment = experiment.for_vectors()
+            check_windows(experiment)
         # In one order, as conditions are numbered by it.
         roles = tuple(role for role in ROLES if role in experiment.roles)
         self.experiment = experiment = dataclasses.replace(experiment, roles=roles)

@@ -147,7 +147,9 @@ def run(arguments: argparse.Namespace) -> None:
     tokenizer = Tokenizer.load(path)
     check_vocabulary("finetuned", checkpoint.read_config(path), tokenizer, ())
     rows = packed_traces(tokenizer, traces, a)
-    no_setting = ("model", "out", "save_dtype", "save_every", "traces")  # of the training, or by another name below
+    no_setting = {"model", "out", "save_dtype", "save_every", "traces"}  # of the training, or by another name below
+    no_setting |= set() if a.lora_rank else {"lora_alpha"}
+    no_setting |= set() if a.format == prompts.Format.R1 else {"think"}
     settings = {name: value for name, value in vars(a).items() if name not in no_setting}
     settings["weights"] = store.weights_hash(path)
     settings["rows"] = hashlib.sha256(b"".join(np.asarray(array).tobytes() for array in rows)).hexdigest()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import itertools
 import math
 import re
 import subprocess
@@ -196,6 +197,34 @@ def test_all_faults_are_reported_at_once() -> None:
     e = set_field(set_field(tiny.get_config(), "steering.layer", -2), "vectors.label", "x")
     with pytest.raises(ValueError, match=r"(?s)vectors\.label='x'.*steering\.layer=-2"):
         config.check(e)
+
+
+@pytest.mark.parametrize("into_prompt", [False, True])
+def test_windows_that_no_sampled_reply_can_hold_are_refused(into_prompt: bool) -> None:
+    """Against a search for a section of which the window can be read."""
+    e, most = tiny.get_config(), 4
+    e.traces.path, e.traces.max_new_tokens, e.steering.offsets, e.vectors.into_prompt = "", most, (), into_prompt
+    accepted = set()
+    for first, last in itertools.combinations_with_replacement(range(-6, 7), 2):
+        e.vectors.window = (first, last)
+        try:
+            config.check_windows(e)
+        except ValueError as error:
+            assert f"vectors.window={(first, last)}, expected one that replies of traces.max_new_tokens=4" in str(error)
+        else:
+            accepted.add((first, last))
+    held = {
+        (first, last)
+        for first, last in itertools.combinations_with_replacement(range(-6, 7), 2)
+        for section in range(most)
+        if (into_prompt or section + first >= 0) and section + last < most
+    }
+    assert accepted == held
+    e.vectors.window, e.steering.offsets, e.vectors.offset_window = (-2, -1), (-1, -4, 3), (0, 1)
+    with pytest.raises(ValueError, match=r"steering\.offsets=3, which reads the window=\(3, 4\), expected one"):
+        config.check_windows(e)
+    e.traces.path = tiny.CHAINS  # replies of any length
+    config.check_windows(e)
 
 
 def test_any_label_may_be_imported() -> None:

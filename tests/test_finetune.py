@@ -64,7 +64,7 @@ def test_finetuned_model_is_read_like_any_other(
     script("finetune").main([*command, *options])  # done before: nothing is trained
     assert "finetuning" not in capsys.readouterr().err
     with pytest.raises(
-        SystemExit, match=rf"^error: .* holds a training with lora_rank={rank}, not 5\. Name another folder"
+        SystemExit, match=rf"^error: .* holds a training with .*lora_rank={rank}, not 5\. Name another folder"
     ):
         script("finetune").main([*command, *options, "--lora_rank=5"])
     lines = (folder / "traces.jsonl").read_text().splitlines(keepends=True)
@@ -147,6 +147,18 @@ def test_traces_without_a_reply_in_reach_are_left_out(
     said = capsys.readouterr().err
     assert "1 of 2 traces have no reply within length=64\n1 traces, " in said
     assert ", 64 places, " in said
+
+
+def test_settings_of_no_consequence_make_no_other_training(folder: Path, tmp_path: Path) -> None:
+    command = [f"--model={folder / 'base'}", f"--traces={folder / 'traces.jsonl'}", "--length=128", "--steps=1"]
+    whole, adapters = (f"--out={tmp_path / name}" for name in ("whole", "adapters"))
+    script("finetune").main([*command, whole, "--format=plain"])
+    script("finetune").main([*command, whole, "--format=plain", "--think=none", "--lora_alpha=3"])
+    script("finetune").main([*command, adapters, "--lora_rank=2"])
+    with pytest.raises(SystemExit, match=r"holds a training with lora_alpha=16\.0, not 3\.0\. Name another"):
+        script("finetune").main([*command, adapters, "--lora_rank=2", "--lora_alpha=3"])
+    with pytest.raises(SystemExit, match=r"holds a training with rows=.*; think='primed', not 'none'\. Name another"):
+        script("finetune").main([*command, adapters, "--lora_rank=2", "--think=none"])
 
 
 def test_two_trainings_do_not_share_a_folder(folder: Path, tmp_path: Path) -> None:

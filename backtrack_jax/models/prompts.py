@@ -207,7 +207,8 @@ def encode_trace(
     """Prompt and reply as one sequence, with the reply's tokens tied to characters of its original text.
 
     The reply is cut before `</think>` and before an end of sequence, token or literal text: what follows is no
-    reasoning. A reply that opens with its own `<think>` replaces the one that the prompt would prime.
+    reasoning. A sampled one is cut before a BOS as well, where the model began another text. A reply that opens with
+    its own `<think>` replaces the one that the prompt would prime.
 
     Args:
         tokenizer: the tokenizer of the model that wrote the reply.
@@ -222,15 +223,15 @@ def encode_trace(
         The sequence, where the reply starts in it, and the spans.
 
     Raises:
-        ValueError: `token_ids` do not decode to `text`, or a text brings a BOS of its own.
+        ValueError: `token_ids` do not decode to `text` or begin with BOS, or another text brings a BOS of its own.
     """
     if token_ids is None:
         _refuse_bos(tokenizer, text, "reply")
         reply, spans = tokenizer.encode_with_spans(text[: _end(tokenizer, text, answer)])
     else:
         decoded, spans = tokenizer.decode_with_spans(token_ids)
-        end = _end(tokenizer, decoded, answer)
-        if decoded[:end] != text[: _end(tokenizer, text, answer)]:
+        end = _end(tokenizer, decoded, answer, sampled=True)
+        if decoded[:end] != text[: _end(tokenizer, text, answer, sampled=True)]:
             at = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(decoded, text, strict=False)))
             raise ValueError(
                 f"the reply's token ids do not decode to its text: they part at character {at}, "
@@ -340,14 +341,24 @@ def _without_primed_think(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     return ids if tokenizer.decode(ids[last + 1 :]).strip() else ids[:last]
 
 
-def _end(tokenizer: Tokenizer, text: str, answer: bool) -> int:
-    """Characters of `text` before the first end of sequence, or `</think>` unless the answer is kept."""
+def _end(tokenizer: Tokenizer, text: str, answer: bool, sampled: bool = False) -> int:
+    """Characters of `text` before the first end of sequence, or `</think>` unless the answer is kept.
+
+    In what a model sampled, BOS ends a text, unless it begins one: that is refused.
+    """
     ends = {*END_MARKERS, *(tokenizer.decode([i]) for i in tokenizer.stop_ids)} - {"", "</think>" if answer else ""}
-    return min((at for at in map(text.find, ends) if at >= 0), default=len(text))
+    ends_at = [text.find(end) for end in ends]
+    if sampled and (bos := _bos_text(tokenizer)):
+        ends_at.append(text.find(bos, 1))
+    return min((at for at in ends_at if at >= 0), default=len(text))
+
+
+def _bos_text(tokenizer: Tokenizer) -> str:
+    return "" if tokenizer.bos_id is None else tokenizer.decode([tokenizer.bos_id])
 
 
 def _refuse_bos(tokenizer: Tokenizer, text: str, what: str) -> None:
-    bos = None if tokenizer.bos_id is None else tokenizer.decode([tokenizer.bos_id])
+    bos = _bos_text(tokenizer)
     if bos and bos in text:
         raise ValueError(
             f"the {what} holds the BOS text {bos!r} at character {text.index(bos)}; prompts get their one "

@@ -106,9 +106,24 @@ def test_second_bos_is_an_error(r1_chat: Tokenizer, kind: Format) -> None:
         prompt_ids(r1_chat, "hello", PromptFormat(kind), prefill=decoded)
     with pytest.raises(ValueError, match="reply holds the BOS text"):
         encode_trace(r1_chat, "hello", decoded, PromptFormat(kind))
-    ids = [*r1_chat.encode("Wait"), BOS]
+    ids = [BOS, *r1_chat.encode("Wait")]
     with pytest.raises(ValueError, match=r"BOS id 128000 stands at \[0, \d+\]"):
         encode_trace(r1_chat, "hello", r1_chat.decode(ids), PromptFormat(kind), token_ids=ids)
+
+
+@pytest.mark.parametrize("answer", [False, True])
+def test_a_sampled_bos_ends_the_reply(r1: Tokenizer, answer: bool) -> None:
+    """A model that begins another text has not written a faulty trace; one text that holds a BOS may be."""
+    reply = r1.encode("Wait, no")
+    for rest in ([BOS], [BOS, *r1.encode("Hello"), BOS], [BOS, END_THINK, EOS]):
+        ids = [*reply, *rest]
+        trace = encode_trace(r1, "x", r1.decode(ids), R1, token_ids=ids, answer=answer)
+        assert list(trace.ids[trace.reply_start :]) == reply
+        assert trace.ids.count(BOS) == 1
+        assert trace.position_of_char(7) == len(trace.ids) - 1
+        assert trace.position_of_char(8) is None  # so labels of what follows are of no token
+    ended = [*reply, EOS, BOS]
+    assert encode_trace(r1, "x", r1.decode(ended), R1, token_ids=ended).ids == trace.ids
 
 
 def test_template_that_repeats_bos_is_an_error(r1: Tokenizer) -> None:
