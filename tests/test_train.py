@@ -303,6 +303,23 @@ def test_a_token_of_which_a_16_bit_model_is_sure_has_a_gradient(vocab_size: int)
     assert jnp.max(errors[sizes > 1e-6]) < 0.01
 
 
+@pytest.mark.parametrize("leading", [(), (6,), (2, 3), (0, 3)])
+@pytest.mark.parametrize("spec", ["...d,df->...f", "...d,vd->...v"])
+def test_gradients_of_a_float32_product(spec: str, leading: tuple[int, ...]) -> None:
+    """That of the weight is a sum over one axis, of all tokens: over two it takes a CPU twice as long."""
+    rng = np.random.default_rng(0)
+    x, out = (rng.standard_normal((*leading, n)).astype(np.float32) for n in (8, 5))
+    weight = rng.standard_normal((8, 5) if "df" in spec else (5, 8)).astype(np.float32)
+    found, gradients = jax.vjp(functools.partial(matmul, spec=spec), jnp.asarray(x), jnp.asarray(weight))
+    forward = weight if "df" in spec else weight.T
+    of_weight = x.reshape(-1, 8).T @ out.reshape(-1, 5)
+    expected = x @ forward, out @ forward.T, of_weight if "df" in spec else of_weight.T
+    for ours, theirs in zip((found, *gradients(jnp.asarray(out))), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    products = [e for e in jax.make_jaxpr(gradients)(out).eqns if e.primitive.name == "dot_general"]
+    assert [len(e.params["dimension_numbers"][0][0]) for e in products] == [1, 1]
+
+
 @pytest.mark.parametrize("leading", [(), (6,), (2, 3)])
 @pytest.mark.parametrize("spec", ["...d,df->...f", "...d,vd->...v"])
 def test_gradients_of_a_16_bit_product(spec: str, leading: tuple[int, ...]) -> None:
