@@ -23,9 +23,9 @@ import numpy as np
 from jax import lax
 from safetensors import SafetensorError, safe_open
 
-from backtrack_jax import store
+from backtrack_jax.files import store
 from backtrack_jax.models.batching import batches, check_ids, right_pad
-from backtrack_jax.models.llama import BlockOutput, Llama
+from backtrack_jax.models.decoder import BlockOutput, Decoder
 from backtrack_jax.models.sharding import place_rows
 
 ESTIMATORS = ("trace_mean", "token_mean")
@@ -178,7 +178,7 @@ class WindowSums:
         return self.norm_sum / self.n_tokens
 
 
-def window_sums(model: Llama, traces: Sequence[TokenTrace], plan: WindowPlan, *, batch_size: int) -> WindowSums:
+def window_sums(model: Decoder, traces: Sequence[TokenTrace], plan: WindowPlan, *, batch_size: int) -> WindowSums:
     """Passes all traces through the model; see `add_traces`, which does the work batch by batch."""
     total = WindowSums.zeros(plan, model.config.n_layers, model.config.d_model)
     for _ in add_traces(total, model, traces, batch_size=batch_size):
@@ -187,7 +187,7 @@ def window_sums(model: Llama, traces: Sequence[TokenTrace], plan: WindowPlan, *,
 
 
 def add_traces(
-    total: WindowSums, model: Llama, traces: Sequence[TokenTrace], *, batch_size: int
+    total: WindowSums, model: Decoder, traces: Sequence[TokenTrace], *, batch_size: int
 ) -> Iterator[list[str]]:
     """Passes traces through the model and adds each batch's windows to `total`.
 
@@ -301,7 +301,7 @@ class _Batch(NamedTuple):
     out: dict[str, jax.Array]
 
 
-def _start_batch(plan: WindowPlan, model: Llama, rows: Sequence[TokenTrace], padded: int, batch_size: int) -> _Batch:
+def _start_batch(plan: WindowPlan, model: Decoder, rows: Sequence[TokenTrace], padded: int, batch_size: int) -> _Batch:
     """Sends a batch to the device, filled up with padding rows to a fixed shape, and does not wait for it."""
     members = np.array([[label in group for label in plan.labels] for group in plan.groups.values()], np.float32)
     counted = [count_windows(trace, plan, padded) for trace in rows]
@@ -350,7 +350,7 @@ def _add_batch(total: WindowSums, batch: _Batch) -> None:
 
 
 def _contract_batch(
-    model: Llama,
+    model: Decoder,
     ids: jax.Array,  # [B, T]
     positions: jax.Array,  # [B, T]
     reads: jax.Array,  # [B, G, W, T] how often a position is read
@@ -384,7 +384,7 @@ _contract_by_eigen = jax.jit(
 )
 
 
-def _program(model: Llama) -> Any:
+def _program(model: Decoder) -> Any:
     """`_contract_batch`, compiled so that it is fast.
 
     XLA's CPU backend gives products and reductions to YNNPACK unless told otherwise: the faster one for 16-bit floats

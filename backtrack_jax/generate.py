@@ -18,7 +18,7 @@ from jax.core import Tracer
 from backtrack_jax.intervention import Intervention, key_of, stack_rows
 from backtrack_jax.models.attention import PAD, KVCache
 from backtrack_jax.models.batching import batches, check_ids, left_pad
-from backtrack_jax.models.llama import Llama
+from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.models.sharding import place_rows
 from backtrack_jax.models.tokenizer import Tokenizer
 
@@ -95,7 +95,7 @@ class DecodeState:
 
 
 def generate(
-    model: Llama,
+    model: Decoder,
     ids: jax.Array,
     positions: jax.Array,
     keys: jax.Array,
@@ -176,7 +176,7 @@ def generate(
     return Generated(last.ids, last.lengths, last.stopped, last.finite)
 
 
-def _one_by_one(model: Llama) -> bool:
+def _one_by_one(model: Decoder) -> bool:
     """Whether decode steps run the blocks one by one, with a second copy of their weights, and not under a scan.
 
     Under a scan XLA copies every block's weights and cache out of their stacks at every step, three times the bytes
@@ -332,7 +332,7 @@ class Reply:
 
 
 def generate_rows(
-    model: Llama,
+    model: Decoder,
     rows: Sequence[Row],
     *,
     sampling: Sampling,
@@ -382,7 +382,7 @@ def generate_rows(
 
 
 def generate_text(
-    model: Llama,
+    model: Decoder,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     interventions: Sequence[Intervention],

@@ -7,15 +7,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from backtrack_jax import store, vectors
+from backtrack_jax import vectors
 from backtrack_jax.config import Experiment
 from backtrack_jax.data import records
 from backtrack_jax.data.problems import shipped_problems
+from backtrack_jax.files import store
+from backtrack_jax.files.paths import local_path
 from backtrack_jax.models import checkpoint
-from backtrack_jax.models.config import HUB_CONFIGS, LlamaConfig
+from backtrack_jax.models.config import HUB_CONFIGS, ModelConfig
 from backtrack_jax.models.sharding import check_parts
 from backtrack_jax.models.tokenizer import Tokenizer
-from backtrack_jax.paths import local_path
 
 _T = TypeVar("_T")
 
@@ -34,7 +35,7 @@ def weights_id(path: str) -> str:
     return store.weights_hash(local) if local.exists() else path
 
 
-def architecture(path: str) -> LlamaConfig | None:
+def architecture(path: str) -> ModelConfig | None:
     """Architecture of a checkpoint on this machine, or of a well-known one on the hub; None where it is not known yet.
 
     Raises:
@@ -57,7 +58,7 @@ def spread(items: Sequence[_T], limit: int) -> list[_T]:
     return [items[i] for i in np.linspace(0, len(items) - 1, limit).round().astype(int)]
 
 
-def check_architectures(e: Experiment, known: Mapping[str, LlamaConfig]) -> None:
+def check_architectures(e: Experiment, known: Mapping[str, ModelConfig]) -> None:
     """Refuses models that do not fit the config or each other.
 
     Args:
@@ -108,7 +109,7 @@ def vector_files(e: Experiment, n_layers: int) -> dict[str, vectors.SteeringVect
     }
 
 
-def _check_vector_files(e: Experiment, role: str, config: LlamaConfig) -> None:
+def _check_vector_files(e: Experiment, role: str, config: ModelConfig) -> None:
     """Refuses vector files that the model of a role cannot be steered with."""
     for file, vector in vector_files(e, config.n_layers).items():
         if vector.directions.shape[1] != config.d_model:
@@ -159,7 +160,7 @@ def check_fetched(e: Experiment, roles: Sequence[str]) -> None:
     check_architectures(e, {role: checkpoint.read_config(path) for role, path in paths.items()})
 
 
-def check_vocabulary(role: str, config: LlamaConfig, tokenizer: Tokenizer, not_read: Collection[int]) -> None:
+def check_vocabulary(role: str, config: ModelConfig, tokenizer: Tokenizer, not_read: Collection[int]) -> None:
     """Refuses a tokenizer with ids beyond a model's embedding, which would be read as other tokens without a word.
 
     Args:

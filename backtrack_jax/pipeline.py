@@ -32,19 +32,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from backtrack_jax import environment, inputs, store
+from backtrack_jax import inputs
 from backtrack_jax.analysis.logit_lens import keyword_ids
 from backtrack_jax.config import ROLES, Experiment, check_windows
 from backtrack_jax.data import records
+from backtrack_jax.files import environment, store
+from backtrack_jax.files.console import say
 from backtrack_jax.judges.ledger import read_entries
 from backtrack_jax.judges.prompts import failure
 from backtrack_jax.judges.settings import UNANSWERED, read_key
 from backtrack_jax.models import checkpoint, prompts
-from backtrack_jax.models.config import LlamaConfig
-from backtrack_jax.models.llama import Llama
+from backtrack_jax.models.config import ModelConfig
+from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.models.sharding import make_mesh
 from backtrack_jax.models.tokenizer import Tokenizer
-from backtrack_jax.progress import say
 from backtrack_jax.stages import analysis, annotations, report, steering, traces, vectors
 
 STAGES = ("1-traces", "2-annotations", "3-vectors", "4-steering", "5-analysis", "6-report")
@@ -86,7 +87,7 @@ class Run:
         self.prompt = prompts.PromptFormat(
             experiment.prompt.format, experiment.prompt.think, experiment.prompt.system or None
         )
-        self._models: dict[tuple[str, str, str], Llama] = {}
+        self._models: dict[tuple[str, str, str], Decoder] = {}
         inputs.check_planned(experiment)
         self.inputs = self._find_inputs()
 
@@ -240,7 +241,7 @@ class Run:
             say(f"  {idle} of {there} devices idle; see data_parallel and model_parallel")
         return make_mesh(parts, jax.devices()[: copies * parts]) if copies * parts > 1 else None
 
-    def model(self, role: str) -> Llama:
+    def model(self, role: str) -> Decoder:
         """The model of a role; only one checkpoint is held at a time."""
         spec = self.experiment.model(role)
         key = (spec.path, spec.revision, spec.dtype)
@@ -266,7 +267,7 @@ class Run:
         replacement = spec.marker_replacement if spec.markers == "replace" else None
         return prompts.map_markers(ids, prompts.r1_markers(self.tokenizer), spec.markers, replacement)
 
-    def architecture(self, role: str) -> LlamaConfig:
+    def architecture(self, role: str) -> ModelConfig:
         """Architecture of the model of a role, which is fetched if it is not here."""
         spec = self.experiment.model(role)
         return checkpoint.read_config(checkpoint.resolve(spec.path, spec.revision or None))

@@ -5,14 +5,15 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
-from backtrack_jax import conditions, store
+from backtrack_jax import conditions
 from backtrack_jax.analysis import agreement
 from backtrack_jax.config import Experiment
 from backtrack_jax.data import records
+from backtrack_jax.files import store
 from backtrack_jax.inputs import architecture, data_path, problems, spread
 from backtrack_jax.models.attention import cache_dtype
 from backtrack_jax.models.batching import bucket
-from backtrack_jax.models.config import LlamaConfig
+from backtrack_jax.models.config import ModelConfig
 from backtrack_jax.pipeline import STAGES, Run
 from backtrack_jax.stages.annotations import ledger_path
 
@@ -232,7 +233,7 @@ def _imported(e: Experiment) -> list[records.Trace]:
     return spread(records.read_any_traces(data_path(e.traces.path)), e.traces.limit)
 
 
-def _weights(e: Experiment, role: str, config: LlamaConfig) -> str:
+def _weights(e: Experiment, role: str, config: ModelConfig) -> str:
     return _gigabytes(config.n_parameters * _BYTES[e.model(role).dtype] // e.model_parallel)
 
 

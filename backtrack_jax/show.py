@@ -15,10 +15,10 @@ from pathlib import Path
 from absl import app, flags
 
 from backtrack_jax import pipeline
-from backtrack_jax.command_line import ends_in_one_line
 from backtrack_jax.config import check
 from backtrack_jax.data import records
 from backtrack_jax.extract import TokenTrace, read_positions
+from backtrack_jax.files.console import ends_in_one_line
 from backtrack_jax.run import CONFIG, WORKDIR, parse_flags
 from backtrack_jax.stages.vectors import token_trace
 

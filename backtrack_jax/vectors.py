@@ -12,8 +12,8 @@ import gguf
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from backtrack_jax import store
 from backtrack_jax.extract import Window, WindowSums
+from backtrack_jax.files import store
 
 LAYER_CONVENTION = "block_output_0based"
 _SCHEMA = "backtrack_jax.steering_vector.v1"

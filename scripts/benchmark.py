@@ -57,7 +57,7 @@ from backtrack_jax.config import VectorSpec
 from backtrack_jax.data.problems import shipped_problems
 from backtrack_jax.data.records import LABELS
 from backtrack_jax.models import checkpoint, gguf
-from backtrack_jax.models.config import LlamaConfig
+from backtrack_jax.models.config import ModelConfig
 from backtrack_jax.models.tokenizer import Tokenizer
 
 TASKS = ("matmul", "sweep", "extract", "finetune", "lora")
@@ -159,7 +159,7 @@ def settings() -> dict[str, Any]:
     return {flag.name: flag.value for flag in FLAGS.get_key_flags_for_module(sys.argv[0])}
 
 
-def make_work(folder: Path) -> tuple[LlamaConfig, Work]:
+def make_work(folder: Path) -> tuple[ModelConfig, Work]:
     """Finds the model, draws the work, and writes it to the folder."""
     path = checkpoint.resolve(FLAGS.model)
     config = checkpoint.read_config(path)
@@ -260,7 +260,7 @@ def compare(task: str, results: dict[str, dict[str, Any]], folder: Path) -> list
     return faults
 
 
-def floors(task: str, config: LlamaConfig, work: Work, products: Mapping[str, Any]) -> dict[str, float]:
+def floors(task: str, config: ModelConfig, work: Work, products: Mapping[str, Any]) -> dict[str, float]:
     """Most tokens per second that the products of the model alone allow, by dtype; empty without `matmul`."""
     prefill, decode, extract = map(shape_name, work.products)
 

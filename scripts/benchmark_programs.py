@@ -165,7 +165,7 @@ class Ours:
     def device(self) -> dict[str, Any]:
         import jax
 
-        from backtrack_jax import environment
+        from backtrack_jax.files import environment
 
         device = jax.local_devices()[0]
         revision = environment.describe()["git_revision"]
@@ -309,8 +309,9 @@ def ours_training(work: Work, dtype: str, rank: int) -> tuple[Callable[[], float
     import jax.numpy as jnp
     import optax
 
-    from backtrack_jax import lora, train
     from backtrack_jax.models import checkpoint
+    from backtrack_jax.training import fit as train
+    from backtrack_jax.training import lora
 
     model = checkpoint.load(work.model, dtype if rank else "float32")  # as scripts/finetune.py does
     optimizer = optax.adamw(LEARNING_RATE, weight_decay=0.0)

@@ -27,16 +27,16 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nor a cloud for its machine
 import jax
 import jax.numpy as jnp
 from absl import app, flags
+from backtrack_jax.files.console import ends_in_one_line
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from make_random_checkpoint import PRESETS
 
 from backtrack_jax import extract, generate
-from backtrack_jax.command_line import ends_in_one_line
 from backtrack_jax.intervention import no_intervention, stack_rows
-from backtrack_jax.models.config import LlamaConfig
-from backtrack_jax.models.llama import Llama
+from backtrack_jax.models.config import ModelConfig
+from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.models.sharding import DATA, batch_sharding, make_mesh, shardings
 
 FLAGS = flags.FLAGS
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1 or (FLAGS.preset is None) == (FLAGS.config_json is None):
         raise app.UsageError("give one of --preset and --config_json, and no other arguments")
     with ends_in_one_line(remedy="lower --rows or --read_rows, or use more --chips", resumed="nothing is kept"):
-        config = PRESETS[FLAGS.preset] if FLAGS.preset else LlamaConfig.from_file(Path(FLAGS.config_json))
+        config = PRESETS[FLAGS.preset] if FLAGS.preset else ModelConfig.from_file(Path(FLAGS.config_json))
         mesh = make_mesh(FLAGS.model_parallel, devices())
         model = placed_model(config, mesh)
         for name, lower in {"sample": lower_sampling, "read": lower_reading}.items():
@@ -93,16 +93,16 @@ def devices() -> list[Any]:
     return found[: FLAGS.chips]
 
 
-def placed_model(config: LlamaConfig, mesh: Mesh) -> Llama:
+def placed_model(config: ModelConfig, mesh: Mesh) -> Decoder:
     """The model in bfloat16 without its weights, each of them placed."""
-    model = nnx.eval_shape(lambda: Llama(config, jnp.dtype(jnp.bfloat16), rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Decoder(config, jnp.dtype(jnp.bfloat16), rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(model)
     place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
     nnx.replace_by_pure_dict(state, jax.tree.map(place, nnx.to_pure_dict(state), shardings(config, mesh)))
     return nnx.merge(graphdef, state)
 
 
-def lower_sampling(model: Llama, mesh: Mesh) -> Any:
+def lower_sampling(model: Decoder, mesh: Mesh) -> Any:
     """Steered sampling with temperature, as a batch of `generate_rows`."""
     n, shape = FLAGS.rows, (FLAGS.rows, FLAGS.prompt_tokens)
     rows = lambda: stack_rows([no_intervention(model.config.n_layers, model.config.d_model)] * n)  # noqa: E731
@@ -115,7 +115,7 @@ def lower_sampling(model: Llama, mesh: Mesh) -> Any:
     )
 
 
-def lower_reading(model: Llama, mesh: Mesh) -> Any:
+def lower_reading(model: Decoder, mesh: Mesh) -> Any:
     """Window sums of one batch of traces."""
     n, length = FLAGS.read_rows, FLAGS.read_tokens
     ids, reads, scale = (n, length), (n, GROUPS, WINDOWS, length), (n, GROUPS, WINDOWS)

@@ -24,16 +24,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from backtrack_jax.files.console import Help, ends_in_one_line
 
-from backtrack_jax import lora as lora_
-from backtrack_jax import store, train
-from backtrack_jax.command_line import Help, ends_in_one_line
 from backtrack_jax.data.records import Trace, read_any_traces
+from backtrack_jax.files import store
 from backtrack_jax.inputs import check_vocabulary
 from backtrack_jax.models import checkpoint, prompts
-from backtrack_jax.models.llama import Llama, Recompute
+from backtrack_jax.models.decoder import Decoder, Recompute
 from backtrack_jax.models.safetensors import read_header
 from backtrack_jax.models.tokenizer import Tokenizer
+from backtrack_jax.training import fit as train
+from backtrack_jax.training import lora as lora_
 
 DTYPES = ("bfloat16", "float32")  # in float16 small gradients become 0: they would have to be scaled
 SAVE_DTYPES = ("bfloat16", "float16", "float32")
@@ -67,7 +68,7 @@ def _spell(tokenizer: Tokenizer, trace: Trace) -> bool:
     return max(ids, default=0) < tokenizer.vocab_size and tokenizer.decode(ids) == trace.text
 
 
-def finetune(model: Llama, rows: train.Batch, arguments: argparse.Namespace) -> Llama:
+def finetune(model: Decoder, rows: train.Batch, arguments: argparse.Namespace) -> Decoder:
     """Trains and returns the finetuned model, in the dtype of the given one."""
     a = arguments
     optimizer = optax.chain(

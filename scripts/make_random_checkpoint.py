@@ -27,11 +27,11 @@ import numpy as np
 from absl import app, flags
 
 from backtrack_jax.models import checkpoint
-from backtrack_jax.models.config import Llama3RopeScaling, LlamaConfig
+from backtrack_jax.models.config import Llama3RopeScaling, ModelConfig
 from backtrack_jax.models.safetensors import LazyTensor
 
 PRESETS = {
-    "llama-3.1-8b": LlamaConfig(
+    "llama-3.1-8b": ModelConfig(
         vocab_size=128256,
         d_model=4096,
         d_mlp=14336,
@@ -66,11 +66,11 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("give --out and one of --preset and --config_json, or --load")
     if FLAGS.seed < 0 or FLAGS.shard_gb <= 0:
         raise app.UsageError(f"--seed={FLAGS.seed} --shard_gb={FLAGS.shard_gb}, expected at least 0, and more than 0")
-    config = PRESETS[FLAGS.preset] if FLAGS.preset else LlamaConfig.from_file(Path(FLAGS.config_json))
+    config = PRESETS[FLAGS.preset] if FLAGS.preset else ModelConfig.from_file(Path(FLAGS.config_json))
     write(config, Path(FLAGS.out), FLAGS.seed, int(FLAGS.shard_gb * 1e9))
 
 
-def write(config: LlamaConfig, folder: Path, seed: int, shard_bytes: int) -> None:
+def write(config: ModelConfig, folder: Path, seed: int, shard_bytes: int) -> None:
     """Writes the folder, one tensor in memory at a time."""
     tensors = {}
     for number, (name, shape) in enumerate(checkpoint.expected_tensors(config).items()):

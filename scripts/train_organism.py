@@ -20,17 +20,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from backtrack_jax.files.console import Help, ends_in_one_line
 from flax import nnx
 
-from backtrack_jax import store, train
-from backtrack_jax.command_line import Help, ends_in_one_line
+from backtrack_jax.files import store
 from backtrack_jax.intervention import no_intervention
 from backtrack_jax.models import checkpoint, prompts
-from backtrack_jax.models.config import LlamaConfig
-from backtrack_jax.models.llama import Llama
+from backtrack_jax.models.config import ModelConfig
+from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.models.tokenizer import Tokenizer
 from backtrack_jax.organism import corpus, grammar, vocabulary
 from backtrack_jax.organism.measure import LONGEST, PROMPT, Cell, Pair, cell
+from backtrack_jax.training import fit as train
 
 ROW = 240  # tokens: a problem and its reply; the few that are longer are left out
 
@@ -60,9 +61,9 @@ class Recipe:
     save_every: int = 50
 
 
-def architecture(vocab_size: int) -> LlamaConfig:
+def architecture(vocab_size: int) -> ModelConfig:
     """Llama of 1.6M parameters."""
-    return LlamaConfig(
+    return ModelConfig(
         vocab_size=vocab_size,
         d_model=128,
         d_mlp=352,
@@ -95,8 +96,8 @@ def tokens_of(tokenizer: Tokenizer, document: corpus.Document) -> train.Tokens:
 
 
 def train_model(
-    model: Llama, rows: train.Batch, rates: tuple[float, float], steps: int, recipe: Recipe, **rest: Any
-) -> Llama:
+    model: Decoder, rows: train.Batch, rates: tuple[float, float], steps: int, recipe: Recipe, **rest: Any
+) -> Decoder:
     """One training run with Muon and AdamW; see `train.fit` for the rest."""
     optimizer = train.muon(*(train.warmup_cosine(rate, steps) for rate in rates))
     params, build = train.trainable(model)
@@ -111,7 +112,7 @@ def train_pair(recipe: Recipe, out: Path, seed: int) -> None:
     """Trains and writes tokenizer, base and reasoning model, going on where a killed run was."""
     vocabulary.write(out)
     tokenizer = Tokenizer.load(out)
-    model = Llama(architecture(tokenizer.vocab_size), rngs=nnx.Rngs(seed))
+    model = Decoder(architecture(tokenizer.vocab_size), rngs=nnx.Rngs(seed))
     r = recipe
     for role, process, stories, steps, rates in (
         ("base", grammar.BASE, corpus.STORY_SHARE, r.base_steps, (r.base_rate, r.base_adam_rate)),

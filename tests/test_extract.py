@@ -22,7 +22,7 @@ from backtrack_jax.extract import (
     save_sums,
     window_sums,
 )
-from backtrack_jax.models.llama import Llama
+from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.vectors import cosine, difference_of_means
 
 pytest.importorskip("torch", reason="needs torch and transformers to compare with")
@@ -62,7 +62,7 @@ def made_traces() -> list[TokenTrace]:
 TRACES = made_traces()
 
 
-def changed(model: Llama, **changes) -> Llama:
+def changed(model: Decoder, **changes) -> Decoder:
     """A copy of the model with some leaves replaced, by the end of their path."""
 
     def replace(path, leaf):

@@ -13,10 +13,11 @@ import pytest
 import tiny
 from flax import nnx
 
-from backtrack_jax import lora, store
 from backtrack_jax.data.records import Trace, read_released, write_jsonl
+from backtrack_jax.files import store
 from backtrack_jax.models import checkpoint, prompts
 from backtrack_jax.models.tokenizer import Tokenizer
+from backtrack_jax.training import lora
 
 ROOT = Path(__file__).resolve().parents[1]
 R1 = prompts.PromptFormat("r1")

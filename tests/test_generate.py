@@ -44,9 +44,9 @@ from backtrack_jax.intervention import (
     self_amplify,
     stack_rows,
 )
-from backtrack_jax.models import checkpoint, llama
+from backtrack_jax.models import checkpoint, decoder
 from backtrack_jax.models.batching import batches, left_pad, right_pad
-from backtrack_jax.models.llama import Llama
+from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.models.tokenizer import Tokenizer
 
 pytest.importorskip("torch", reason="needs torch and transformers to compare with")
@@ -104,7 +104,7 @@ def run(
     stop_ids: Sequence[int] = NEVER,
     keys: Sequence[jax.Array] = KEYS,
     padded: int = T,
-    model: Llama = MODEL,
+    model: Decoder = MODEL,
 ) -> Generated:
     """`compiled_generate` with arguments of the types that `generate_rows` gives it, so both share one program."""
     ids, positions = left_pad(prompts, padded)
@@ -140,7 +140,7 @@ class Recorder:
 
         def traced(*args):
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(llama, "intervene", spying_intervene)
+                patch.setattr(decoder, "intervene", spying_intervene)
                 patch.setattr(generate_module, "sample", spying_sample)
                 return generate(*args, max_new_tokens=G)
 
@@ -189,12 +189,12 @@ def reference() -> transformers.LlamaForCausalLM:
 
 
 @jax.jit
-def forward(model: Llama, ids: jax.Array, positions: jax.Array, intervention: Intervention | None) -> jax.Array:
+def forward(model: Decoder, ids: jax.Array, positions: jax.Array, intervention: Intervention | None) -> jax.Array:
     """Logits [B, T, V] of one pass without a cache."""
     return model.logits(model(ids, positions, intervention=intervention).resid)
 
 
-def uncached_logits(replies: np.ndarray, interventions: Sequence[Intervention], model: Llama = MODEL) -> np.ndarray:
+def uncached_logits(replies: np.ndarray, interventions: Sequence[Intervention], model: Decoder = MODEL) -> np.ndarray:
     """Logits of one pass over prompts and replies, at the positions that the replies were sampled from: [G, B, V]."""
     lengths = np.array([len(prompt) for prompt in PROMPTS])
     ids, positions = right_pad([p + r.tolist()[:-1] for p, r in zip(PROMPTS, replies, strict=True)], 24)

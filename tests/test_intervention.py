@@ -31,7 +31,7 @@ from backtrack_jax.intervention import (
 )
 from backtrack_jax.models import checkpoint
 from backtrack_jax.models.batching import left_pad
-from backtrack_jax.models.llama import Llama
+from backtrack_jax.models.decoder import Decoder
 
 pytestmark = pytest.mark.hf
 
@@ -50,14 +50,14 @@ def anything(value: Any) -> Any:
 
 
 @functools.cache
-def models() -> tuple[transformers.LlamaForCausalLM, Llama]:
+def models() -> tuple[transformers.LlamaForCausalLM, Decoder]:
     reference = hf_llama()
     with tempfile.TemporaryDirectory() as folder:
         return reference, checkpoint.load(str(save(reference, Path(folder))))
 
 
 @jax.jit
-def _states(model: Llama, ids: jax.Array, positions: jax.Array, intervention: Intervention | None) -> jax.Array:
+def _states(model: Decoder, ids: jax.Array, positions: jax.Array, intervention: Intervention | None) -> jax.Array:
     return model(ids, positions, intervention=intervention, capture=lambda block: block.resid_post).captured
 
 

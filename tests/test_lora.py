@@ -14,11 +14,11 @@ from flax import nnx
 from helpers import hf_llama, relative_error, save
 from torch_reference import CONFIG
 
-from backtrack_jax import lora as lora_
-from backtrack_jax import train
-from backtrack_jax.lora import Lora
 from backtrack_jax.models import checkpoint
-from backtrack_jax.models.llama import Llama
+from backtrack_jax.models.decoder import Decoder
+from backtrack_jax.training import fit as train
+from backtrack_jax.training import lora as lora_
+from backtrack_jax.training.lora import Lora
 
 
 @pytest.fixture(scope="module")
@@ -27,33 +27,33 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path) -> Llama:
+def model(folder: Path) -> Decoder:
     return checkpoint.load(str(folder), "float32")
 
 
-def weights(model: Llama) -> list[np.ndarray]:
+def weights(model: Decoder) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model))]
 
 
-def trained(model: Llama, lora: Lora) -> lora_.Adapters:
+def trained(model: Decoder, lora: Lora) -> lora_.Adapters:
     """Adapters as training leaves them: B is no longer zero."""
     rng = np.random.default_rng(0)
     new = lora_.init(model, lora, jax.random.key(0))
     return {path: {"A": a["A"], "B": a["B"] + 0.1 * rng.standard_normal(a["B"].shape)} for path, a in new.items()}
 
 
-def merged_with(model: Llama, adapters: lora_.Adapters, lora: Lora) -> Llama:
+def merged_with(model: Decoder, adapters: lora_.Adapters, lora: Lora) -> Decoder:
     return lora_.fold(lora_.attach(model, adapters, lora))
 
 
-def test_new_adapters_change_nothing(model: Llama) -> None:
+def test_new_adapters_change_nothing(model: Decoder) -> None:
     lora = Lora(rank=2)
     merged = merged_with(model, lora_.init(model, lora, jax.random.key(0)), lora)
     for a, b in zip(weights(model), weights(merged), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_only_targets_change_and_by_the_given_rank(model: Llama) -> None:
+def test_only_targets_change_and_by_the_given_rank(model: Decoder) -> None:
     lora = Lora(rank=2, alpha=6.0, targets=("q_proj", "down_proj"))
     adapters = trained(model, lora)
     merged = merged_with(model, adapters, lora)
@@ -102,7 +102,7 @@ DEFAULTS = {  # as PEFT writes them
 
 @pytest.mark.parametrize("options", [{}, DEFAULTS], ids=["ours", "PEFT's"])
 def test_saved_adapters_load_back_as_the_merged_model(
-    options: dict[str, Any], model: Llama, folder: Path, tmp_path: Path
+    options: dict[str, Any], model: Decoder, folder: Path, tmp_path: Path
 ) -> None:
     lora = Lora(rank=3, alpha=5.0)
     adapters = trained(model, lora)
@@ -114,7 +114,7 @@ def test_saved_adapters_load_back_as_the_merged_model(
         np.testing.assert_array_equal(a, b)
 
 
-def test_16_bit_adapters_are_folded_in_float32(model: Llama, folder: Path, tmp_path: Path) -> None:
+def test_16_bit_adapters_are_folded_in_float32(model: Decoder, folder: Path, tmp_path: Path) -> None:
     """As PEFT does, which multiplies the 16-bit values of such a file in the model's precision."""
     lora = Lora(rank=3, alpha=5.0)
     rounded = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), trained(model, lora))
@@ -124,7 +124,7 @@ def test_16_bit_adapters_are_folded_in_float32(model: Llama, folder: Path, tmp_p
         np.testing.assert_array_equal(a, b)
 
 
-def test_adapters_of_another_model_are_refused(model: Llama, folder: Path, tmp_path: Path) -> None:
+def test_adapters_of_another_model_are_refused(model: Decoder, folder: Path, tmp_path: Path) -> None:
     lora = Lora(rank=3)
     lora_.save(trained(model, lora), lora, tmp_path, str(folder))
     config = tmp_path / "adapter_config.json"
@@ -157,7 +157,7 @@ def test_adapters_of_another_model_are_refused(model: Llama, folder: Path, tmp_p
     ids=", ".join,
 )
 def test_options_of_peft_that_are_not_followed_are_refused(
-    options: dict[str, Any], model: Llama, folder: Path, tmp_path: Path
+    options: dict[str, Any], model: Decoder, folder: Path, tmp_path: Path
 ) -> None:
     lora = Lora(rank=3)
     lora_.save(trained(model, lora), lora, tmp_path, str(folder))
@@ -168,7 +168,7 @@ def test_options_of_peft_that_are_not_followed_are_refused(
         lora_.load(tmp_path, "float32")
 
 
-def test_what_is_no_lora_or_names_no_model_is_refused(model: Llama, folder: Path, tmp_path: Path) -> None:
+def test_what_is_no_lora_or_names_no_model_is_refused(model: Decoder, folder: Path, tmp_path: Path) -> None:
     lora = Lora(rank=3)
     lora_.save(trained(model, lora), lora, str(tmp_path), str(folder))
     path = tmp_path / "adapter_config.json"
@@ -186,7 +186,7 @@ def test_what_is_no_lora_or_names_no_model_is_refused(model: Llama, folder: Path
 
 
 def test_the_base_model_is_that_of_the_named_revision(
-    model: Llama, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Decoder, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lora = Lora(rank=3)
     lora_.save(trained(model, lora), lora, tmp_path, "owner/name")
@@ -203,13 +203,13 @@ def test_the_base_model_is_that_of_the_named_revision(
     assert asked == [("owner/name", "v1")]
 
 
-def test_adapters_beside_the_weights_compute_what_the_folded_model_does(model: Llama) -> None:
+def test_adapters_beside_the_weights_compute_what_the_folded_model_does(model: Decoder) -> None:
     lora = Lora(rank=3, alpha=5.0)
     adapters = trained(model, lora)
     ids = np.random.default_rng(1).integers(0, 40, 24)
     batch = train.pack([train.Tokens(ids[:14].tolist()), train.Tokens(ids[14:].tolist())], 16)
 
-    def loss(adapters: lora_.Adapters, build: Callable[[Llama], Llama]) -> jax.Array:
+    def loss(adapters: lora_.Adapters, build: Callable[[Decoder], Decoder]) -> jax.Array:
         return train.cross_entropy(build(lora_.attach(model, adapters, lora)), batch)[0]
 
     beside, folded = (jax.value_and_grad(loss)(adapters, build) for build in (lambda attached: attached, lora_.fold))
@@ -239,7 +239,7 @@ def test_adapters_train_beside_16_bit_weights_that_stay_as_they_are(folder: Path
 
 def test_a_step_holds_no_second_copy_of_the_16_bit_weights() -> None:
     config = dataclasses.replace(CONFIG, d_model=64, d_mlp=512, n_layers=12)
-    model = nnx.eval_shape(lambda: Llama(config, jnp.dtype(jnp.bfloat16), rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Decoder(config, jnp.dtype(jnp.bfloat16), rngs=nnx.Rngs(0)))
     params, frozen, build = lora_.trainable(model, Lora(rank=1), jax.random.key(0))
     optimizer = optax.sgd(0.01)
     batch = train.pack([train.Tokens([1, 2, 3, 4])], 4)
@@ -252,7 +252,7 @@ def test_a_step_holds_no_second_copy_of_the_16_bit_weights() -> None:
 
 @pytest.mark.hf
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads it
-def test_peft_applies_the_same_adapters(model: Llama, folder: Path, tmp_path: Path) -> None:
+def test_peft_applies_the_same_adapters(model: Decoder, folder: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="peft, which these files are for, is not installed")
     import torch
 

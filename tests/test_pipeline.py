@@ -23,10 +23,11 @@ import tiny
 from safetensors.numpy import load_file
 from sklearn import metrics
 
-from backtrack_jax import conditions, extract, generate, pipeline, store, vectors
+from backtrack_jax import conditions, extract, generate, pipeline, vectors
 from backtrack_jax.analysis import activations, probe, similarity
 from backtrack_jax.config import UNITS, Experiment
 from backtrack_jax.data import records
+from backtrack_jax.files import store
 from backtrack_jax.models import checkpoint, prompts
 from backtrack_jax.models.tokenizer import Tokenizer
 from backtrack_jax.stages import analysis as stage_analysis
@@ -856,7 +857,7 @@ def test_death_at_any_change_on_disk(fresh: Path, monkeypatch: pytest.MonkeyPatc
 
 KILLER = """
 import os, runpy, signal, sys
-from backtrack_jax import store
+from backtrack_jax.files import store
 name, calls = sys.argv.pop(1), int(sys.argv.pop(1))
 original = getattr(store, name)
 def killing(path, *args):

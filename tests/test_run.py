@@ -324,7 +324,7 @@ def test_ctrl_c_is_not_lost_in_a_callback_of_the_garbage_collector() -> None:
     """Where Python prints an exception and goes on; JAX has such a callback."""
     code = """
 import gc, os, signal
-from backtrack_jax.command_line import ends_in_one_line
+from backtrack_jax.files.console import ends_in_one_line
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a suite that runs in the background ignores
 with ends_in_one_line(remedy="", resumed="it goes on"):
     gc.callbacks.append(lambda phase, info: os.kill(os.getpid(), signal.SIGINT))
@@ -341,7 +341,7 @@ def test_a_background_job_of_a_shell_goes_on_when_ctrl_c_is_typed() -> None:
     code = """
 import os, signal
 signal.signal(signal.SIGINT, signal.SIG_IGN)
-from backtrack_jax.command_line import ends_in_one_line
+from backtrack_jax.files.console import ends_in_one_line
 with ends_in_one_line(remedy="", resumed=""):
     os.kill(os.getpid(), signal.SIGINT)
     print("goes on")

@@ -16,7 +16,7 @@ from backtrack_jax.data import annotations, records
 from backtrack_jax.data.problems import shipped_problems
 from backtrack_jax.intervention import add_vector
 from backtrack_jax.models import checkpoint, prompts
-from backtrack_jax.models.llama import Llama
+from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.models.tokenizer import Tokenizer
 
 pytest.importorskip("torch", reason="needs torch and transformers to compare with")
@@ -36,7 +36,7 @@ WINDOW = (-13, -8)
 
 
 @pytest.fixture(scope="module")
-def model() -> Llama:
+def model() -> Decoder:
     return checkpoint.load(PATH, dtype="float32")
 
 
@@ -46,7 +46,7 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def reference(model: Llama, tmp_path_factory: pytest.TempPathFactory) -> transformers.LlamaForCausalLM:
+def reference(model: Decoder, tmp_path_factory: pytest.TempPathFactory) -> transformers.LlamaForCausalLM:
     folder = tmp_path_factory.mktemp("smollm2") / "model"
     checkpoint.save_hf(model, folder)
     return transformers.LlamaForCausalLM.from_pretrained(folder)
@@ -75,7 +75,7 @@ def test_steered_sweep_equals_torch_with_a_hook(model, tokenizer, reference):
     assert sampled(model, rows, batch_size=1) == replies
 
 
-def sampled(model: Llama, rows: Sequence[generate.Row], batch_size: int) -> list[list[int]]:
+def sampled(model: Decoder, rows: Sequence[generate.Row], batch_size: int) -> list[list[int]]:
     batches = generate.generate_rows(
         model, rows, sampling=generate.Sampling(0.0), stop_ids=(), max_new_tokens=64, batch_size=batch_size
     )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors
 
-from backtrack_jax import store
+from backtrack_jax.files import store
 
 
 def test_a_stage_is_done_under_its_inputs_only(tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ SAVE = """
 import sys
 import numpy as np
 from pathlib import Path
-from backtrack_jax import store
+from backtrack_jax.files import store
 metadata = {name: name * 2 for name in ("schema", "layer_convention", "n_layers", "raw_norms", "provenance")}
 store.write_safetensors(Path(sys.argv[1]), {"b": np.arange(6.0).reshape(2, 3), "a": np.ones(3, np.float32)}, metadata)
 """

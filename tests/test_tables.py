@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from backtrack_jax import tables
+from backtrack_jax.files import tables
 
 
 def test_round_trip(tmp_path: Path) -> None:

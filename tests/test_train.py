@@ -14,14 +14,15 @@ import optax
 import pytest
 from flax import nnx
 
-from backtrack_jax import lora, train
 from backtrack_jax.models.attention import PAD
 from backtrack_jax.models.batching import right_pad
-from backtrack_jax.models.config import LlamaConfig
-from backtrack_jax.models.llama import Llama, Recompute
+from backtrack_jax.models.config import ModelConfig
+from backtrack_jax.models.decoder import Decoder, Recompute
 from backtrack_jax.models.products import matmul
+from backtrack_jax.training import fit as train
+from backtrack_jax.training import lora
 
-CONFIG = LlamaConfig(
+CONFIG = ModelConfig(
     vocab_size=37,
     d_model=16,
     d_mlp=24,
@@ -37,8 +38,8 @@ CONFIG = LlamaConfig(
 
 
 @functools.cache
-def model(vocab_size: int = 37) -> Llama:
-    made = jax.jit(lambda: Llama(dataclasses.replace(CONFIG, vocab_size=vocab_size), rngs=nnx.Rngs(0)))()
+def model(vocab_size: int = 37) -> Decoder:
+    made = jax.jit(lambda: Decoder(dataclasses.replace(CONFIG, vocab_size=vocab_size), rngs=nnx.Rngs(0)))()
     return jax.tree.map(lambda weight: 5 * weight if weight.ndim > 1 else weight, made)  # far from uniform
 
 
@@ -168,7 +169,7 @@ def test_an_id_beyond_the_vocabulary_has_no_finite_loss(vocab_size: int) -> None
 @pytest.mark.parametrize("tied", [True, False])
 def test_gradient_of_the_loss_is_that_of_its_definition(tied: bool, vocab_size: int) -> None:
     """Of the squared mean, so that what comes from outside the sum is not 1; of weights and of what tokens count."""
-    llama = Llama(dataclasses.replace(CONFIG, tied=tied, vocab_size=vocab_size), rngs=nnx.Rngs(0))
+    llama = Decoder(dataclasses.replace(CONFIG, tied=tied, vocab_size=vocab_size), rngs=nnx.Rngs(0))
     params, build = train.trainable(llama)
     batch = train.pack(sequences(12), 24)
 
@@ -237,9 +238,9 @@ def test_a_packed_batch_needs_no_jit() -> None:
     )
 
 
-def _memory_of_gradient(config: LlamaConfig, loss: Callable[[Llama, train.Batch], jax.Array]) -> int:
+def _memory_of_gradient(config: ModelConfig, loss: Callable[[Decoder, train.Batch], jax.Array]) -> int:
     """Bytes that the gradient of a loss of 8 rows of 64 tokens holds beside the weights and their gradient."""
-    llama = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    llama = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     batch = train.Batch(*(jnp.zeros((8, 64), dtype) for dtype in (np.int32, np.int32, np.int32, np.float32)))
     compiled: Any = jax.jit(jax.grad(loss)).lower(llama, batch).compile()
     return compiled.memory_analysis().temp_size_in_bytes

@@ -20,7 +20,7 @@ from backtrack_jax.config import (
     VectorSpec,
 )
 from backtrack_jax.models import checkpoint
-from backtrack_jax.models.config import LlamaConfig
+from backtrack_jax.models.config import ModelConfig
 from backtrack_jax.models.safetensors import LazyTensor
 
 WORDS = (" wait", " hmm", " so", " the", " is", " two", " add", " first", " no", " then", ",", ".")
@@ -71,7 +71,7 @@ def write(folder: Path) -> None:
 
 def write_model(folder: Path, *, vocab_size: int, seed: int, d_model: int = 16, n_layers: int = 3) -> None:
     """Writes a random model that says words: coordinate 0 is large everywhere, and speaks against all other tokens."""
-    config = LlamaConfig(
+    config = ModelConfig(
         vocab_size=vocab_size,
         d_model=d_model,
         d_mlp=24,

@@ -10,10 +10,10 @@ import torch
 import transformers
 from flax import nnx
 
-from backtrack_jax.models.config import Llama3RopeScaling, LlamaConfig
-from backtrack_jax.models.llama import Llama
+from backtrack_jax.models.config import Llama3RopeScaling, ModelConfig
+from backtrack_jax.models.decoder import Decoder
 
-CONFIG = LlamaConfig(
+CONFIG = ModelConfig(
     vocab_size=300,  # not a multiple of 128
     d_model=32,
     d_mlp=48,
@@ -28,7 +28,7 @@ CONFIG = LlamaConfig(
 )
 
 
-def tiny_llama(seed: int = 0) -> Llama:
+def tiny_llama(seed: int = 0) -> Decoder:
     """Random float32 weights large enough that logits differ by more than rounding and greedy texts vary."""
     rng = np.random.default_rng(seed)
 
@@ -36,11 +36,11 @@ def tiny_llama(seed: int = 0) -> Llama:
         mean = 1.0 if "norm" in jax.tree_util.keystr(path) else 0.0
         return jnp.array(rng.normal(mean, 0.2, leaf.shape), jnp.float32)
 
-    model = nnx.eval_shape(lambda: Llama(CONFIG, rngs=nnx.Rngs(0)))  # draws and compiles nothing
+    model = nnx.eval_shape(lambda: Decoder(CONFIG, rngs=nnx.Rngs(0)))  # draws and compiles nothing
     return jax.tree_util.tree_map_with_path(draw, model)
 
 
-def torch_copy(model: Llama) -> transformers.LlamaForCausalLM:
+def torch_copy(model: Decoder) -> transformers.LlamaForCausalLM:
     """Hugging Face's implementation with the same weights, written against its parameter names."""
     c, scaling = model.config, model.config.rope_scaling
     assert scaling is not None

@@ -8,12 +8,12 @@ import numpy as np
 
 from backtrack_jax.extract import TokenTrace
 from backtrack_jax.models.batching import batches, bucket, check_ids, right_pad
-from backtrack_jax.models.llama import Llama
+from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.models.sharding import place_rows
 
 
 def read(
-    model: Llama,
+    model: Decoder,
     traces: Sequence[TokenTrace],
     positions: Sequence[np.ndarray],
     layers: Sequence[int],
@@ -55,7 +55,7 @@ def read(
 
 @partial(jax.jit, static_argnames="stop_at_layer")
 def _gather(
-    model: Llama, ids: jax.Array, places: jax.Array, at: jax.Array, layers: jax.Array, stop_at_layer: int
+    model: Decoder, ids: jax.Array, places: jax.Array, at: jax.Array, layers: jax.Array, stop_at_layer: int
 ) -> jax.Array:
     """[layers, B, positions, D]; only the chosen positions of every layer are kept inside the scan."""
 

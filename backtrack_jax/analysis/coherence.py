@@ -13,14 +13,14 @@ import numpy as np
 from jax import lax
 
 from backtrack_jax.models.batching import batches, check_ids, right_pad
-from backtrack_jax.models.llama import Llama
+from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.models.sharding import place_rows
 
 _LOGITS_AT_ONCE = 1 << 27  # numbers; all of an 8B model's batch would be 16 GB
 
 
 def log_likelihoods(
-    model: Llama,
+    model: Decoder,
     prompts: Sequence[Sequence[int]],
     replies: Sequence[Sequence[int]],
     *,
@@ -58,7 +58,7 @@ def log_likelihoods(
 
 
 @jax.jit
-def _reply_sums(model: Llama, ids: jax.Array, positions: jax.Array, starts: jax.Array) -> jax.Array:
+def _reply_sums(model: Decoder, ids: jax.Array, positions: jax.Array, starts: jax.Array) -> jax.Array:
     """Sum of the log-probabilities of the tokens at `starts` [B] and after, [B] float32."""
     resid = model(ids, positions).resid
     counted = jnp.pad((positions >= starts[:, None])[:, 1:], ((0, 0), (0, 1)))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from backtrack_jax.models.llama import Llama
+from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.models.tokenizer import Tokenizer
 
 KEYWORDS = ("wait", "but")
@@ -73,7 +73,13 @@ def _folded(what: str, words: Sequence[str]) -> list[str]:
 
 
 def logit_lens(
-    model: Llama, directions: np.ndarray, ids: Sequence[int], *, n_items: int, final_norm: bool = False, n_top: int = 10
+    model: Decoder,
+    directions: np.ndarray,
+    ids: Sequence[int],
+    *,
+    n_items: int,
+    final_norm: bool = False,
+    n_top: int = 10,
 ) -> Lens:
     """Reads directions through a model's unembedding.
 
@@ -120,5 +126,5 @@ def logit_lens(
 
 
 @jax.jit(static_argnums=2)
-def _logits(model: Llama, directions: jax.Array, final_norm: bool) -> jax.Array:
+def _logits(model: Decoder, directions: jax.Array, final_norm: bool) -> jax.Array:
     return model.logits(directions) if final_norm else model.unembed(directions)

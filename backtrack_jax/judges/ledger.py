@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from backtrack_jax import store
+from backtrack_jax.files import store
 
 Entry = dict[str, Any]
 """One line of the ledger; `key` is its key, the rest is the caller's."""

@@ -20,6 +20,7 @@ from enum import StrEnum
 from typing import Any
 from urllib.parse import urlsplit
 
+from backtrack_jax.files.console import Stopped
 from backtrack_jax.judges.prompts import JudgePrompt
 
 
@@ -52,7 +53,7 @@ class CallFailed(Exception):
         self.fault = fault
 
 
-class JudgeStopped(RuntimeError):
+class JudgeStopped(Stopped):
     """No further call can succeed; the message says why and what to do. What was paid for is in the ledger."""
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from backtrack_jax.models.config import Llama3RopeScaling, LlamaConfig
+from backtrack_jax.models.config import Llama3RopeScaling, ModelConfig
 from backtrack_jax.models.products import cpu_barrier, einsum, einsum_16_bit, kept, matmul, random_param
 
 PAD = -1  # position of a padding token
@@ -83,7 +83,7 @@ class Past(NamedTuple):
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions."""
 
-    def __init__(self, config: LlamaConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         """Starts from random weights; `checkpoint` replaces them."""
         D, N, K, H = config.d_model, config.n_heads, config.n_kv_heads, config.head_dim
         self.q_proj = random_param(rngs, (D, N * H), dtype)
@@ -298,7 +298,7 @@ def rope_frequencies(head_dim: int, theta: float, scaling: Llama3RopeScaling | N
     return frequencies.astype(np.float32)
 
 
-def rope_tables(positions: jax.Array, config: LlamaConfig) -> tuple[jax.Array, jax.Array]:
+def rope_tables(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines [B, T, H/2] float32 of positions [B, T]; bfloat16 could not hold position 257."""
     frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     angles = positions[..., None].astype(jnp.float32) * frequencies

@@ -29,12 +29,12 @@ from huggingface_hub import snapshot_download, try_to_load_from_cache
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
+from backtrack_jax.files.paths import local_path
 from backtrack_jax.models import gguf, safetensors
-from backtrack_jax.models.config import LlamaConfig
-from backtrack_jax.models.llama import Llama
+from backtrack_jax.models.config import ModelConfig
+from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.models.safetensors import LazyTensor
 from backtrack_jax.models.sharding import shardings
-from backtrack_jax.paths import local_path
 
 DTYPES = ("bfloat16", "float16", "float32")
 SHARD_BYTES = 5_000_000_000
@@ -96,7 +96,7 @@ def hub_commit(path_or_id: str | os.PathLike[str], revision: str | None = None) 
     return Path(cached).parent.name if isinstance(cached, str) else None
 
 
-def read_config(path: str | os.PathLike[str]) -> LlamaConfig:
+def read_config(path: str | os.PathLike[str]) -> ModelConfig:
     """Reads the configuration of a checkpoint and none of its weights.
 
     Args:
@@ -111,7 +111,7 @@ def read_config(path: str | os.PathLike[str]) -> LlamaConfig:
         return gguf.open_gguf(path)[0]
     if not (path / _CONFIG).is_file():
         raise FileNotFoundError(f"{path} is no checkpoint: it has no {_CONFIG} and is no .gguf file{_others(path)}")
-    return LlamaConfig.from_file(path / _CONFIG)
+    return ModelConfig.from_file(path / _CONFIG)
 
 
 def check(path: str | os.PathLike[str]) -> None:
@@ -135,7 +135,7 @@ def load(
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     revision: str | None = None,
-) -> Llama:
+) -> Decoder:
     """Loads a model.
 
     Args:
@@ -172,7 +172,7 @@ def _dtype_name(dtype: DTypeLike) -> str:
     return name
 
 
-def save_hf(model: Llama, folder: str | os.PathLike[str]) -> None:
+def save_hf(model: Decoder, folder: str | os.PathLike[str]) -> None:
     """Writes `config.json` and safetensors for Hugging Face transformers; an interrupted write leaves no such folder.
 
     Raises:
@@ -187,7 +187,7 @@ def save_hf(model: Llama, folder: str | os.PathLike[str]) -> None:
 
 
 def write_hf(
-    config: LlamaConfig,
+    config: ModelConfig,
     tensors: Mapping[str, LazyTensor],
     folder: str | os.PathLike[str],
     shard_bytes: int = SHARD_BYTES,
@@ -218,7 +218,7 @@ def write_hf(
     partial.rename(folder)
 
 
-def save_orbax(model: Llama, folder: str | os.PathLike[str]) -> None:
+def save_orbax(model: Decoder, folder: str | os.PathLike[str]) -> None:
     """Writes weights with Orbax, each device its part, beside a `config.json`; `load` reads the folder back.
 
     Orbax gives `params` its name when it is complete, so an interrupted write is no checkpoint.
@@ -235,11 +235,11 @@ def save_orbax(model: Llama, folder: str | os.PathLike[str]) -> None:
         checkpointer.save((folder / _ORBAX).absolute(), nnx.to_pure_dict(nnx.state(model)))
 
 
-def _write_config(config: LlamaConfig, folder: Path) -> None:
+def _write_config(config: ModelConfig, folder: Path) -> None:
     (folder / _CONFIG).write_text(json.dumps(config.to_hf(), indent=2) + "\n")
 
 
-def _open(path: Path) -> tuple[LlamaConfig, Mapping[str, LazyTensor]]:
+def _open(path: Path) -> tuple[ModelConfig, Mapping[str, LazyTensor]]:
     """Configuration and tensors of a Hugging Face folder or GGUF file; ValueError lists what does not fit."""
     file_faults, unreadable = [], set()
     if path.suffix == ".gguf":
@@ -309,22 +309,22 @@ def _others(path: Path) -> str:
     return f"; it has {', '.join(found)}: convert that to Hugging Face's safetensors" if found else ""
 
 
-def _abstract(config: LlamaConfig, dtype: jnp.dtype) -> Llama:
+def _abstract(config: ModelConfig, dtype: jnp.dtype) -> Decoder:
     """The model with shapes in place of weights."""
-    return nnx.eval_shape(lambda: Llama(config, dtype, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: Decoder(config, dtype, rngs=nnx.Rngs(0)))
 
 
 @functools.cache
-def _shapes(config: LlamaConfig) -> Mapping[Keys, tuple[int, ...]]:
+def _shapes(config: ModelConfig) -> Mapping[Keys, tuple[int, ...]]:
     """Path such as ("layers", "mlp", "up_proj") to shape; it leads with L if the path starts with `layers`."""
     return {path: weight.shape for path, weight in _weights(_abstract(config, jnp.dtype(jnp.float32))).items()}
 
 
-def _weights(model: Llama) -> dict[Keys, Any]:
+def _weights(model: Decoder) -> dict[Keys, Any]:
     return _flat(nnx.to_pure_dict(nnx.state(model)))
 
 
-def _with_weights(config: LlamaConfig, dtype: jnp.dtype, weights: Mapping[Keys, jax.Array]) -> Llama:
+def _with_weights(config: ModelConfig, dtype: jnp.dtype, weights: Mapping[Keys, jax.Array]) -> Decoder:
     graphdef, state = nnx.split(_abstract(config, dtype))
     nnx.replace_by_pure_dict(state, unflatten_dict(weights))
     return nnx.merge(graphdef, state)
@@ -352,7 +352,7 @@ def _hf_array(path: Keys, array: jax.Array, layer: int) -> np.ndarray:
     return np.asarray(array)[layer].T if path[0] == "layers" else np.asarray(array)
 
 
-def expected_tensors(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Hugging Face name to shape of all that a checkpoint must hold."""
     return {
         name: _hf_shape(path, shape)
@@ -361,7 +361,7 @@ def expected_tensors(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _faults(config: LlamaConfig, tensors: Mapping[str, LazyTensor], unreadable: Container[str]) -> list[str]:
+def _faults(config: ModelConfig, tensors: Mapping[str, LazyTensor], unreadable: Container[str]) -> list[str]:
     """What keeps the tensors from being the model's; of `unreadable` ones another message speaks."""
     expected = expected_tensors(config)
     faults = [
@@ -400,13 +400,13 @@ def _exact_dtype(stored: Iterable[np.dtype]) -> np.dtype:
     return different.pop() if len(different) == 1 else np.dtype(np.float32)
 
 
-def _places(config: LlamaConfig, mesh: Mesh | None) -> dict[Keys, Sharding]:
+def _places(config: ModelConfig, mesh: Mesh | None) -> dict[Keys, Sharding]:
     if mesh is None:
         return dict.fromkeys(_shapes(config), jnp.zeros(()).sharding)  # the default device
     return _flat(shardings(config, mesh))
 
 
-def _fill(config: LlamaConfig, tensors: Mapping[str, LazyTensor], dtype: np.dtype, mesh: Mesh | None) -> Llama:
+def _fill(config: ModelConfig, tensors: Mapping[str, LazyTensor], dtype: np.dtype, mesh: Mesh | None) -> Decoder:
     places = _places(config, mesh)
     weights: dict[Keys, jax.Array] = {}
     not_finite: set[str] = set()
@@ -481,7 +481,7 @@ def _is_finite(x: np.ndarray) -> bool:
     return bool(positive and negative)
 
 
-def _load_orbax(folder: Path, dtype: str | None, mesh: Mesh | None) -> Llama:
+def _load_orbax(folder: Path, dtype: str | None, mesh: Mesh | None) -> Decoder:
     config = read_config(folder)
     path = (folder / _ORBAX).absolute()
     with ocp.StandardCheckpointer() as checkpointer:

@@ -50,7 +50,7 @@ _SIZES = {
 }
 _ROPE_FIELDS = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
 _HANDLED = _ROPE_FIELDS | {"num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "layer_types"}
-_DEFAULT_ROPE_THETA = 10000.0  # Hugging Face's, where the file says nothing: Llama 1 and 2
+_DEFAULT_ROPE_THETA = 10000.0  # Hugging Face's, where the file says nothing: Decoder 1 and 2
 _LLAMA3_FIELDS = {
     "factor": "factor",
     "low_freq_factor": "low_freq_factor",
@@ -77,7 +77,7 @@ class Llama3RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LlamaConfig:
+class ModelConfig:
     """Sizes and constants of one Llama; hashable, so it can be a static argument of a compiled function.
 
     Attributes:
@@ -90,7 +90,7 @@ class LlamaConfig:
       head_dim: H.
       norm_eps: epsilon inside every RMSNorm.
       rope_theta: base of the rotary frequencies.
-      rope_scaling: Llama 3.1's scaling, or None for plain rotary embeddings.
+      rope_scaling: Decoder 3.1's scaling, or None for plain rotary embeddings.
       tied: whether the unembedding is the transposed embedding.
     """
 
@@ -131,7 +131,7 @@ class LlamaConfig:
         return 2 * (matrices + head + attention)
 
     @classmethod
-    def from_hf(cls, fields: Mapping[str, Any]) -> "LlamaConfig":
+    def from_hf(cls, fields: Mapping[str, Any]) -> "ModelConfig":
         """Reads the contents of a Hugging Face `config.json`, in its old form or with `rope_parameters`.
 
         Args:
@@ -164,7 +164,7 @@ class LlamaConfig:
         )
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str]) -> "LlamaConfig":
+    def from_file(cls, path: str | os.PathLike[str]) -> "ModelConfig":
         """Reads a `config.json`; raises ValueError naming the file when it is not JSON or not such a Llama."""
         try:
             fields = json.loads(Path(path).read_text())
@@ -242,7 +242,7 @@ def _rope_from_hf(fields: Mapping[str, Any]) -> tuple[float, Llama3RopeScaling |
     return float(theta), Llama3RopeScaling(**{ours: parameters[theirs] for theirs, ours in _LLAMA3_FIELDS.items()})
 
 
-LLAMA_3_1_8B = LlamaConfig(
+LLAMA_3_1_8B = ModelConfig(
     vocab_size=128256,
     d_model=4096,
     d_mlp=14336,

@@ -20,7 +20,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequantize
 
 from backtrack_jax.models.attention import rope_frequencies
-from backtrack_jax.models.config import Llama3RopeScaling, LlamaConfig
+from backtrack_jax.models.config import Llama3RopeScaling, ModelConfig
 from backtrack_jax.models.safetensors import LazyTensor
 
 _STORED_AS_IS = {
@@ -227,7 +227,7 @@ def _parse_header(cursor: _Cursor) -> GgufHeader:
     return GgufHeader(metadata, {name: t._replace(offset=start + t.offset) for name, t in placed.items()})
 
 
-def open_gguf(path: str | os.PathLike[str]) -> tuple[LlamaConfig, dict[str, LazyTensor]]:
+def open_gguf(path: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, LazyTensor]]:
     """Reads a Llama's configuration and lists its tensors under their Hugging Face names.
 
     Tensors stored as F32, F16 or BF16 keep that dtype; quantised ones are float32 when read. The rows of `q_proj` and
@@ -293,7 +293,7 @@ def _metadata_faults(metadata: Mapping[str, Any]) -> list[str]:
     return faults
 
 
-def _config(metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor], path: Path) -> LlamaConfig:
+def _config(metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor], path: Path) -> ModelConfig:
     d_model, n_heads = metadata["llama.embedding_length"], metadata["llama.attention.head_count"]
     head_dim = metadata.get("llama.attention.key_length", d_model // n_heads)
     vocab_size = tensors["token_embd.weight"].shape[0]
@@ -313,7 +313,7 @@ def _config(metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor], path
     scaling = None
     if _ROPE_FACTORS in tensors:
         scaling = _rope_scaling(_read(path, tensors[_ROPE_FACTORS]).astype(np.float64), head_dim, theta)
-    return LlamaConfig(
+    return ModelConfig(
         vocab_size=vocab_size,
         d_model=d_model,
         d_mlp=metadata["llama.feed_forward_length"],

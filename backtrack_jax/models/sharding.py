@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from backtrack_jax.models.config import LlamaConfig
-from backtrack_jax.models.llama import Llama
+from backtrack_jax.models.config import ModelConfig
+from backtrack_jax.models.decoder import Decoder
 
 DATA, MODEL = "data", "model"
 
@@ -52,7 +52,7 @@ def make_mesh(model_parallel: int = 1, devices: Sequence[Any] | None = None) -> 
     return jax.make_mesh(shape, (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
 
 
-def shardings(config: LlamaConfig, mesh: Mesh | AbstractMesh) -> dict[str, Any]:
+def shardings(config: ModelConfig, mesh: Mesh | AbstractMesh) -> dict[str, Any]:
     """Placement of every weight of a model.
 
     Args:
@@ -66,13 +66,13 @@ def shardings(config: LlamaConfig, mesh: Mesh | AbstractMesh) -> dict[str, Any]:
       ValueError: names every size that the `model` axis does not divide.
     """
     check_parts(config, mesh.shape[MODEL])
-    abstract = nnx.eval_shape(lambda: Llama(config, jnp.dtype(jnp.float32), rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: Decoder(config, jnp.dtype(jnp.float32), rngs=nnx.Rngs(0)))
     return jax.tree.map_with_path(
         lambda path, leaf: NamedSharding(mesh, _spec(path[-1].key, leaf.ndim)), nnx.to_pure_dict(nnx.state(abstract))
     )
 
 
-def check_parts(config: LlamaConfig, parts: int) -> None:
+def check_parts(config: ModelConfig, parts: int) -> None:
     """ValueError if a model cannot be spread over so many devices; names every size that they do not divide."""
     sizes = {
         "num_key_value_heads": config.n_kv_heads,
@@ -88,7 +88,7 @@ def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(DATA))
 
 
-def place_rows(model: Llama, rows: Any) -> Any:
+def place_rows(model: Decoder, rows: Any) -> Any:
     """Arrays whose leading axis is the batch, divided among the copies of a model; as they are on a single device.
 
     A batch that the copies do not divide is left to each of them whole.

@@ -24,7 +24,7 @@ from gguf import GGUFReader, TokenType
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from backtrack_jax.paths import local_path
+from backtrack_jax.files.paths import local_path
 
 Span = tuple[int, int]
 

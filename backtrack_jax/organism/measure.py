@@ -18,7 +18,7 @@ from backtrack_jax.extract import TokenTrace
 from backtrack_jax.intervention import Intervention, no_intervention
 from backtrack_jax.judges import grammar as judge
 from backtrack_jax.models import checkpoint, prompts
-from backtrack_jax.models.llama import Llama
+from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.models.tokenizer import Tokenizer
 from backtrack_jax.organism.belief import log_odds
 from backtrack_jax.organism.grammar import BASE, REASONING, Process
@@ -264,7 +264,7 @@ def r_squared(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarr
 
 
 def keyword_lens(
-    model: Llama, directions: np.ndarray, ids: Sequence[int], among: Sequence[int]
+    model: Decoder, directions: np.ndarray, ids: Sequence[int], among: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean logit W_U v of some tokens above that of all words, and the spread of the latter, per layer: [L], [L].
 

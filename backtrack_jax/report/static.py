@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from backtrack_jax import store, tables
+from backtrack_jax.files import store, tables
 from backtrack_jax.report.plots import Heat, Panel, Plot
 
 _WIDTH, _HEIGHT = 3.9, 2.6  # inches of a panel

@@ -9,7 +9,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from backtrack_jax import tables
+from backtrack_jax.files import tables
 from backtrack_jax.report.static import save
 
 _COLUMNS, _LINES = 92, 26  # characters and lines that are shown

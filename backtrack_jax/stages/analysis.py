@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from backtrack_jax import extract, store, tables, vectors
+from backtrack_jax import extract, vectors
 from backtrack_jax.analysis import activations, agreement, coherence, logit_lens, probe, replies, similarity
 from backtrack_jax.analysis.backtracking import KEYWORDS
 from backtrack_jax.conditions import UNSTEERED, window_name
 from backtrack_jax.config import ROLES
 from backtrack_jax.data import records
+from backtrack_jax.files import store, tables
+from backtrack_jax.files.console import Progress, say
 from backtrack_jax.inputs import spread
 from backtrack_jax.judges import keyword
 from backtrack_jax.models import prompts
-from backtrack_jax.progress import Progress, say
 from backtrack_jax.stages.annotations import judged
 from backtrack_jax.stages.vectors import token_trace
 

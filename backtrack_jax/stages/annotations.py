@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from backtrack_jax import store
 from backtrack_jax.config import Experiment
 from backtrack_jax.data import annotations as labels
 from backtrack_jax.data import records
 from backtrack_jax.data.records import OTHER, Annotation, Note, Rejection, Trace
+from backtrack_jax.files import store
+from backtrack_jax.files.console import Progress, say
 from backtrack_jax.inputs import data_path
 from backtrack_jax.judges import grammar, keyword
 from backtrack_jax.judges.prompts import failure
 from backtrack_jax.judges.settings import UNANSWERED, JudgeStopped, Meter
-from backtrack_jax.progress import Progress, say
 from backtrack_jax.stages.traces import ids_at_source
 
 if TYPE_CHECKING:

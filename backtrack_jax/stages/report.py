@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from backtrack_jax import store
-from backtrack_jax.progress import say
+from backtrack_jax.files import store
+from backtrack_jax.files.console import say
 from backtrack_jax.report import figures, page, results, static, summary, tokens
 
 if TYPE_CHECKING:

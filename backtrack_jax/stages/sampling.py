@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backtrack_jax import generate, store
+from backtrack_jax import generate
 from backtrack_jax.config import SteeringSpec, TraceSpec
-from backtrack_jax.progress import Progress
+from backtrack_jax.files import store
+from backtrack_jax.files.console import Progress
 
 if TYPE_CHECKING:
     from backtrack_jax.pipeline import Run

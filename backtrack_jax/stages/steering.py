@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from backtrack_jax import conditions, extract, generate, inputs, store, vectors
+from backtrack_jax import conditions, extract, generate, inputs, vectors
 from backtrack_jax.data import records
+from backtrack_jax.files import store
+from backtrack_jax.files.console import say
 from backtrack_jax.models import prompts
-from backtrack_jax.progress import say
 from backtrack_jax.stages.sampling import sample_rows
 
 if TYPE_CHECKING:

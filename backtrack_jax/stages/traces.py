@@ -5,12 +5,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from backtrack_jax import generate, inputs, store
+from backtrack_jax import generate, inputs
 from backtrack_jax.config import Experiment
 from backtrack_jax.data import records
+from backtrack_jax.files import store
+from backtrack_jax.files.console import say
 from backtrack_jax.intervention import no_intervention
 from backtrack_jax.models import prompts
-from backtrack_jax.progress import say
 from backtrack_jax.stages.sampling import sample_rows
 
 if TYPE_CHECKING:

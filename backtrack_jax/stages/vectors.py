@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from backtrack_jax import conditions, extract, store, vectors
+from backtrack_jax import conditions, extract, vectors
 from backtrack_jax.data import records
+from backtrack_jax.files import store
+from backtrack_jax.files.console import Progress, say
 from backtrack_jax.models import prompts
-from backtrack_jax.progress import Progress, say
 
 if TYPE_CHECKING:
     from backtrack_jax.pipeline import Run

@@ -10,7 +10,7 @@ from helpers import hf_llama, save
 from backtrack_jax.analysis import activations, coherence
 from backtrack_jax.extract import TokenTrace
 from backtrack_jax.models import checkpoint
-from backtrack_jax.models.llama import Llama
+from backtrack_jax.models.decoder import Decoder
 
 pytestmark = pytest.mark.hf
 
@@ -20,7 +20,7 @@ REPLIES = [RNG.integers(0, 131, n).tolist() for n in (7, 2, 11, 8, 0)]
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, Llama]:
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, Decoder]:
     oracle = hf_llama()
     return oracle, checkpoint.load(str(save(oracle, tmp_path_factory.mktemp("model"))), dtype="float32")
 

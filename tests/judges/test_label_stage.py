@@ -18,11 +18,12 @@ import pytest
 import tiny
 from fault_server import FaultServer
 
-from backtrack_jax import config, pipeline, plan, store, tables
+from backtrack_jax import config, pipeline, plan
 from backtrack_jax.analysis import agreement
 from backtrack_jax.config import Experiment
 from backtrack_jax.data import records
 from backtrack_jax.data.annotations import Reason, reasoning_end
+from backtrack_jax.files import store, tables
 from backtrack_jax.judges import keyword
 from backtrack_jax.judges.keyword import split_sentences
 from backtrack_jax.judges.ledger import read_entries

@@ -20,8 +20,8 @@ from flax import nnx
 from helpers import hf_llama, save
 
 from backtrack_jax.models import checkpoint
-from backtrack_jax.models.config import LlamaConfig
-from backtrack_jax.models.llama import Llama
+from backtrack_jax.models.config import ModelConfig
+from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.models.safetensors import LazyTensor
 
 pytestmark = pytest.mark.hf
@@ -62,7 +62,7 @@ def shards(original_shards, tmp_path) -> Path:
     return Path(shutil.copytree(original_shards, tmp_path / "copy"))
 
 
-def arrays(model: Llama) -> dict[str, np.ndarray]:
+def arrays(model: Decoder) -> dict[str, np.ndarray]:
     """Weights under Hugging Face names, by a rule written down here once more."""
     found = {EMBEDDING: model.embed_tokens, "model.norm.weight": model.norm.weight}
     if model.lm_head is not None:
@@ -80,7 +80,7 @@ def arrays(model: Llama) -> dict[str, np.ndarray]:
     return flat
 
 
-def assert_same(model: Llama, expected: dict[str, np.ndarray]) -> None:
+def assert_same(model: Decoder, expected: dict[str, np.ndarray]) -> None:
     ours = arrays(model)
     assert ours.keys() == expected.keys()
     for name, array in ours.items():
@@ -338,7 +338,7 @@ def test_a_dtype_may_be_given_as_such(original, dtype):
 
 def test_paths_are_strings_or_paths(original, tmp_path):
     assert checkpoint.resolve(original) == checkpoint.resolve(str(original)) == original
-    assert checkpoint.read_config(str(original)) == LlamaConfig.from_file(original / "config.json")
+    assert checkpoint.read_config(str(original)) == ModelConfig.from_file(original / "config.json")
     assert checkpoint.hub_commit(original) is None
     assert not checkpoint.is_hub_id(original)
     checkpoint.check(str(original))
@@ -444,7 +444,7 @@ def test_a_written_folder_is_read_by_transformers_and_here(original, tmp_path, r
 
 
 def test_shards_are_written_as_on_the_hub(original, tmp_path, reference):
-    config = LlamaConfig.from_file(original / "config.json")
+    config = ModelConfig.from_file(original / "config.json")
     tensors = {
         name: LazyTensor(array.shape, BFLOAT16, lambda array=array: array.astype(BFLOAT16), "memory")
         for name, array in numpy_weights(reference).items()
@@ -468,7 +468,7 @@ def test_an_interrupted_write_leaves_no_checkpoint(original, tmp_path, reference
     weights = numpy_weights(reference)
     tensors = {name: LazyTensor(a.shape, a.dtype, lambda a=a: a, "memory") for name, a in weights.items()}
     broken = tensors | {UP: tensors[UP]._replace(read=fail)}
-    config = LlamaConfig.from_file(original / "config.json")
+    config = ModelConfig.from_file(original / "config.json")
     with pytest.raises(RuntimeError, match="disk full"):
         checkpoint.write_hf(config, broken, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -477,7 +477,7 @@ def test_an_interrupted_write_leaves_no_checkpoint(original, tmp_path, reference
 
 
 def test_tensors_of_another_architecture_are_not_written(original, tmp_path):
-    config = LlamaConfig.from_file(original / "config.json")
+    config = ModelConfig.from_file(original / "config.json")
     with pytest.raises(ValueError, match=f"missing tensor {UP}"):
         checkpoint.write_hf(config, {}, tmp_path / "out")
 
@@ -545,12 +545,12 @@ for command in {commands!r}:
     )
     measured = json.loads(done.stdout)
     assert measured["logits_finite"] is True
-    assert measured["weights_gb"] == 2 * LlamaConfig.from_hf(large).n_parameters / 1e9
+    assert measured["weights_gb"] == 2 * ModelConfig.from_hf(large).n_parameters / 1e9
     taken = measured["peak_gb_after_load"] - measured["peak_gb_before_load"]
     assert 0.9 < taken / measured["weights_gb"] < 1.2
 
 
 def test_loaded_and_new_models_have_the_same_structure(original):
     model = checkpoint.load(str(original))
-    new = nnx.eval_shape(lambda: Llama(model.config, rngs=nnx.Rngs(0)))
+    new = nnx.eval_shape(lambda: Decoder(model.config, rngs=nnx.Rngs(0)))
     assert jax.tree.structure(new) == jax.tree.structure(model)

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from backtrack_jax.models import checkpoint
-from backtrack_jax.models.config import LlamaConfig
+from backtrack_jax.models.config import ModelConfig
 from backtrack_jax.models.gguf import open_gguf, read_header
 
 pytestmark = pytest.mark.hf
@@ -340,7 +340,7 @@ def test_a_missing_file_is_named():
 
 def test_real_file(smollm2_gguf):
     config, tensors = open_gguf(smollm2_gguf)
-    assert config == LlamaConfig(
+    assert config == ModelConfig(
         vocab_size=49152,
         d_model=576,
         d_mlp=1536,

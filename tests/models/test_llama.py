@@ -24,7 +24,7 @@ from backtrack_jax.intervention import Intervention, add_vector, gaussian_noise,
 from backtrack_jax.models import checkpoint
 from backtrack_jax.models.attention import KVCache, rope_frequencies, rope_tables
 from backtrack_jax.models.batching import left_pad, right_pad
-from backtrack_jax.models.llama import Block, Llama, Output
+from backtrack_jax.models.decoder import Block, Decoder, Output
 
 pytestmark = pytest.mark.hf
 
@@ -40,7 +40,7 @@ IDS = np.random.default_rng(0).integers(0, 131, (3, T))
 
 
 def forward(
-    model: Llama,
+    model: Decoder,
     ids: jax.Array,
     positions: jax.Array,
     cache: KVCache | None = None,
@@ -59,7 +59,7 @@ RUN = jax.jit(forward, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @functools.cache
-def pair(heads: str = "gqa", rope: str = "llama3", tied: bool = False) -> tuple[transformers.LlamaForCausalLM, Llama]:
+def pair(heads: str = "gqa", rope: str = "llama3", tied: bool = False) -> tuple[transformers.LlamaForCausalLM, Decoder]:
     """The same model in torch and, loaded from the folder that torch's wrote, here."""
     reference = hf_llama(num_key_value_heads=KV_HEADS[heads], tie_word_embeddings=tied, **ROPES[rope])
     with tempfile.TemporaryDirectory() as folder:
@@ -137,7 +137,7 @@ def rotary(reference: transformers.LlamaForCausalLM) -> Any:
 
 
 @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-def modules(model: Llama, x: jax.Array, positions: jax.Array) -> dict[str, jax.Array]:
+def modules(model: Decoder, x: jax.Array, positions: jax.Array) -> dict[str, jax.Array]:
     ours = jax.tree.map(lambda leaf: leaf[1], model.layers)
     cos, sin = rope_tables(positions, model.config)
     mask = jnp.tril(jnp.ones((len(x), T, T), bool))
@@ -259,7 +259,7 @@ def test_ids_at_padding_change_nothing():
 
 
 def decode(
-    model: Llama, sequences: list[list[int]], n_prompt: list[int], pad, intervention: Intervention | None, loop: bool
+    model: Decoder, sequences: list[list[int]], n_prompt: list[int], pad, intervention: Intervention | None, loop: bool
 ) -> list[np.ndarray]:
     """Hidden states [L, T, D] of each sequence by prefill and one step per further token, through the cache.
 
@@ -352,7 +352,7 @@ def test_other_modes_of_nnx_give_the_same(other_nnx_mode, tmp_path):
     _, model = pair()
     checkpoint.save_hf(model, tmp_path / "hf")
     loaded = checkpoint.load(str(tmp_path / "hf"))
-    random = nnx.eval_shape(lambda: Llama(model.config, rngs=nnx.Rngs(0)))
+    random = nnx.eval_shape(lambda: Decoder(model.config, rngs=nnx.Rngs(0)))
     assert jax.tree.structure(random) == jax.tree.structure(loaded)
     positions = np.broadcast_to(np.arange(T), IDS.shape)
     states, _ = hf_states(pair()[0], IDS, positions)
@@ -379,7 +379,7 @@ def test_sizes_of_the_released_8b_without_its_weights():
         n_kv_heads=8,
         head_dim=128,
     )
-    abstract = nnx.eval_shape(lambda: Llama(config, jnp.dtype(jnp.bfloat16), rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: Decoder(config, jnp.dtype(jnp.bfloat16), rngs=nnx.Rngs(0)))
     leaves = jax.tree.leaves(nnx.to_pure_dict(nnx.state(abstract)))
     assert sum(leaf.size for leaf in leaves) == config.n_parameters == 8_030_261_248
     ids = jax.ShapeDtypeStruct((2, 16), jnp.int32)

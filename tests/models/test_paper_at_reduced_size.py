@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import tiny
 
-from backtrack_jax import config, pipeline, store, tables
+from backtrack_jax import config, pipeline
 from backtrack_jax.data import records
+from backtrack_jax.files import store, tables
 from backtrack_jax.models import checkpoint
-from backtrack_jax.models.config import Llama3RopeScaling, LlamaConfig
+from backtrack_jax.models.config import Llama3RopeScaling, ModelConfig
 from backtrack_jax.models.safetensors import LazyTensor
 
 PAPER = Path(__file__).parents[2] / "configs" / "paper.py"
-SMALL = LlamaConfig(  # Llama-3.1-8B with every size reduced but the vocabulary's
+SMALL = ModelConfig(  # Llama-3.1-8B with every size reduced but the vocabulary's
     vocab_size=128256,
     d_model=32,
     d_mlp=112,

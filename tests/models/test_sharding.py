@@ -14,12 +14,13 @@ import tiny
 from flax import nnx
 from helpers import hf_llama, relative_error, save
 
-from backtrack_jax import extract, generate, pipeline, store
+from backtrack_jax import extract, generate, pipeline
 from backtrack_jax.analysis import activations, coherence
+from backtrack_jax.files import store
 from backtrack_jax.intervention import add_vector, stack_rows
 from backtrack_jax.models import checkpoint
-from backtrack_jax.models.config import LlamaConfig
-from backtrack_jax.models.llama import Llama
+from backtrack_jax.models.config import ModelConfig
+from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.models.sharding import batch_sharding, make_mesh, place_rows, shardings
 
 pytestmark = pytest.mark.hf
@@ -40,12 +41,12 @@ def folder(tmp_path_factory) -> Path:
     return save(hf_llama(vocab_size=132), tmp_path_factory.mktemp("sharding") / "model")
 
 
-def weights(model: Llama) -> dict:
+def weights(model: Decoder) -> dict:
     return nnx.to_pure_dict(nnx.state(model))
 
 
 @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-def run(model: Llama, ids: jax.Array, positions: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
+def run(model: Decoder, ids: jax.Array, positions: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
     rows = stack_rows([add_vector(vector, 1, float(row), n_layers=3) for row in range(B)])
     out = model(ids, positions, intervention=rows, capture=lambda block: block.resid_post)
     return out.captured, model.logits(out.resid)
@@ -70,7 +71,7 @@ def test_every_device_holds_its_part(source, devices, folder, tmp_path):
         path = tmp_path / "orbax"
         checkpoint.save_orbax(checkpoint.load(str(folder), mesh=make_mesh(1, devices)), path)
     split = weights(checkpoint.load(str(path), mesh=mesh))
-    expected = shardings(LlamaConfig.from_file(folder / "config.json"), mesh)
+    expected = shardings(ModelConfig.from_file(folder / "config.json"), mesh)
     assert jax.tree.structure(split) == jax.tree.structure(expected)
     for (keys, leaf), place, other in zip(
         jax.tree.leaves_with_path(split), jax.tree.leaves(expected), jax.tree.leaves(whole), strict=True
@@ -118,7 +119,7 @@ def test_long_runs_come_to_the_same_on_a_mesh(devices, folder, parts):
     traces = [extract.TokenTrace(str(n), prompt, 1, [("a", 1)]) for n, prompt in enumerate(prompts)]
     plan = extract.WindowPlan(("a",), {"a": ("a",)}, ((0, 0),), (1,))
 
-    def everything(model: Llama) -> tuple[list, ...]:
+    def everything(model: Decoder) -> tuple[list, ...]:
         steered = generate.generate_rows(
             model, rows, sampling=generate.Sampling(1.0, 0.9), stop_ids=(3,), max_new_tokens=6, batch_size=B
         )
@@ -171,10 +172,10 @@ def test_devices_that_an_experiment_cannot_use_stop_it(devices, tmp_path, monkey
 
 
 def test_sizes_that_the_mesh_does_not_divide_are_refused_together(devices, folder):
-    config = LlamaConfig.from_file(folder / "config.json")
+    config = ModelConfig.from_file(folder / "config.json")
     with pytest.raises(ValueError, match=r"model axis of 4 devices does not divide num_key_value_heads=2$"):
         shardings(config, make_mesh(4, devices))
-    odd = LlamaConfig(
+    odd = ModelConfig(
         vocab_size=131,
         d_model=40,
         d_mlp=72,
@@ -193,7 +194,7 @@ def test_sizes_that_the_mesh_does_not_divide_are_refused_together(devices, folde
 
 def test_released_8b_over_eight_devices_without_its_weights(folder):
     """Everything that is large is an eighth: 2.0 GB a device."""
-    config = LlamaConfig(
+    config = ModelConfig(
         vocab_size=128256,
         d_model=4096,
         d_mlp=14336,
@@ -208,7 +209,7 @@ def test_released_8b_over_eight_devices_without_its_weights(folder):
     )
     mesh = jax.sharding.AbstractMesh((1, 8), ("data", "model"))
     places = shardings(config, mesh)
-    abstract = nnx.eval_shape(lambda: Llama(config, jnp.dtype(jnp.bfloat16), rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: Decoder(config, jnp.dtype(jnp.bfloat16), rngs=nnx.Rngs(0)))
     sizes = jax.tree.map(
         lambda leaf, place: np.prod(place.shard_shape(leaf.shape)), nnx.to_pure_dict(nnx.state(abstract)), places
     )

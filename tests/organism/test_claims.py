@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from backtrack_jax import store
+from backtrack_jax.files import store
 from backtrack_jax.models import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,8 +12,8 @@ import tiny
 from matplotlib import colors, image
 from matplotlib.container import ErrorbarContainer
 
-from backtrack_jax import tables
 from backtrack_jax.analysis import replies
+from backtrack_jax.files import tables
 from backtrack_jax.report import figures, interactive, plots, reference, results, static, summary, tokens
 
 

@@ -1,9 +1,19 @@
-"""Progress of a long loop: rows done, tokens per second, time left."""
+"""What a person at a terminal meets: progress, log lines, help with defaults, ends that say what to do next."""
 
+import argparse
+import contextlib
 import datetime
+import os
+import signal
 import sys
 import time
+from collections.abc import Iterator
 from types import TracebackType
+from typing import NoReturn
+
+
+class Stopped(RuntimeError):
+    """A run that cannot continue until the user has done something; the message says what."""
 
 
 class Progress:
@@ -65,3 +75,51 @@ class Progress:
 def say(text: str) -> None:
     """Prints a line of the run's log."""
     print(text, file=sys.stderr, flush=True)
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and leaves the lines of the description alone."""
+
+
+@contextlib.contextmanager
+def ends_in_one_line(*, remedy: str, resumed: str) -> Iterator[None]:
+    """Ends the process with one line where the block raises what a user can mend; other errors keep their traceback.
+
+    Args:
+      remedy: what to do where the device's memory does not suffice.
+      resumed: how a command that was stopped by Ctrl-C goes on.
+    """
+    import jax  # here, so that reading a config stays instant
+
+    message = f"stopped; {resumed}"
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        # A KeyboardInterrupt that comes while JAX's callback of the garbage collector runs would be lost. Who ignores
+        # SIGINT, as a shell's background jobs do, goes on ignoring it.
+        if before is signal.default_int_handler:
+            signal.signal(signal.SIGINT, lambda number, frame: _leave(message))
+        yield
+    except (ValueError, OSError, FloatingPointError, Stopped) as error:
+        sys.exit(f"error: {error}")
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sys.exit(f"error: the device is out of memory; {remedy} ({str(error).splitlines()[0]})")
+    except KeyboardInterrupt:
+        _leave(message)
+    finally:
+        if before is signal.default_int_handler:
+            signal.signal(signal.SIGINT, before)
+
+
+def _leave(message: str) -> NoReturn:
+    """Ends the process at once, as Ctrl-C does: Python's shutdown crashes where XLA still compiles in its threads.
+
+    What is on disk is always whole, so nothing needs the shutdown.
+    """
+    try:
+        print(message, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:  # also if nobody reads them any more
+        os._exit(130)

@@ -20,11 +20,11 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax import lax
 
-from backtrack_jax import store
+from backtrack_jax.files import store
+from backtrack_jax.files.console import Progress
 from backtrack_jax.models.attention import PAD
-from backtrack_jax.models.llama import Llama, Recompute, unembed
+from backtrack_jax.models.decoder import Decoder, Recompute, unembed
 from backtrack_jax.models.products import cpu_barrier, einsum, take
-from backtrack_jax.progress import Progress
 
 _RESULTS = ("adapter", "base", "checkpoints", "model", "reasoning")  # what trainings write into their folders
 _LEAST_PART = 1024  # ids of a part of the vocabulary; fewer make products too small to be fast
@@ -109,7 +109,7 @@ def pack(sequences: Sequence[Tokens], length: int) -> Batch:
 
 
 def cross_entropy(
-    model: Llama, batch: Batch, dtype: jnp.dtype | None = None, recompute: Recompute = Recompute.CHEAP
+    model: Decoder, batch: Batch, dtype: jnp.dtype | None = None, recompute: Recompute = Recompute.CHEAP
 ) -> tuple[jax.Array, jax.Array]:
     """Summed loss of the predicted tokens and their summed weights, both float32, in nats.
 
@@ -262,7 +262,7 @@ def _is_placed(array: Any) -> bool:
 
 
 def make_step(
-    build: Callable[[Any, Any], Llama],
+    build: Callable[[Any, Any], Decoder],
     optimizer: optax.GradientTransformation,
     dtype: jnp.dtype | None = None,
     recompute: Recompute = Recompute.CHEAP,
@@ -320,7 +320,7 @@ def warmup_cosine(peak: float, steps: int, warmup: int = 20) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(0.0, peak, min(warmup, steps // 5), steps, peak / 10)
 
 
-def trainable(model: Llama) -> tuple[Any, Callable[..., Llama]]:
+def trainable(model: Decoder) -> tuple[Any, Callable[..., Decoder]]:
     """A float32 copy of all weights of a model, and how to put a model together again from such weights."""
     graphdef, state = nnx.split(model)
     params = jax.tree.map(lambda weight: jnp.array(weight, jnp.float32), state)

@@ -20,9 +20,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 from safetensors import safe_open
 
-from backtrack_jax import store
+from backtrack_jax.files import store
 from backtrack_jax.models import checkpoint
-from backtrack_jax.models.llama import Llama
+from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.models.products import Adapted
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -84,7 +84,7 @@ class Lora:
             raise ValueError(f"targets {sorted(unknown)} are no matrices of a block; there are {', '.join(TARGETS)}")
 
 
-def init(model: Llama, lora: Lora, key: jax.Array) -> Adapters:
+def init(model: Decoder, lora: Lora, key: jax.Array) -> Adapters:
     """Adapters that change nothing yet: A random, B zero.
 
     Returns:
@@ -99,7 +99,7 @@ def init(model: Llama, lora: Lora, key: jax.Array) -> Adapters:
     return adapters
 
 
-def attach(model: Llama, adapters: Adapters, lora: Lora) -> Llama:
+def attach(model: Decoder, adapters: Adapters, lora: Lora) -> Decoder:
     """The model with the adapters beside its weights, as they are trained."""
     graphdef, state = nnx.split(model)
     flat: dict[Any, Any] = dict(flatten_dict(nnx.to_pure_dict(state)))
@@ -110,7 +110,7 @@ def attach(model: Llama, adapters: Adapters, lora: Lora) -> Llama:
     return nnx.merge(graphdef, state)
 
 
-def fold(model: Llama) -> Llama:
+def fold(model: Decoder) -> Decoder:
     """The model with what `attach` put beside its weights added to them, in the weights' dtype: any other Llama."""
 
     def whole(weight: Any) -> Any:
@@ -119,11 +119,11 @@ def fold(model: Llama) -> Llama:
     return jax.tree.map(whole, model, is_leaf=lambda weight: isinstance(weight, Adapted))
 
 
-def trainable(model: Llama, lora: Lora, key: jax.Array) -> tuple[Adapters, Any, Callable[[Adapters, Any], Llama]]:
+def trainable(model: Decoder, lora: Lora, key: jax.Array) -> tuple[Adapters, Any, Callable[[Adapters, Any], Decoder]]:
     """New adapters, the frozen weights, and how to build a model from both, for `train.make_step`."""
     graphdef, state = nnx.split(model)
 
-    def build(adapters: Adapters, frozen: Any) -> Llama:
+    def build(adapters: Adapters, frozen: Any) -> Decoder:
         return attach(nnx.merge(graphdef, frozen), adapters, lora)
 
     return init(model, lora, key), state, build
@@ -160,7 +160,7 @@ def save(adapters: Adapters, lora: Lora, folder: str | os.PathLike[str], base: s
     store.write_text(folder / _CONFIG, json.dumps(config, indent=1) + "\n")
 
 
-def load(folder: str | os.PathLike[str], dtype: DTypeLike | None = None) -> Llama:
+def load(folder: str | os.PathLike[str], dtype: DTypeLike | None = None) -> Decoder:
     """The model that adapters belong to, with them folded into its weights.
 
     Args:
@@ -214,7 +214,7 @@ def _check_options(config: Mapping[str, Any], folder: Path) -> None:
         )
 
 
-def _stacked(stored: Mapping[str, np.ndarray], model: Llama, lora: Lora, folder: Path) -> Adapters:
+def _stacked(stored: Mapping[str, np.ndarray], model: Decoder, lora: Lora, folder: Path) -> Adapters:
     """Adapters out of a file's tensors; ValueError lists what is missing, unknown or of the wrong shape."""
     expected = jax.eval_shape(lambda: init(model, lora, jax.random.key(0)))
     names = {
@@ -247,7 +247,7 @@ def _peft_name(path: str, layer: int, name: str) -> str:
     return f"base_model.model.model.layers.{layer}.{path}.lora_{name}.weight"
 
 
-def _matrices(model: Llama, lora: Lora) -> dict[str, jax.Array]:
+def _matrices(model: Decoder, lora: Lora) -> dict[str, jax.Array]:
     flat: Any = flatten_dict(nnx.to_pure_dict(nnx.state(model)))
     found = {path: weight for path, weight in flat.items() if path[0] == "layers" and path[-1] in lora.targets}
     return {".".join(path[1:]): weight for path, weight in sorted(found.items())}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from backtrack_jax import store
+from backtrack_jax.files import store
 
 Row = Mapping[str, Any]
 

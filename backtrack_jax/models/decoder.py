@@ -27,7 +27,7 @@ from jax.core import Tracer
 
 from backtrack_jax.intervention import Intervention, intervene
 from backtrack_jax.models.attention import PAD, Attention, KeysValues, KVCache, Past, may_see, rope_tables, write
-from backtrack_jax.models.config import LlamaConfig
+from backtrack_jax.models.config import ModelConfig
 from backtrack_jax.models.products import KEPT, cpu_barrier, kept, matmul, random_param, take
 
 
@@ -90,7 +90,7 @@ class RMSNorm(nnx.Module):
 class MLP(nnx.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: LlamaConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         """Starts from random weights; `checkpoint` replaces them."""
         self.gate_proj = random_param(rngs, (config.d_model, config.d_mlp), dtype)
         self.up_proj = random_param(rngs, (config.d_model, config.d_mlp), dtype)
@@ -130,7 +130,7 @@ _gated_16_bit.defvjp(_gated_16_bit_forward, _gated_16_bit_backward)
 class Block(nnx.Module):
     """One transformer block; submodules are named as in Hugging Face's Llama."""
 
-    def __init__(self, config: LlamaConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         """Starts from random weights; `checkpoint` replaces them."""
         self.input_layernorm = RMSNorm(config.d_model, config.norm_eps, dtype)
         self.self_attn = Attention(config, dtype, rngs)
@@ -177,10 +177,10 @@ class Output(NamedTuple):
     captured: Any
 
 
-class Llama(nnx.Module):
+class Decoder(nnx.Module):
     """Embedding, L stacked blocks, final norm, unembedding. Weights are [in, out]; a block's lead with an axis L."""
 
-    def __init__(self, config: LlamaConfig, dtype: jnp.dtype = jnp.float32, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype = jnp.float32, *, rngs: nnx.Rngs):
         """Builds the model with random weights of the given dtype (`checkpoint.load` fills in trained ones).
 
         Args:

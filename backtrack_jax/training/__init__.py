@@ -1,0 +1,1 @@
+"""Training: packing, loss, steps, adapters. Scripts use it; no other part of the package does."""
