@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from backtrack_jax.config import CONTROLS, Experiment, is_vector_file
+from backtrack_jax.data.records import UNSTEERED, Condition, window_name
 from backtrack_jax.generate import noise_key
 from backtrack_jax.intervention import (
     Intervention,
@@ -22,37 +23,6 @@ from backtrack_jax.intervention import (
     self_amplify,
 )
 from backtrack_jax.vectors import SteeringVector
-
-UNSTEERED = "unsteered"
-
-
-@dataclasses.dataclass(frozen=True)
-class Condition:
-    """One cell of a sweep.
-
-    Attributes:
-      target: role of the model that is steered.
-      kind: what is added: a label, a control, a vector file's path, or `unsteered`.
-      source: role of the model whose activations the direction comes from; empty where there is none.
-      layer: block whose output is changed, 0-based, and where the direction was read.
-      window: offsets that the direction was read at, as `window_name` writes them; empty where there is no source.
-      magnitude: as in the config, in its unit.
-      length: norm of what is added, in the residual stream's own scale, with the magnitude's sign.
-    """
-
-    target: str
-    kind: str
-    source: str
-    layer: int
-    window: str
-    magnitude: float
-    length: float
-
-    @property
-    def name(self) -> str:
-        """The cell in words, for messages."""
-        source = f" of the {self.source} model (window {self.window})" if self.source else ""
-        return f"{self.kind}{source} at layer {self.layer} of the {self.target} model, magnitude {self.magnitude:g}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +51,6 @@ class Readings:
             known = sorted({k for s, k in self.vectors if s == source})
             raise ValueError(f"no {kind!r} vector of the {source} model was read; there are {known}")
         return self.vectors[source, kind]
-
-
-def window_name(window: tuple[int, int]) -> str:
-    """Offsets as they stand in tables: `-13..-8`."""
-    return f"{window[0]}..{window[1]}"
 
 
 def make(experiment: Experiment, readings: Readings) -> dict[Condition, int]:

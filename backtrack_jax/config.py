@@ -15,7 +15,7 @@ from backtrack_jax.data import records
 from backtrack_jax.data.records import LABELS, OTHER
 from backtrack_jax.files.paths import local_path
 from backtrack_jax.judges import keyword
-from backtrack_jax.judges.settings import OpenAISpec
+from backtrack_jax.judges.openai.settings import OpenAISpec
 
 ROLES = ("base", "reasoning")
 ESTIMATORS = ("trace_mean", "token_mean")

@@ -36,11 +36,11 @@ from backtrack_jax import inputs
 from backtrack_jax.analysis.logit_lens import keyword_ids
 from backtrack_jax.config import ROLES, Experiment, check_windows
 from backtrack_jax.data import records
+from backtrack_jax.data.records import failure
 from backtrack_jax.files import environment, store
 from backtrack_jax.files.console import say
-from backtrack_jax.judges.ledger import read_entries
-from backtrack_jax.judges.prompts import failure
-from backtrack_jax.judges.settings import UNANSWERED, read_key
+from backtrack_jax.judges.openai.ledger import read_entries
+from backtrack_jax.judges.openai.settings import UNANSWERED, read_key
 from backtrack_jax.models import checkpoint, prompts
 from backtrack_jax.models.config import ModelConfig
 from backtrack_jax.models.decoder import Decoder

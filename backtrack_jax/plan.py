@@ -64,7 +64,7 @@ def _annotations(run: Run) -> list[str]:
 
 def _asking(e: Experiment, traces: Sequence[records.Trace]) -> list[str]:
     """Calls, tokens and cost of asking the online judge about traces."""
-    from backtrack_jax.judges.openai import estimate  # its package takes a second to import
+    from backtrack_jax.judges.openai.judge import estimate  # its package takes a second to import
 
     spec = e.annotations.openai
     planned = estimate(traces, spec.prompt(), spec.settings(), ledger_path(e), spec.votes)

@@ -29,7 +29,7 @@ from backtrack_jax.config import (
     TraceSpec,
     VectorSpec,
 )
-from backtrack_jax.judges.settings import OpenAISpec
+from backtrack_jax.judges.openai.settings import OpenAISpec
 
 
 def get_config() -> Experiment:

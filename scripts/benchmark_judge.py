@@ -16,9 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from backtrack_jax.data.records import Trace
-from backtrack_jax.judges.openai import label_traces
-from backtrack_jax.judges.prompts import JudgePrompt
-from backtrack_jax.judges.settings import ChatSettings
+from backtrack_jax.judges.openai.judge import label_traces
+from backtrack_jax.judges.openai.prompts import JudgePrompt
+from backtrack_jax.judges.openai.settings import ChatSettings
 
 SERVER = Path(__file__).resolve().parents[1] / "tests" / "judges" / "fault_server.py"
 

@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from absl import app, flags
-from backtrack_jax.files.console import Progress, say
 
 from backtrack_jax.data.problems import CATEGORIES, shipped_problems
 from backtrack_jax.data.records import Problem, write_jsonl
-from backtrack_jax.judges.client import ChatClient
-from backtrack_jax.judges.ledger import Entry, Ledger, content_key, read_entries
-from backtrack_jax.judges.openai import CHARACTERS_PER_TOKEN
-from backtrack_jax.judges.settings import CallFailed, ChatSettings, JudgeStopped, OpenAISpec
+from backtrack_jax.files.console import Progress, say
+from backtrack_jax.judges.openai.client import ChatClient
+from backtrack_jax.judges.openai.judge import CHARACTERS_PER_TOKEN
+from backtrack_jax.judges.openai.ledger import Entry, Ledger, content_key, read_entries
+from backtrack_jax.judges.openai.settings import CallFailed, ChatSettings, JudgeStopped, OpenAISpec
 
 PER_CALL = 10
 RUN_OF_WORDS = 8  # two problems that share so many words in a row are variants of each other

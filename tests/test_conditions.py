@@ -12,8 +12,9 @@ import pytest
 import tiny
 
 from backtrack_jax import conditions
-from backtrack_jax.conditions import UNSTEERED, Condition, Interventions, Readings
+from backtrack_jax.conditions import Interventions, Readings
 from backtrack_jax.config import CONTROLS, UNITS, Experiment
+from backtrack_jax.data.records import UNSTEERED, Condition
 from backtrack_jax.generate import noise_key, row_key
 from backtrack_jax.intervention import Intervention
 from backtrack_jax.vectors import SteeringVector

@@ -20,9 +20,10 @@ import scipy.special
 import scipy.stats
 
 from backtrack_jax import generate as generate_module
+from backtrack_jax import sampling as sampling_module
 from backtrack_jax.generate import (
+    Completion,
     Generated,
-    Reply,
     Row,
     Sampling,
     compiled_generate,
@@ -516,7 +517,7 @@ def test_an_intervention_of_other_shapes_is_refused(interventions, shape):
 
 # Sampling
 
-inverse_cdf = jax.jit(generate_module._inverse_cdf)
+inverse_cdf = jax.jit(sampling_module._inverse_cdf)
 compiled_sample = jax.jit(sample)
 N = 200
 DRAW_KEYS = jax.random.split(jax.random.key(5), N)
@@ -672,7 +673,7 @@ def rows() -> list[Row]:
     return [Row(prompt, row_key(0, "rows", i), steered(1, 3.0 * i)) for i, prompt in enumerate(prompts)]
 
 
-def replies_of(rows: Sequence[Row], **changes) -> list[list[tuple[int, Reply]]]:
+def replies_of(rows: Sequence[Row], **changes) -> list[list[tuple[int, Completion]]]:
     settings = {"sampling": GREEDY, "stop_ids": NEVER, "max_new_tokens": G, "batch_size": B} | changes
     return list(generate_rows(MODEL, rows, **settings))
 
@@ -710,7 +711,7 @@ def test_generate_rows_keeps_shapes_few_and_rows_in_their_place(monkeypatch):
     assert sorted(number for number, _ in replies) == list(range(len(rows)))
     for number, reply in replies:
         key = int(jax.random.key_data(rows[number].key)[-1]) % 1000
-        assert reply == Reply((lengths[number], lengths[number] % V, key), "stop")
+        assert reply == Completion((lengths[number], lengths[number] % V, key), "stop")
 
 
 def test_generate_rows_does_not_depend_on_order(rows):

@@ -187,7 +187,7 @@ def test_generations_are_conditions_times_problems_times_samples(tiny_run: Path)
     names += ["magnitude", "length", "unit", "span", "vector_hash", "seed", "ids", "text", "finish_reason"]
     assert all(list(row) == names for row in rows)
     cells = Counter(
-        conditions.Condition(**{f.name: row[f.name] for f in dataclasses.fields(conditions.Condition)}) for row in rows
+        records.Condition(**{f.name: row[f.name] for f in dataclasses.fields(records.Condition)}) for row in rows
     )
     planned = conditions.planned(e)
     assert {cell: 2 * limit for cell, limit in planned.items()} == cells

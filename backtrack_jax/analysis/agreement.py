@@ -26,9 +26,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from backtrack_jax.data.annotations import align
-from backtrack_jax.data.records import LABELS, OTHER, Annotation, Section, Trace, pair_annotations, read_released
+from backtrack_jax.data.records import (
+    LABELS,
+    OTHER,
+    Annotation,
+    Section,
+    Trace,
+    failure,
+    pair_annotations,
+    read_released,
+)
+from backtrack_jax.data.text import sentence_spans
 from backtrack_jax.judges.keyword import VARIANTS, annotate
-from backtrack_jax.judges.prompts import failure, sentence_spans
 
 UNITS = ("section", "sentence")
 """What the judges are compared on; see the module."""

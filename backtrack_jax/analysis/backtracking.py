@@ -8,7 +8,6 @@ such as `<think>` or `<|eot_id|>` hold no words.
 """
 
 import functools
-import re
 import zlib
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
@@ -16,14 +15,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-KEYWORDS = ("wait", "hmm")
-"""The set of Eq. 1."""
+from backtrack_jax.data.text import KEYWORDS, split_words
 
 VARIANTS = ("words", "substring")
 """`words` is Eq. 1. `substring` is the released counter, kept to compare with its numbers; see `count_keywords`."""
-
-_MARKER = re.compile(r"</?think>|<[|\uff5c][^<>|\uff5c\s]{1,40}[|\uff5c]>")
-_WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
 
 
 class Counts(NamedTuple):
@@ -31,11 +26,6 @@ class Counts(NamedTuple):
 
     hits: int
     words: int
-
-
-def split_words(text: str) -> list[str]:
-    """Words of a text, case-folded, in order; the module says what a word is."""
-    return [word.casefold() for word in _WORD.findall(_MARKER.sub(" ", text))]
 
 
 def count_keywords(

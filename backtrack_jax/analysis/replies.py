@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 
 from backtrack_jax.analysis import backtracking
-from backtrack_jax.conditions import UNSTEERED
-from backtrack_jax.data.records import Annotation, Section, Trace
+from backtrack_jax.data.records import UNSTEERED, Annotation, Section, Trace
 from backtrack_jax.judges import keyword
 
 CELL = ("target", "kind", "source", "layer", "window", "magnitude", "length", "unit", "span")

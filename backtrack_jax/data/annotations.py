@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from backtrack_jax.data.records import LABELS, Annotation, Note, Rejection, Section, Trace
-from backtrack_jax.models.prompts import END_MARKERS
+from backtrack_jax.data.text import reasoning_end
 
 FUZZY_RATIO = 0.9
 """`difflib` ratio (2 x matching characters / characters of both) above which an altered text is still placed."""
@@ -106,12 +106,6 @@ class ParsedSection:
     def well_formed(self) -> bool:
         """A known label in a proper opening tag, text without a tag inside, and a proper closing tag."""
         return not self.defects
-
-
-def reasoning_end(text: str) -> int:
-    """Position at which the reasoning ends: that of the first of `END_MARKERS`, or the length of the text."""
-    found = [position for marker in END_MARKERS if (position := text.find(marker)) >= 0]
-    return min(found, default=len(text))
 
 
 def parse_sections(annotated: str, original: str = "") -> list[ParsedSection]:

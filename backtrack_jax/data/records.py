@@ -6,14 +6,16 @@ rebuilds that text. Reading is strict and happens before any long work: a fault 
 the line or entry, and the field.
 """
 
-import json
-import os
+import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
+
+from backtrack_jax.data import jsonl
+from backtrack_jax.data.jsonl import Fields
 
 LABELS = ("initializing", "deduction", "adding-knowledge", "example-testing", "uncertainty-estimation", "backtracking")
 """The labels of the paper, in the order of its annotation prompt."""
@@ -127,68 +129,115 @@ class Annotation:
     notes: tuple[Note, ...] = ()
 
 
+UNSTEERED = "unsteered"
+"""Kind of the condition under which nothing is changed."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One cell of a sweep.
+
+    Attributes:
+        target: role of the model that is steered.
+        kind: what is added: a label, a control, a vector file's path, or `unsteered`.
+        source: role of the model whose activations the direction comes from; empty where there is none.
+        layer: block whose output is changed, 0-based, and where the direction was read.
+        window: offsets that the direction was read at, as `window_name` writes them; empty where there is no source.
+        magnitude: as in the config, in its unit.
+        length: norm of what is added, in the residual stream's own scale, with the magnitude's sign.
+    """
+
+    target: str
+    kind: str
+    source: str
+    layer: int
+    window: str
+    magnitude: float
+    length: float
+
+    @property
+    def name(self) -> str:
+        """The cell in words, for messages."""
+        source = f" of the {self.source} model (window {self.window})" if self.source else ""
+        return f"{self.kind}{source} at layer {self.layer} of the {self.target} model, magnitude {self.magnitude:g}"
+
+
+def window_name(window: tuple[int, int]) -> str:
+    """Offsets as they stand in tables: `-13..-8`."""
+    return f"{window[0]}..{window[1]}"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One steered reply, a line of generations.jsonl.
+
+    Attributes:
+        problem_id: id of the problem that was asked.
+        category: its category.
+        problem: its text.
+        sample: number of the reply among those to the same problem under the same condition.
+        model: path of the model that wrote it.
+        condition: what was done to the model; its fields stand in the line one by one.
+        unit: of the magnitude, see `SteeringSpec.unit`.
+        span: positions that were changed.
+        vector_hash: of the direction that was added; empty where there is none.
+        seed: of the run.
+        ids: sampled token ids, a stop token included.
+        text: the reply without the stop token.
+        finish_reason: one of `FINISH_REASONS`.
+    """
+
+    problem_id: str
+    category: str
+    problem: str
+    sample: int
+    model: str
+    condition: Condition
+    unit: str
+    span: str
+    vector_hash: str
+    seed: int
+    ids: tuple[int, ...]
+    text: str
+    finish_reason: str
+
+    def line(self) -> dict[str, Any]:
+        """The flat JSON object that generations.jsonl holds."""
+        flat: dict[str, Any] = {}
+        for name, value in asdict(self).items():
+            flat |= value if name == "condition" else {name: value}
+        return flat
+
+    @classmethod
+    def from_line(cls, line: Mapping[str, Any]) -> "Reply":
+        """The reply of a line of generations.jsonl; KeyError names a field that is missing."""
+        condition = Condition(**{field.name: line[field.name] for field in dataclasses.fields(Condition)})
+        own = {
+            field.name: line[field.name] for field in dataclasses.fields(cls) if field.name not in ("condition", "ids")
+        }
+        return cls(condition=condition, ids=tuple(line["ids"]), **own)
+
+
+FAILED = "judge_failed:"
+"""Prefix of the reason of the first rejection of an annotation that stands for a failure; see `failure`."""
+
+
+def failure(annotation: Annotation) -> str | None:
+    """Why the judge could not label the trace, without the prefix `FAILED`; None where it did.
+
+    A failure is an annotation without sections whose first rejection has a reason `judge_failed:<why>`. It stands for
+    "no label", not for "no backtracking": leave such traces out of every rate, and count them.
+    """
+    reason = annotation.rejected[0].reason if annotation.rejected and not annotation.sections else ""
+    return reason.removeprefix(FAILED) if reason.startswith(FAILED) else None
+
+
 class _Identified(Protocol):
     @property
     def id(self) -> str: ...
 
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _R = TypeVar("_R", bound=_Identified)
-
-
-class _Fields:
-    """Typed access to one JSON object whose faults name the place and the field."""
-
-    def __init__(self, value: object, where: str) -> None:
-        if not isinstance(value, dict):
-            raise ValueError(f"{where}: expected a JSON object, got {type(value).__name__}")
-        self.value: dict[str, Any] = value
-        self.where = where
-
-    def refuse_others(self, accepted: Iterable[str]) -> None:
-        """Refuses keys that are not fields of the record: a misspelt optional field must not be dropped in silence."""
-        accepted = tuple(accepted)
-        unknown = sorted(set(self.value) - set(accepted))
-        if unknown:
-            raise ValueError(f"{self.where}: unknown field {unknown[0]!r}; accepted: {', '.join(accepted)}")
-
-    def get(self, key: str) -> Any:
-        if key not in self.value:
-            raise ValueError(f"{self.where}: field {key!r} is missing; found: {', '.join(self.value) or 'none'}")
-        return self.value[key]
-
-    def require(self, *keys: str) -> "_Fields":
-        """Itself; ValueError names all of the keys that are missing."""
-        if missing := [repr(key) for key in keys if key not in self.value]:
-            named = f"field {missing[0]} is" if len(missing) == 1 else f"fields {', '.join(missing)} are"
-            raise ValueError(f"{self.where}: {named} missing; found: {', '.join(self.value) or 'none'}")
-        return self
-
-    def text(self, key: str, *, empty: bool = False, cut: bool = False) -> str:
-        """A string; `cut` lets lone surrogates through: a judge's answer may be cut inside an emoji."""
-        value = self.get(key)
-        if not isinstance(value, str):
-            raise ValueError(f"{self.where}: field {key!r} must be a string, got {type(value).__name__} {value!r}")
-        if not empty and not value.strip():
-            raise ValueError(f"{self.where}: field {key!r} is empty; it needs text")
-        if not cut and (surrogate := _SURROGATE.search(value)):
-            raise ValueError(
-                f"{self.where}: field {key!r} holds half of a character (\\u{ord(surrogate[0]):04x}, at character "
-                f"{surrogate.start()}), which no tokenizer or endpoint takes; write the whole character or leave it out"
-            )
-        return value
-
-    def natural(self, key: str) -> int:
-        value = self.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ValueError(f"{self.where}: field {key!r} must be an integer >= 0, got {value!r}")
-        return value
-
-    def items(self, key: str) -> list["_Fields"]:
-        value = self.get(key)
-        if not isinstance(value, list):
-            raise ValueError(f"{self.where}: field {key!r} must be a list, got {type(value).__name__}")
-        return [_Fields(item, f"{self.where}, {key}[{index}]") for index, item in enumerate(value)]
 
 
 def is_released(path: Path) -> bool:
@@ -203,46 +252,6 @@ def is_released(path: Path) -> bool:
 def read_any_traces(path: Path) -> list[Trace]:
     """Traces of a file of traces, or of a file or folder of chains; errors of `read_traces` and `read_released`."""
     return read_released(path)[0] if is_released(path) else read_traces(path)
-
-
-def _read_text(path: Path) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error})") from error
-
-
-def _json_objects(path: Path) -> Iterator[_Fields]:
-    """Entries of a JSON list (`.json`) or the lines of a JSONL file (`.jsonl`)."""
-    text = _read_text(path)
-    if path.suffix == ".jsonl":
-        # Not splitlines(): U+2028 and its like are legal inside a JSON string.
-        numbered = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
-        entries = ((f"{path}, line {number}", _parse(line, f"{path}, line {number}")) for number, line in numbered)
-    elif path.suffix == ".json":
-        values = _parse(text, str(path))
-        if not isinstance(values, list):
-            raise ValueError(f"{path}: expected a JSON list of objects, got {type(values).__name__}")
-        entries = ((f"{path}, entry {number}", value) for number, value in enumerate(values))
-    else:
-        raise ValueError(
-            f"{path}: unknown suffix {path.suffix!r}; accepted: .json (a list), .jsonl (one object a line)"
-        )
-    found = False
-    for where, value in entries:
-        found = True
-        yield _Fields(value, where)
-    if not found:
-        raise ValueError(f"{path}: holds no entries")
-
-
-def _parse(text: str, where: str) -> object:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # also of an integer of 5,000 digits, of endless brackets
-        raise ValueError(f"{where}: not valid JSON ({error})") from error
 
 
 def _unique(records: list[_R], path: Path | str) -> list[_R]:
@@ -269,7 +278,7 @@ def read_problems(path: Path | str) -> list[Problem]:
     """
     path = Path(path)
     names = ("id", "category", "problem")
-    problems = [Problem(*(fields.require(*names).text(name) for name in names)) for fields in _json_objects(path)]
+    problems = [Problem(*(fields.require(*names).text(name) for name in names)) for fields in jsonl.read_objects(path)]
     return _unique(problems, path)
 
 
@@ -289,10 +298,10 @@ def read_traces(path: Path | str) -> list[Trace]:
         ValueError: a fault, named by file, line and field; or an id that occurs twice.
     """
     path = Path(path)
-    return _unique([_trace(fields) for fields in _json_objects(path)], path)
+    return _unique([_trace(fields) for fields in jsonl.read_objects(path)], path)
 
 
-def _trace(fields: _Fields) -> Trace:
+def _trace(fields: Fields) -> Trace:
     fields.refuse_others(Trace.__dataclass_fields__)
     given = fields.value
     finish_reason, token_ids = given.get("finish_reason"), given.get("token_ids")
@@ -330,7 +339,7 @@ def read_annotations(path: Path | str) -> list[Annotation]:
             annotations of one trace by one judge.
     """
     path = Path(path)
-    annotations = [_annotation(fields) for fields in _json_objects(path)]
+    annotations = [_annotation(fields) for fields in jsonl.read_objects(path)]
     seen: set[tuple[str, str]] = set()
     for annotation in annotations:
         key = (annotation.trace_id, annotation.judge)
@@ -340,7 +349,7 @@ def read_annotations(path: Path | str) -> list[Annotation]:
     return annotations
 
 
-def _annotation(fields: _Fields) -> Annotation:
+def _annotation(fields: Fields) -> Annotation:
     fields.refuse_others(Annotation.__dataclass_fields__)
     sections = []
     for item in fields.items("sections"):
@@ -367,7 +376,7 @@ def _annotation(fields: _Fields) -> Annotation:
     )
 
 
-def _label(item: _Fields) -> str:
+def _label(item: Fields) -> str:
     """Any label but a reserved one and a known one in another spelling, which would count as a label of its own."""
     label = item.text("label")
     meant = _LABELS_BY_LETTERS.get(_letters(label), label.strip())
@@ -432,31 +441,13 @@ def _check_spans(trace: Trace, annotation: Annotation) -> None:
 
 
 def write_jsonl(path: Path | str, records: Iterable[Problem | Trace | Annotation]) -> None:
-    """Writes one record a line, to a temporary name that is then renamed: the file is whole or it is not there.
+    """Writes one record a line; the file is whole or it is not there.
 
     Args:
         path: target; its folder is made where it is missing.
         records: problems, traces or annotations.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            for record in records:
-                file.write(_line(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _line(record: Problem | Trace | Annotation) -> str:
-    value = asdict(record)
-    line = json.dumps(value, ensure_ascii=False)
-    # A lone surrogate (a judge's answer cut inside an emoji) has no UTF-8 form; escaped, it still makes the round trip.
-    return line if line.isascii() or not any("\ud800" <= c <= "\udfff" for c in line) else json.dumps(value)
+    jsonl.write_objects(Path(path), map(asdict, records))
 
 
 def read_released(path: Path | str | Sequence[Path | str]) -> tuple[list[Trace], list[str]]:
@@ -481,7 +472,7 @@ def read_released(path: Path | str | Sequence[Path | str]) -> tuple[list[Trace],
     annotated: list[str] = []
     samples: Counter[str] = Counter()
     for file in chain_files(path):
-        for fields in _json_objects(file):
+        for fields in jsonl.read_objects(file):
             task = fields.text("task_id")
             category = re.sub(r"_\d+$", "", task)
             sample, samples[task] = samples[task], samples[task] + 1

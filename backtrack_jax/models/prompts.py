@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from backtrack_jax.models.markers import END_MARKERS
 from backtrack_jax.models.tokenizer import Span, Tokenizer
 
 _E = TypeVar("_E", bound=StrEnum)
@@ -79,9 +80,6 @@ GOLDEN_R1_LLAMA = {
 _SAMPLES = ("Wait, no.\n\nHmm", "  two  spaces and\ta tab ", "naïve: ∑ x² ≠ ½, 日本語, 🧮")
 
 _R1_TEXTS = ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>")  # the bars are U+FF5C
-
-END_MARKERS = ("</think>", "<｜end▁of▁sentence｜>", "<|end_of_text|>", "<|eot_id|>", "<|endoftext|>", "<|im_end|>")
-"""Texts that end the reasoning or the reply, for tokenizers that have no such token too; no reasoning follows."""
 
 
 @dataclass(frozen=True)

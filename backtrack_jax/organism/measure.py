@@ -16,10 +16,10 @@ from backtrack_jax.analysis.backtracking import bootstrap_interval, count_keywor
 from backtrack_jax.data.records import Problem, Trace
 from backtrack_jax.extract import TokenTrace
 from backtrack_jax.intervention import Intervention, no_intervention
-from backtrack_jax.judges import grammar as judge
 from backtrack_jax.models import checkpoint, prompts
 from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.models.tokenizer import Tokenizer
+from backtrack_jax.organism import judge
 from backtrack_jax.organism.belief import log_odds
 from backtrack_jax.organism.grammar import BASE, REASONING, Process
 

@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from backtrack_jax.conditions import UNSTEERED, window_name
 from backtrack_jax.config import is_vector_file
-from backtrack_jax.data.records import LABELS
+from backtrack_jax.data.records import LABELS, UNSTEERED, window_name
 from backtrack_jax.report.plots import COLOURS, MARKERS, Heat, Panel, Plot, Series, line_of
 from backtrack_jax.report.results import Results, Rows
 

@@ -14,7 +14,7 @@ import jinja2
 import markupsafe
 from plotly.offline import get_plotlyjs
 
-from backtrack_jax.conditions import UNSTEERED
+from backtrack_jax.data.records import UNSTEERED
 from backtrack_jax.report import interactive
 from backtrack_jax.report.plots import Plot
 from backtrack_jax.report.reference import comparison, highest, settings

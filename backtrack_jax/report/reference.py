@@ -6,7 +6,7 @@ import math
 from importlib import resources
 from typing import Any
 
-from backtrack_jax.conditions import UNSTEERED, window_name
+from backtrack_jax.data.records import UNSTEERED, window_name
 from backtrack_jax.report.results import Results, Rows
 
 LABEL = "backtracking"

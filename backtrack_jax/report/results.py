@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from backtrack_jax.analysis import replies
-from backtrack_jax.conditions import UNSTEERED, window_name
 from backtrack_jax.config import Experiment
+from backtrack_jax.data.records import UNSTEERED, window_name
 from backtrack_jax.files import store, tables
 
 Rows = list[dict[str, Any]]

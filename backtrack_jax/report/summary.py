@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from backtrack_jax.conditions import UNSTEERED
+from backtrack_jax.data.records import UNSTEERED
 from backtrack_jax.report.figures import TOO_NARROW
 from backtrack_jax.report.reference import LABEL, comparison, highest, interval, on_fewer, percent, settings
 from backtrack_jax.report.results import Results, Rows

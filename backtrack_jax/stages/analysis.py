@@ -10,10 +10,10 @@ import numpy as np
 
 from backtrack_jax import extract, vectors
 from backtrack_jax.analysis import activations, agreement, coherence, logit_lens, probe, replies, similarity
-from backtrack_jax.analysis.backtracking import KEYWORDS
-from backtrack_jax.conditions import UNSTEERED, window_name
 from backtrack_jax.config import ROLES
 from backtrack_jax.data import records
+from backtrack_jax.data.records import UNSTEERED, window_name
+from backtrack_jax.data.text import KEYWORDS
 from backtrack_jax.files import store, tables
 from backtrack_jax.files.console import Progress, say
 from backtrack_jax.inputs import spread

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 from backtrack_jax.config import Experiment
 from backtrack_jax.data import annotations as labels
 from backtrack_jax.data import records
-from backtrack_jax.data.records import OTHER, Annotation, Note, Rejection, Trace
+from backtrack_jax.data.records import OTHER, Annotation, Note, Rejection, Trace, failure
 from backtrack_jax.files import store
 from backtrack_jax.files.console import Progress, say
 from backtrack_jax.inputs import data_path
-from backtrack_jax.judges import grammar, keyword
-from backtrack_jax.judges.prompts import failure
-from backtrack_jax.judges.settings import UNANSWERED, JudgeStopped, Meter
+from backtrack_jax.judges import keyword
+from backtrack_jax.judges.openai.settings import UNANSWERED, JudgeStopped, Meter
+from backtrack_jax.organism import judge as grammar
 from backtrack_jax.stages.traces import ids_at_source
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def _released(e: Experiment, traces: Sequence[Trace], file: Path) -> list[Annota
 
 def _ask(e: Experiment, traces: Sequence[Trace]) -> list[Annotation]:
     """Labels by the online judge, in the order of the traces."""
-    from backtrack_jax.judges.openai import Labelled, label_traces  # its package takes a second to import
+    from backtrack_jax.judges.openai.judge import Labelled, label_traces  # its package takes a second to import
 
     spec = e.annotations.openai
     done: dict[str, Annotation] = {}

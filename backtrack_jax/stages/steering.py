@@ -34,7 +34,7 @@ def steer(run: "Run", folder: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _say_what_is_long(target: str, planned: Sequence[conditions.Condition], readings: conditions.Readings) -> None:
+def _say_what_is_long(target: str, planned: Sequence[records.Condition], readings: conditions.Readings) -> None:
     """Names the longest that is added, if it is longer than the residual stream: replies will hardly be sentences."""
     norm = readings.mean_norm[target]
     if longest := max((c for c in planned if abs(c.length) > norm[c.layer]), key=lambda c: abs(c.length), default=None):
@@ -124,7 +124,7 @@ def _offset_vectors(run: "Run", folder: Path) -> dict[tuple[str, str], vectors.S
         return {}
     sums = extract.load_sums(folder / f"{e.author}.sums.safetensors")
     return {
-        (e.author, conditions.window_name(window)): vectors.difference_of_means(
+        (e.author, records.window_name(window)): vectors.difference_of_means(
             sums, e.vectors.label, window, contrast=e.vectors.contrast, estimator=e.vectors.estimator
         )
         for window in windows

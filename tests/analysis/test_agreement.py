@@ -18,10 +18,10 @@ from backtrack_jax.analysis.agreement import (
     main,
     read_human,
 )
-from backtrack_jax.analysis.backtracking import split_words
 from backtrack_jax.data.annotations import align
 from backtrack_jax.data.records import LABELS, Annotation, Rejection, Section, Trace, pair_annotations, read_released
-from backtrack_jax.judges.keyword import annotate, split_sentences
+from backtrack_jax.data.text import split_sentences, split_words
+from backtrack_jax.judges.keyword import annotate
 
 NAMES = ("deduction", "backtracking", "example-testing")
 

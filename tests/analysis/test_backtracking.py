@@ -15,9 +15,9 @@ from backtrack_jax.analysis.backtracking import (
     compression_ratio,
     count_keywords,
     repeated_ngrams,
-    split_words,
     token_id_rate,
 )
+from backtrack_jax.data.text import split_words
 
 
 @pytest.mark.parametrize(

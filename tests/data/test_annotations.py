@@ -9,15 +9,9 @@ from itertools import pairwise, product
 
 import pytest
 
-from backtrack_jax.data.annotations import (
-    Reason,
-    align,
-    format_summary,
-    parse_sections,
-    reasoning_end,
-    summarise,
-)
+from backtrack_jax.data.annotations import Reason, align, format_summary, parse_sections, summarise
 from backtrack_jax.data.records import LABELS, Trace, pair_annotations, read_released
+from backtrack_jax.data.text import reasoning_end
 
 TEXT = (
     "Okay, how many legs do 3 cats have?\n\n"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from backtrack_jax.analysis.backtracking import split_words
 from backtrack_jax.data.annotations import align
 from backtrack_jax.data.records import LABELS, Trace, read_released
+from backtrack_jax.data.text import split_words
 
 CATEGORIES = (
     *("math_logic", "spatial", "verbal", "pattern", "lateral"),

@@ -8,8 +8,18 @@ from itertools import pairwise
 import pytest
 
 from backtrack_jax.data.annotations import Reason, align
-from backtrack_jax.data.records import LABELS, Annotation, Rejection, Section, Trace, pair_annotations, read_released
-from backtrack_jax.judges.prompts import BACKTRACKING, JudgePrompt, align_sentences, failure, sentence_spans
+from backtrack_jax.data.records import (
+    LABELS,
+    Annotation,
+    Rejection,
+    Section,
+    Trace,
+    failure,
+    pair_annotations,
+    read_released,
+)
+from backtrack_jax.data.text import sentence_spans
+from backtrack_jax.judges.openai.prompts import BACKTRACKING, JudgePrompt, align_sentences
 
 SENTENCES = ["Okay, 3 cats.", "A cat has 4 legs, e.g. Tom.", "So 7 legs.", "Wait, no.", "Hmm, 3 * 4 = 12."]
 TEXT = f"<think>\n{SENTENCES[0]}\n\n{SENTENCES[1]} {SENTENCES[2]}\n\n{SENTENCES[3]} {SENTENCES[4]}\n</think>\n\nTwelve."

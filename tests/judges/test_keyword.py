@@ -5,9 +5,10 @@ import re
 
 import pytest
 
+from backtrack_jax.data import text as text_module
 from backtrack_jax.data.records import OTHER, Trace, pair_annotations, read_released
-from backtrack_jax.judges import keyword
-from backtrack_jax.judges.keyword import annotate, split_sentences
+from backtrack_jax.data.text import split_sentences
+from backtrack_jax.judges.keyword import annotate
 
 
 def sentences(text: str) -> list[str]:
@@ -101,7 +102,7 @@ def test_long_runs_end_sentences_where_short_ones_do():
     slow = re.compile(r"\s*\n\s*|[.!?\u2026]+(?P<closers>[\"'\u201d\u2019)\]*_]*)(?P<space>\s+)")
     for _ in range(2000):
         text = "".join(rng.choices('.!? \n"*a', k=rng.randint(1, 14)))
-        assert [m.span() for m in keyword._BREAK.finditer(text)] == [m.span() for m in slow.finditer(text)], text
+        assert [m.span() for m in text_module._BREAK.finditer(text)] == [m.span() for m in slow.finditer(text)], text
     assert split_sentences("So" + "." * 100_000 + "x" + " " * 100_000 + "y. Then.") == [
         (0, 200_005),
         (200_006, 200_011),

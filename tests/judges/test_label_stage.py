@@ -22,14 +22,15 @@ from backtrack_jax import config, pipeline, plan
 from backtrack_jax.analysis import agreement
 from backtrack_jax.config import Experiment
 from backtrack_jax.data import records
-from backtrack_jax.data.annotations import Reason, reasoning_end
+from backtrack_jax.data.annotations import Reason
+from backtrack_jax.data.records import FAILED
+from backtrack_jax.data.text import reasoning_end, split_sentences
 from backtrack_jax.files import store, tables
 from backtrack_jax.judges import keyword
-from backtrack_jax.judges.keyword import split_sentences
-from backtrack_jax.judges.ledger import read_entries
-from backtrack_jax.judges.openai import label_traces
-from backtrack_jax.judges.prompts import FAILED, JudgePrompt
-from backtrack_jax.judges.settings import ChatSettings, JudgeStopped, OpenAISpec
+from backtrack_jax.judges.openai.judge import label_traces
+from backtrack_jax.judges.openai.ledger import read_entries
+from backtrack_jax.judges.openai.prompts import JudgePrompt
+from backtrack_jax.judges.openai.settings import ChatSettings, JudgeStopped, OpenAISpec
 from backtrack_jax.stages import annotations as stage
 
 TINY = Path(tiny.__file__)

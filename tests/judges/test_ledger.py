@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from backtrack_jax.judges.ledger import Entry, Ledger, content_key, read_entries
+from backtrack_jax.judges.openai.ledger import Entry, Ledger, content_key, read_entries
 
 
 class Shop:
@@ -159,7 +159,7 @@ def test_a_full_disk_leaves_no_half_line(tmp_path):
 
 WRITER = """
 import asyncio, sys
-from backtrack_jax.judges.ledger import Ledger
+from backtrack_jax.judges.openai.ledger import Ledger
 
 async def main():
     with Ledger(sys.argv[1]) as ledger:

@@ -25,15 +25,16 @@ from backtrack_jax.data.records import (
     Rejection,
     Section,
     Trace,
+    failure,
     pair_annotations,
     read_released,
     write_jsonl,
 )
-from backtrack_jax.judges.client import _retry_after
-from backtrack_jax.judges.ledger import read_entries
-from backtrack_jax.judges.openai import Labelled, estimate, judge_name, label, label_traces, merge_votes
-from backtrack_jax.judges.prompts import JudgePrompt, failure
-from backtrack_jax.judges.settings import ChatSettings, JudgeStopped, Meter
+from backtrack_jax.judges.openai.client import _retry_after
+from backtrack_jax.judges.openai.judge import Labelled, estimate, judge_name, label, label_traces, merge_votes
+from backtrack_jax.judges.openai.ledger import read_entries
+from backtrack_jax.judges.openai.prompts import JudgePrompt
+from backtrack_jax.judges.openai.settings import ChatSettings, JudgeStopped, Meter
 
 KEY = "sk-test-0123456789"
 LABELS = ("initializing", "deduction", "backtracking", "deduction")
@@ -739,9 +740,9 @@ def test_the_name_of_the_judge_tells_model_and_prompt():
 WORKER = """
 import sys
 from backtrack_jax.data.records import read_traces
-from backtrack_jax.judges.settings import ChatSettings
-from backtrack_jax.judges.openai import label_traces
-from backtrack_jax.judges.prompts import JudgePrompt
+from backtrack_jax.judges.openai.settings import ChatSettings
+from backtrack_jax.judges.openai.judge import label_traces
+from backtrack_jax.judges.openai.prompts import JudgePrompt
 
 settings = ChatSettings(model="judge-1", base_url=sys.argv[1], concurrency=8, backoff=0.001, max_backoff=0.01)
 traces = read_traces(sys.argv[2])

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from backtrack_jax.data.records import Annotation, Trace, pair_annotations
-from backtrack_jax.judges.ledger import read_entries
-from backtrack_jax.judges.openai import label_traces
-from backtrack_jax.judges.prompts import JudgePrompt, failure
-from backtrack_jax.judges.settings import ChatSettings, JudgeStopped
+from backtrack_jax.data.records import Annotation, Trace, failure, pair_annotations
+from backtrack_jax.judges.openai.judge import label_traces
+from backtrack_jax.judges.openai.ledger import read_entries
+from backtrack_jax.judges.openai.prompts import JudgePrompt
+from backtrack_jax.judges.openai.settings import ChatSettings, JudgeStopped
 from backtrack_jax.models import checkpoint
 from backtrack_jax.models.tokenizer import Tokenizer
 

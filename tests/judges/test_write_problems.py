@@ -13,7 +13,7 @@ from fault_server import FaultServer
 
 from backtrack_jax.data.problems import shipped_problems
 from backtrack_jax.data.records import Problem, read_problems
-from backtrack_jax.judges.ledger import read_entries
+from backtrack_jax.judges.openai.ledger import read_entries
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "sk-test-0123456789"

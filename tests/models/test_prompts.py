@@ -9,9 +9,9 @@ import pytest
 from llama3_vocab import char_of_byte
 from tokenizers import pre_tokenizers
 
-from backtrack_jax.data.annotations import reasoning_end
 from backtrack_jax.data.records import Trace
-from backtrack_jax.judges.prompts import JudgePrompt
+from backtrack_jax.data.text import reasoning_end
+from backtrack_jax.judges.openai.prompts import JudgePrompt
 from backtrack_jax.models.prompts import (
     END_MARKERS,
     Format,

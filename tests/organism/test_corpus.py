@@ -7,10 +7,9 @@ import pytest
 
 from backtrack_jax.data.problems import CATEGORIES
 from backtrack_jax.data.records import pair_annotations, read_problems
-from backtrack_jax.judges import grammar as judge
 from backtrack_jax.models import checkpoint, prompts
 from backtrack_jax.models.tokenizer import Tokenizer
-from backtrack_jax.organism import corpus, grammar, vocabulary
+from backtrack_jax.organism import corpus, grammar, judge, vocabulary
 from backtrack_jax.organism.measure import WINDOW
 
 

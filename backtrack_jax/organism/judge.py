@@ -1,8 +1,7 @@
 """The grammar judge: exact labels of the small pair's sentences, and which sentences fit its grammar at all."""
 
-from backtrack_jax.data.annotations import reasoning_end
 from backtrack_jax.data.records import OTHER, Annotation, Section, Trace
-from backtrack_jax.judges.keyword import split_sentences
+from backtrack_jax.data.text import reasoning_end, split_sentences
 from backtrack_jax.organism.grammar import label_of, may_go_on
 
 NAME = "grammar"
@@ -12,7 +11,7 @@ def annotate(trace: Trace) -> Annotation:
     """Labels the sentences of a trace of the small pair.
 
     Args:
-        trace: the trace; only its reasoning is labelled, up to `annotations.reasoning_end`.
+        trace: the trace; only its reasoning is labelled, up to `data.text.reasoning_end`.
 
     Returns:
         One section per sentence, with the label that the grammar gives it, `other` where it is no sentence of it.

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from backtrack_jax.data.annotations import Reason
-from backtrack_jax.data.records import Annotation, Rejection, Section, Trace
-from backtrack_jax.judges.client import ChatClient
-from backtrack_jax.judges.ledger import Ledger, content_key, read_entries
-from backtrack_jax.judges.prompts import FAILED, JudgePrompt, failure, sentence_spans
-from backtrack_jax.judges.settings import CallFailed, ChatSettings, JudgeStopped, Meter
+from backtrack_jax.data.records import FAILED, Annotation, Rejection, Section, Trace, failure
+from backtrack_jax.data.text import sentence_spans
+from backtrack_jax.judges.openai.client import ChatClient
+from backtrack_jax.judges.openai.ledger import Ledger, content_key, read_entries
+from backtrack_jax.judges.openai.prompts import JudgePrompt
+from backtrack_jax.judges.openai.settings import CallFailed, ChatSettings, JudgeStopped, Meter
 
 # Measured with the tokenizer of Llama-3.1 on the released chains; providers differ by some percent.
 CHARACTERS_PER_TOKEN = 3.8

@@ -20,8 +20,8 @@ from typing import Any
 
 import openai
 
-from backtrack_jax.judges.ledger import Entry, Ledger, content_key
-from backtrack_jax.judges.settings import CallFailed, CallFault, ChatSettings, JudgeStopped, Meter, read_key
+from backtrack_jax.judges.openai.ledger import Entry, Ledger, content_key
+from backtrack_jax.judges.openai.settings import CallFailed, CallFault, ChatSettings, JudgeStopped, Meter, read_key
 
 _SHORTEST_SECRET = 16
 _CONNECT_ATTEMPTS = 3

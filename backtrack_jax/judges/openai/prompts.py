@@ -2,7 +2,7 @@
 
 Two formats of the answer, one record:
 
-- `sentences` (default): the reasoning is shown as numbered sentences (`keyword.split_sentences`); the judge answers, as
+- `sentences` (default): the reasoning is shown as numbered sentences (`data.text`); the judge answers, as
   JSON under a schema, from which sentence on which label holds. Spans are exact whatever it writes, and the answer is
   a fifth as long.
 - `inline`: the paper's format. The judge copies the reasoning as `["label"]text["end-section"]`, and
@@ -12,7 +12,7 @@ A section is one sentence in both formats, as in the paper's data: there 71 % of
 sentence, 99.5 % start where a sentence starts, and 27 % follow a section of the same label without being merged with
 it. So neighbours of one label stay separate sections; the runs of `sentences` only shorten the answer.
 
-Only the reasoning is shown, up to `annotations.reasoning_end`, and the problem beside it as context. The instructions
+Only the reasoning is shown, up to `data.text.reasoning_end`, and the problem beside it as context. The instructions
 come first and never change, so that providers can serve them from their prefix cache.
 """
 
@@ -24,9 +24,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from backtrack_jax.data.annotations import Reason, align, reasoning_end
+from backtrack_jax.data.annotations import Reason, align
 from backtrack_jax.data.records import LABELS, Annotation, Note, Rejection, Section, Trace
-from backtrack_jax.judges.keyword import split_sentences
+from backtrack_jax.data.text import sentence_spans
 
 FORMATS = ("sentences", "inline")
 """Accepted values of `JudgePrompt.format`."""
@@ -41,9 +41,6 @@ BACKTRACKING = {
 
 RESPONSE_FORMATS = ("json_schema", "json_object", "none")
 """How the `sentences` format asks for JSON: by schema, by the older JSON mode, or by the instructions alone."""
-
-FAILED = "judge_failed:"
-"""Prefix of the reason of the first rejection of an annotation that stands for a failure; see `failure`."""
 
 _TAXONOMY = """\
 initializing: restates the task, names what is given or asked, or says how it is going to start
@@ -183,11 +180,6 @@ class JudgePrompt:
         return max(readings, key=lambda annotation: len(annotation.sections))
 
 
-def sentence_spans(trace: Trace) -> list[tuple[int, int]]:
-    """Spans of the sentences of the reasoning, in order; sentence number n of the prompt is entry n - 1."""
-    return split_sentences(trace.text[: reasoning_end(trace.text)])
-
-
 def align_sentences(trace: Trace, answer: str, judge: str) -> Annotation:
     """Reads an answer of the format `sentences`: one section per sentence.
 
@@ -254,13 +246,3 @@ def _parse_runs(answer: str) -> list[tuple[int, str]]:
             return []
         pairs.append((first, label))
     return pairs
-
-
-def failure(annotation: Annotation) -> str | None:
-    """Why the judge could not label the trace, without the prefix `FAILED`; None where it did.
-
-    A failure is an annotation without sections whose first rejection has a reason `judge_failed:<why>`. It stands for
-    "no label", not for "no backtracking": leave such traces out of every rate, and count them.
-    """
-    reason = annotation.rejected[0].reason if annotation.rejected and not annotation.sections else ""
-    return reason.removeprefix(FAILED) if reason.startswith(FAILED) else None

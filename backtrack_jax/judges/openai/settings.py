@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from backtrack_jax.files.console import Stopped
-from backtrack_jax.judges.prompts import JudgePrompt
+from backtrack_jax.judges.openai.prompts import JudgePrompt
 
 
 class CallFault(StrEnum):

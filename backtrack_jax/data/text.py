@@ -1,0 +1,102 @@
+"""Text primitives: words, sentences, the end of the reasoning, and the keyword sets of the paper's equations.
+
+A *word* is a run of letters and digits, with apostrophes inside (`don't`); everything else separates, and case does not
+matter. So "Wait," and "wait-and-see" hold the word *wait*; "waiting", "await", "Hm" and "Hmmm" hold no keyword. Markers
+such as `<think>` or `<|eot_id|>` hold no words.
+"""
+
+import re
+from bisect import bisect_right
+
+from backtrack_jax.data.records import Trace
+from backtrack_jax.models.markers import END_MARKERS
+
+KEYWORDS = ("wait", "hmm")
+"""The set of Eq. 1, the backtracking rate."""
+
+LENS_KEYWORDS = ("wait", "but")
+"""The set of Eq. 2, the logit lens: a vocabulary item counts if its text contains one of them, whatever its case."""
+
+_MARKER = re.compile(r"</?think>|<[|\uff5c][^<>|\uff5c\s]{1,40}[|\uff5c]>")
+_WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
+
+# Places in which neither a line break nor a full stop ends a sentence. Display mathematics holds no blank line.
+_INSIDE = r"(?:(?!\n[^\S\n]*\n).)*?"
+_PROTECTED = re.compile(
+    rf"```.*?```|\$\${_INSIDE}\$\$|\\\[{_INSIDE}\\\]|\\\({_INSIDE}\\\)|\\begin\{{(\w+\*?)\}}{_INSIDE}\\end\{{\1\}}"
+    r"|\$(?=[^\s$])[^$\n]*?(?<=[^\s$])\$(?!\d)",
+    re.DOTALL,
+)
+# Behind the look-behinds, or a long run of dots or blanks would be tried from each of them, to its end.
+_BREAK = re.compile(r"(?<!\s)\s*\n\s*|(?<![.!?\u2026])[.!?\u2026]++(?P<closers>[\"'\u201d\u2019)\]*_]*)(?P<space>\s+)")
+_LIST_MARKER = re.compile(r"[*_(#\s]*(?:\d{1,3}|[A-Za-z])\.\**")
+_ABBREVIATION = re.compile(
+    r"(?:^|[\s(\[*_\"'])(?:e\.g|i\.e|cf|vs|figs?|eqs?|dr|mrs?|prof|approx|resp|w\.r\.t)\.$", re.IGNORECASE
+)
+
+
+def split_words(text: str) -> list[str]:
+    """Words of a text, case-folded, in order; the module says what a word is."""
+    return [word.casefold() for word in _WORD.findall(_MARKER.sub(" ", text))]
+
+
+def reasoning_end(text: str) -> int:
+    """Position at which the reasoning ends: that of the first of `END_MARKERS`, or the length of the text."""
+    found = [position for marker in END_MARKERS if (position := text.find(marker)) >= 0]
+    return min(found, default=len(text))
+
+
+def split_sentences(text: str) -> list[tuple[int, int]]:
+    """Splits a reply into sentences, with mathematics and lists in mind.
+
+    A sentence ends at a line break, or at `.`, `!`, `?` and closing quotes or brackets in front of white space. It does
+    not end inside LaTeX or a code block, after the marker of a list item (`1. `, `a. `), after an abbreviation such as
+    `e.g.`, or after `.` (or a closing bracket) in front of a lower-case letter; decimals have no white space.
+
+    Args:
+        text: the reply, or the part of it that is to be split.
+
+    Returns:
+        Half-open character spans in order, without white space at their ends. Spans without a letter or digit (rules,
+        lone brackets) and an opening `<think>` are left out.
+    """
+    protected = [match.span() for match in _PROTECTED.finditer(text)]
+    starts = [start for start, _ in protected]
+    opening = re.match(r"\s*<think>", text)
+    begin = opening.end() if opening else 0
+    spans: list[tuple[int, int]] = []
+    for match in _BREAK.finditer(text, begin):
+        inside = bisect_right(starts, match.start()) - 1
+        if inside >= 0 and match.start() < protected[inside][1]:
+            continue
+        if match["space"] is None:
+            stop = match.start()
+        elif _ends_sentence(text, begin, match):
+            stop = match.start("space")
+        else:
+            continue
+        spans.append((begin, stop))
+        begin = match.end()
+    spans.append((begin, len(text)))
+    return [span for span in (_strip(text, *span) for span in spans) if split_words(text[slice(*span)])]
+
+
+def _ends_sentence(text: str, begin: int, match: re.Match[str]) -> bool:
+    """Whether the punctuation ends the sentence that starts at `begin`."""
+    if "\n" in match["space"]:
+        return True
+    sentence = text[begin : match.start("space")]
+    if _LIST_MARKER.fullmatch(sentence) or _ABBREVIATION.search(sentence[-12:]):
+        return False
+    weak = match[0][0] in ".\u2026" or match["closers"]
+    return not (weak and text[match.end() : match.end() + 1].islower())
+
+
+def _strip(text: str, start: int, stop: int) -> tuple[int, int]:
+    piece = text[start:stop]
+    return start + len(piece) - len(piece.lstrip()), start + len(piece.rstrip())
+
+
+def sentence_spans(trace: Trace) -> list[tuple[int, int]]:
+    """Spans of the sentences of the reasoning, in order; sentence number n of the prompt is entry n - 1."""
+    return split_sentences(trace.text[: reasoning_end(trace.text)])
