@@ -75,12 +75,12 @@ def _conditions(e: Experiment, scale: Callable[[str, str, str, int, str], float]
         for m in magnitudes:
             c = Condition(target, kind, source, layer, window, m, m * length)
             if m == 0:
-                c = Condition(target, UNSTEERED, "", s.layer, "", 0.0, 0.0)
+                c = Condition(target, UNSTEERED, "", s.main_layer, "", 0.0, 0.0)
             made[c] = max(made.get(c, limit), limit) if limit and made.get(c, limit) else 0
 
     def add_kind(target: str, kind: str, sources: Sequence[str]) -> None:
         for source in sources if _has_source(kind) else ("",):
-            add(target, kind, source, s.layer, own if source else "", s.magnitudes, s.limit)
+            add(target, kind, source, s.main_layer, own if source else "", s.magnitudes, s.limit)
 
     own = window_name(e.vectors.window)
     grid, grid_limit = s.grid_magnitudes or s.magnitudes, s.grid_limit or s.limit
@@ -92,7 +92,15 @@ def _conditions(e: Experiment, scale: Callable[[str, str, str, int, str], float]
         for kind in s.baselines:
             add_kind(target, kind, (target,))
         for offset in s.offsets:
-            add(target, e.vectors.label, target, s.layer, window_name(e.vectors.window_at(offset)), grid, grid_limit)
+            add(
+                target,
+                e.vectors.label,
+                target,
+                s.main_layer,
+                window_name(e.vectors.window_at(offset)),
+                grid,
+                grid_limit,
+            )
         for layer in s.layers:
             for source in e.roles:
                 add(target, e.vectors.label, source, layer, own, grid, grid_limit)

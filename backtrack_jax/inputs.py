@@ -104,7 +104,7 @@ def vector_files(e: Experiment, n_layers: int) -> dict[str, vectors.SteeringVect
     """
     s = e.steering
     return {
-        file: vectors.load(data_path(file), label=e.vectors.label, layer=s.layer, n_layers=n_layers)
+        file: vectors.load(data_path(file), label=e.vectors.label, layer=s.main_layer, n_layers=n_layers)
         for file in s.vector_files
     }
 
@@ -117,14 +117,14 @@ def _check_vector_files(e: Experiment, role: str, config: ModelConfig) -> None:
                 f"{file} has directions of width {vector.directions.shape[1]}; the {role} model takes {config.d_model}"
             )
         try:
-            vector.unit(e.steering.layer)
+            vector.unit(e.steering.main_layer)
         except ValueError as error:
             raise ValueError(f"{file}: {error}, which is steering.layer") from error
 
 
 def _layer_fields(e: Experiment) -> dict[str, tuple[int, ...]]:
     s = e.steering
-    return {"steering.layer": (s.layer,), "steering.layers": s.layers, "vectors.layers": e.vectors.layers}
+    return {"steering.layer": s.kind_layers, "steering.layers": s.layers, "vectors.layers": e.vectors.layers}
 
 
 def check_planned(e: Experiment) -> None:
@@ -202,7 +202,7 @@ def stage_inputs(e: Experiment) -> dict[str, dict[str, Any]]:
         "2-annotations": {"annotations": {"judge": e.judge} | _judge_inputs(e, e.judge)},
         "3-vectors": {"vectors": dataclasses.asdict(e.vectors), "models": models, "prompt": prompt},
         "4-steering": {
-            "steering": _without(e.steering, "batch_size"),
+            "steering": _without(e.steering, "batch_size") | {"layer": _one_or_all(e.steering.kind_layers)},
             "vector_files": {file: store.file_hash(data_path(file)) for file in e.steering.vector_files},
             "seed": e.seed,
         },
@@ -232,6 +232,11 @@ def _without(spec: Any, *fields: str) -> dict[str, Any]:
     """Fields of a spec but for some; numbers as the field has them, so that 0 and 0.0 are the same magnitude."""
     kept = [field for field in dataclasses.fields(spec) if field.name not in fields]
     return {field.name: _as_declared(field.type, getattr(spec, field.name)) for field in kept}
+
+
+def _one_or_all(values: Sequence[int]) -> int | list[int]:
+    """A single value by itself, so that 10 and (10,) are the same inputs."""
+    return values[0] if len(values) == 1 else list(values)
 
 
 def _as_declared(kind: Any, value: Any) -> Any:

@@ -34,7 +34,8 @@ from jax.sharding import Mesh
 
 from backtrack_jax import inputs
 from backtrack_jax.analysis.logit_lens import keyword_ids
-from backtrack_jax.config import ROLES, Experiment, check_windows
+from backtrack_jax.checks import check_windows
+from backtrack_jax.config import ROLES, Experiment
 from backtrack_jax.data import records
 from backtrack_jax.data.records import failure
 from backtrack_jax.files import environment, store
@@ -134,7 +135,7 @@ class Run:
     def _say_what_is_not_read(self) -> None:
         for role in (role for role in ROLES if role not in self.experiment.roles and self.experiment.model(role).path):
             say(f"{role}.path={self.experiment.model(role).path} is not read: roles={self.experiment.roles}")
-        layer, kept = self.experiment.steering.layer, self.experiment.vectors.layers
+        layer, kept = self.experiment.steering.main_layer, self.experiment.vectors.layers
         if "5-analysis" in self.stages and kept and layer not in kept:
             say(f"probe and reliability are of vectors.layers={kept}; add steering.layer={layer} there to have it")
 

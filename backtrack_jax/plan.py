@@ -109,7 +109,7 @@ def _analysis(run: Run) -> list[str]:
             lines.append(f"  memory: unknown until {e.model(role).path} is here")
             continue
         rows_at_once = -(-spec.batch_size // e.data_parallel)
-        layers = len({*e.vectors.layers, e.steering.layer})
+        layers = len({*e.vectors.layers, e.steering.main_layer})
         kept = 4 * len(lengths) * spec.positions * layers * config.d_model
         gathered = 4 * config.n_layers * rows_at_once * bucket(spec.positions) * config.d_model
         of_position = spec.batch_size * config.vocab_size

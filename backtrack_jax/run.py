@@ -20,7 +20,8 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from backtrack_jax import pipeline, plan
-from backtrack_jax.config import Experiment, check, check_overrides
+from backtrack_jax.checks import check, check_overrides
+from backtrack_jax.config import Experiment
 from backtrack_jax.files.console import ends_in_one_line
 
 

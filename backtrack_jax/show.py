@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import app, flags
 
 from backtrack_jax import pipeline
-from backtrack_jax.config import check
+from backtrack_jax.checks import check
 from backtrack_jax.data import records
 from backtrack_jax.extract import TokenTrace, read_positions
 from backtrack_jax.files.console import ends_in_one_line
@@ -62,7 +62,7 @@ def describe(run: pipeline.Run, trace_id: str, *, colour: bool) -> str:
         lines += [f"as the {role} model reads it, {len(tokens.ids)} tokens:", _marked(run, tokens, colour), ""]
         lines += [*_windows(run, tokens), ""]
     s = e.steering
-    lines.append(f"steering changes {s.span} positions at the output of block {s.layer} (0-based)")
+    lines.append(f"steering changes {s.span} positions at the output of block {s.main_layer} (0-based)")
     return "\n".join(lines)
 
 

@@ -46,7 +46,7 @@ def get_config() -> Experiment:
         ),
         steering=SteeringSpec(
             kinds=("backtracking",),
-            layer=2,
+            layer=(2,),
             magnitudes=(0.0, 0.05, 0.1, 0.2, 0.3),
             baselines=(
                 "overall-mean",

@@ -68,7 +68,7 @@ def get_config() -> Experiment:
         ),
         steering=SteeringSpec(
             kinds=("backtracking",),
-            layer=10,
+            layer=(10,),
             magnitudes=tuple(float(m) for m in range(0, 21, 2)),
             baselines=(
                 "overall-mean",

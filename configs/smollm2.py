@@ -41,7 +41,7 @@ def get_config() -> Experiment:
         vectors=VectorSpec(window=(-13, -8), layers=(9,), batch_size=8),
         steering=SteeringSpec(
             kinds=("backtracking", "deduction", "noise"),
-            layer=9,
+            layer=(9,),
             magnitudes=(0.0, 0.05, 0.1, 0.2, 0.3),
             unit="relative",
             limit=16,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from backtrack_jax import config
+from backtrack_jax import checks, config
 from backtrack_jax.config import Experiment
 
 ROOT = Path(__file__).parents[1]
@@ -40,13 +40,13 @@ def test_specs_can_be_overridden() -> None:
 def test_shipped_configs_can_run(path: Path) -> None:
     namespace: dict = {}
     exec(compile(path.read_text(), path, "exec"), namespace)
-    config.check(namespace["get_config"]())
+    checks.check(namespace["get_config"]())
     docstring = namespace["__doc__"]
     assert f"--config=configs/{path.name}" in docstring and "Hardware" in docstring
 
 
 def test_reading_and_checking_a_config_needs_no_jax() -> None:
-    code = "import sys, configs.smollm2, backtrack_jax.config as c; c.check(configs.smollm2.get_config())"
+    code = "import sys, configs.smollm2, backtrack_jax.checks as c; c.check(configs.smollm2.get_config())"
     code += "; print([name for name in sys.modules if name == 'jax'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
@@ -130,9 +130,9 @@ def set_field(e: Experiment, name: str, value: object) -> Experiment:
     ],
 )
 def test_a_wrong_value_is_named(field: str, value: object) -> None:
-    config.check(tiny.get_config())
+    checks.check(tiny.get_config())
     with pytest.raises(ValueError, match="the config cannot run") as error:
-        config.check(set_field(tiny.get_config(), field, value))
+        checks.check(set_field(tiny.get_config(), field, value))
     assert field in str(error.value)
     assert len(str(error.value).splitlines()) == 2  # that fault, and no other
 
@@ -141,7 +141,7 @@ def test_a_wrong_value_is_named(field: str, value: object) -> None:
 def test_offsets_that_are_no_integers(offsets: tuple[object, ...]) -> None:
     e = set_field(tiny.get_config(), "vectors.offsets", offsets)
     with pytest.raises(ValueError) as error:
-        config.check(e)
+        checks.check(e)
     assert f"vectors.offsets={offsets!r}, expected integers" in str(error.value)
 
 
@@ -162,7 +162,7 @@ def test_fields_that_contradict_each_other(fields: dict[str, object], named: str
     for field, value in fields.items():
         set_field(e, field, value)
     with pytest.raises(ValueError) as error:
-        config.check(e)
+        checks.check(e)
     assert named in str(error.value)
 
 
@@ -183,20 +183,20 @@ def test_values_of_another_type_are_named(spec: str, field: str, value: object, 
     e = tiny.get_config()
     setattr(getattr(e, spec), field, value)
     with pytest.raises(ValueError, match=re.escape(f"{spec}.{field}={value!r}, expected {accepted}")):
-        config.check(e)
+        checks.check(e)
 
 
 def test_a_file_of_labels_that_nothing_reads_is_refused() -> None:
     e = tiny.get_config()
     e.annotations.path = "labels.jsonl"
     with pytest.raises(ValueError, match=r"annotations\.path='labels\.jsonl', expected .*judge='import'"):
-        config.check(e)
+        checks.check(e)
 
 
 def test_all_faults_are_reported_at_once() -> None:
     e = set_field(set_field(tiny.get_config(), "steering.layer", -2), "vectors.label", "x")
     with pytest.raises(ValueError, match=r"(?s)vectors\.label='x'.*steering\.layer=-2"):
-        config.check(e)
+        checks.check(e)
 
 
 @pytest.mark.parametrize("into_prompt", [False, True])
@@ -208,7 +208,7 @@ def test_windows_that_no_sampled_reply_can_hold_are_refused(into_prompt: bool) -
     for first, last in itertools.combinations_with_replacement(range(-6, 7), 2):
         e.vectors.window = (first, last)
         try:
-            config.check_windows(e)
+            checks.check_windows(e)
         except ValueError as error:
             assert f"vectors.window={(first, last)}, expected one that replies of traces.max_new_tokens=4" in str(error)
         else:
@@ -222,23 +222,23 @@ def test_windows_that_no_sampled_reply_can_hold_are_refused(into_prompt: bool) -
     assert accepted == held
     e.vectors.window, e.steering.offsets, e.vectors.offset_window = (-2, -1), (-1, -4, 3), (0, 1)
     with pytest.raises(ValueError, match=r"steering\.offsets=3, which reads the window=\(3, 4\), expected one"):
-        config.check_windows(e)
+        checks.check_windows(e)
     e.traces.path = tiny.CHAINS  # replies of any length
-    config.check_windows(e)
+    checks.check_windows(e)
 
 
 def test_any_label_may_be_imported() -> None:
     e = set_field(set_field(tiny.get_config(), "annotations.judge", "import"), "annotations.path", "labels.jsonl")
     e.vectors.label, e.steering.kinds = "verification", ("verification", "noise")
-    config.check(e)
+    checks.check(e)
 
 
 def test_sampled_traces_need_a_judge_whoever_writes_them() -> None:
     e = set_field(tiny.get_config(), "traces.path", "")  # the reasoning model takes part
     with pytest.raises(ValueError, match="sampled traces come without labels"):
-        config.check(e)
+        checks.check(e)
     e.annotations.judge, e.steering.kinds = "keyword", ("backtracking",)
-    config.check(e)
+    checks.check(e)
 
 
 def test_the_author_is_the_reasoning_model_in_any_order() -> None:
@@ -258,24 +258,24 @@ MISSPELT = ["steering.layr=9", "stering.layer=9", "name.x=9", "layer=9", "vector
 def test_a_misspelt_override_names_the_fields_there_are(name: str) -> None:
     for argument in (f"--config.{name}", f"-config.{name}", f"--noconfig.{name}"):
         with pytest.raises(ValueError, match="there is no field") as error:
-            config.check_override(argument)
+            checks.check_override(argument)
         assert argument in str(error.value)
     with pytest.raises(ValueError, match="there are kinds, layer, magnitudes"):
-        config.check_override("--config.steering.layr=9")
+        checks.check_override("--config.steering.layr=9")
 
 
 def test_a_list_that_is_given_twice_is_named() -> None:
     once = ["--config.steering.layers=1,2", "--config.vectors.layers=1", "--config.seed=1", "--config.seed=2"]
-    config.check_overrides(once)
+    checks.check_overrides(once)
     with pytest.raises(ValueError, match=r"--config\.steering\.layers is given 2 times, expected once"):
-        config.check_overrides([*once, "-config.steering.layers", "5"])
+        checks.check_overrides([*once, "-config.steering.layers", "5"])
 
 
 def test_overrides_that_exist() -> None:
     for argument in ("--config.steering.layer=9", "--noconfig.vectors.into_prompt", "--config.base.path=a.b"):
-        config.check_override(argument)
+        checks.check_override(argument)
     for argument in ("--config=x.py", "--stages=1", "config.nothing"):  # no overrides
-        config.check_override(argument)
+        checks.check_override(argument)
 
 
 @pytest.mark.parametrize(("content", "judge"), [('{"annotated_chain": ""}', "released"), ('{"id": ""}', "keyword")])
@@ -294,7 +294,7 @@ def test_chains_inside_a_package_are_known_as_such(
 def test_a_limit_of_a_sweep_that_is_not_made_does_not_matter() -> None:
     e = Experiment(base=config.ModelSpec("a"), reasoning=config.ModelSpec("b"))
     e.traces.path, e.steering.limit, e.steering.grid_limit = "chains.json", 2, 12
-    config.check(e)
+    checks.check(e)
     e.steering.layers = (1,)
     with pytest.raises(ValueError, match=r"steering\.grid_limit=12, expected at least 0, at most steering\.limit=2"):
-        config.check(e)
+        checks.check(e)

@@ -306,7 +306,7 @@ def test_the_direction_is_scored_on_problems_that_it_was_not_read_from(
     if estimator != tiny.get_config().vectors.estimator:
         run(wanted, "vectors", "steering", "analysis")
     made = pipeline.Run(wanted)
-    e, layer = made.experiment, made.experiment.steering.layer
+    e, layer = made.experiment, made.experiment.steering.main_layer
     traces = records.read_traces(finished / "1-traces" / "traces.jsonl")
     pairs = records.pair_annotations(traces, annotations(finished.parents[1]))
     sums = extract.load_sums(finished / "3-vectors" / f"{source}.sums.safetensors")
@@ -498,7 +498,7 @@ def test_a_changed_sweep_runs_the_later_stages_and_can_be_taken_back(
 ) -> None:
     before = contents(finished)
     e = tiny.get_config()
-    e.steering.layer, e.steering.kinds = 2, ("backtracking",)
+    e.steering.layer, e.steering.kinds = (2,), ("backtracking",)
     e.steering.baselines = e.steering.offsets = e.steering.layers = ()
     run(e)
     said = capsys.readouterr().err
@@ -1105,7 +1105,7 @@ def test_a_steered_row_without_finite_logits_is_named(finished: Path) -> None:
 
 def test_a_vector_of_the_wrong_width_or_depth(finished: Path, loaded: list[str]) -> None:
     e = tiny.get_config()
-    e.steering.layer = 0
+    e.steering.layer = (0,)
     file = finished / "3-vectors" / "base.backtracking.safetensors"
     stage = store.StageFolder(finished, "3-vectors", pipeline.Run(e).inputs["3-vectors"])
     for shape in ((3, 15), (4, 16)):
@@ -1281,7 +1281,7 @@ def test_a_first_try_goes_all_the_way_and_what_would_mislead_is_said(
     """One trace, so that what takes a second one is empty; a magnitude in the wrong unit; a layer without a probe."""
     e = tiny.get_config()
     e.traces.limit = e.steering.limit = 1
-    e.steering.kinds, e.steering.layer, e.steering.magnitudes = ("backtracking",), 0, (0.0, 500.0)
+    e.steering.kinds, e.steering.layer, e.steering.magnitudes = ("backtracking",), (0,), (0.0, 500.0)
     e.steering.baselines = e.steering.offsets = e.steering.layers = ()
     run(e)
     said = capsys.readouterr().err

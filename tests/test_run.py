@@ -191,7 +191,7 @@ def test_plan_of_smollm2(tmp_path: Path, command: Callable[..., tuple[str, str]]
     ("arguments", "message"),
     [
         (["--config.steering.layr=9"], "--config.steering.layr=9: there is no field 'layr'; there are kinds, layer"),
-        (["--config.steering.layer=nine"], "flag --config.steering.layer=nine: invalid literal for int"),
+        (["--config.steering.layer=nine"], "steering.layer=('nine',), expected a block number >= 0"),
         (["--config.steering.temperature=hot"], "flag --config.steering.temperature=hot: could not convert"),
         (["--config.steering.magnitudes=(0,nan)"], "steering.magnitudes="),
         (["--config.steering.magnitudes=(0,'four')"], "steering.magnitudes=(0, 'four'), expected finite numbers"),

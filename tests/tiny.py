@@ -47,7 +47,7 @@ def get_config() -> Experiment:
             layers=(0, 1, 2),
             grid_magnitudes=(0.0, 8.0),
             grid_limit=2,
-            layer=1,
+            layer=(1,),
             magnitudes=(0.0, -4.0, 8.0),
             limit=3,
             samples=2,

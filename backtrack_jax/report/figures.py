@@ -36,7 +36,7 @@ def all_figures(r: Results) -> list[Plot]:
 def unit_label(r: Results, role: str) -> str:
     """Label of a magnitude axis: its unit, and the mean residual norm."""
     s = r.experiment.steering
-    return _UNITS[s.unit].format(norm=r.mean_norm(role, s.layer))
+    return _UNITS[s.unit].format(norm=r.mean_norm(role, s.main_layer))
 
 
 def _layer_unit(r: Results) -> str:
@@ -57,7 +57,7 @@ def _range(rows: Rows, name: str) -> str:
 
 def _where(r: Results) -> str:
     s = r.experiment.steering
-    return f"layer {s.layer}, span '{s.span}', window {r.window}, at most {s.max_new_tokens} new tokens"
+    return f"layer {s.main_layer}, span '{s.span}', window {r.window}, at most {s.max_new_tokens} new tokens"
 
 
 _COHERENCE = (
@@ -185,8 +185,8 @@ def offsets(r: Results) -> Plot | None:
     read = "single positions" if first == last == 0 else f"positions offset{first:+d} to offset{last:+d}"
     caption = (
         f"{author}-derived {e.vectors.label} vectors read at one offset each ({read}), added to the {author} model; "
-        f"layer {e.steering.layer}, span '{e.steering.span}'; {counted(drawn)}, the same ones in every cell. Right: "
-        "mean log-likelihood under the unsteered model."
+        f"layer {e.steering.main_layer}, span '{e.steering.span}'; {counted(drawn)}, the same ones in every cell. "
+        "Right: mean log-likelihood under the unsteered model."
     )
     return Plot("fig2_offsets", "Fig. 2: offset of the window", caption, panels, cells)
 
@@ -283,7 +283,7 @@ def _ordered(labels: set[str], first: str) -> list[str]:
 
 def label_cosines(r: Results) -> Plot | None:
     """Cosines of the labels' vectors with each other, at the steered layer."""
-    layer = r.experiment.steering.layer
+    layer = r.experiment.steering.main_layer
     rows = [row for row in r.tables["label_cosines"] if row["layer"] == layer]
     labels = _ordered({row["label"] for row in rows}, r.experiment.vectors.label)
     if len(labels) < 2:
@@ -303,7 +303,7 @@ def reliability(r: Results) -> Plot | None:
     kept = sorted({row["layer"] for row in rows})
     if not kept:
         return None
-    layer = r.experiment.steering.layer if r.experiment.steering.layer in kept else kept[-1]
+    layer = r.experiment.steering.main_layer if r.experiment.steering.main_layer in kept else kept[-1]
     rows = [row for row in rows if row["layer"] == layer]
     labels = [*_ordered({row["label"] for row in rows} - {"shuffled"}, r.experiment.vectors.label), "shuffled"]
     read = {(w["role"], w["label"]): w["read"] for w in r.tables["windows"] if w["window"] == r.window}
@@ -336,7 +336,7 @@ def probe(r: Results) -> Plot | None:
     kept = sorted({row["layer"] for row in rows})
     if not kept:
         return None
-    layer = r.experiment.steering.layer if r.experiment.steering.layer in kept else kept[-1]
+    layer = r.experiment.steering.main_layer if r.experiment.steering.main_layer in kept else kept[-1]
     mine = [row for row in rows if row["layer"] == layer]
     methods = list(dict.fromkeys(row["method"] for row in mine))
     series: dict[str, list[Series]] = {"auc": [], "average_precision": []}
@@ -403,7 +403,7 @@ def _reply_judge(r: Results) -> str:
 
 def effects(r: Results) -> Plot | None:
     """Effect on every problem: does the vector work on each, or on a few?"""
-    label, author, layer = r.experiment.vectors.label, r.author, r.experiment.steering.layer
+    label, author, layer = r.experiment.vectors.label, r.author, r.experiment.steering.main_layer
     rows = [
         row
         for row in r.tables["effects"]

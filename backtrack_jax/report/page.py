@@ -30,7 +30,7 @@ def render(r: Results, plots: Sequence[Plot]) -> str:
     figures = {plot.name: interactive.figure(plot) for plot in plots}
     data = {
         "label": r.experiment.vectors.label,
-        "layer": r.experiment.steering.layer,
+        "layer": r.experiment.steering.main_layer,
         "figures": figures,
         "projections": [r.projections[role] for role in r.roles],
         "replies": _replies(r),
@@ -116,7 +116,7 @@ def _versions(r: Results) -> list[dict[str, str]]:
 
 def _replies(r: Results) -> dict[str, Any]:
     """Replies to a few problems under every condition at the steered layer, and which two are shown first."""
-    layer, label = r.experiment.steering.layer, r.experiment.vectors.label
+    layer, label = r.experiment.steering.main_layer, r.experiment.vectors.label
     cells = [c for c in r.tables["rates"] if c["layer"] == layer and c["window"] in ("", r.window)]
     number = {_key(cell): i for i, cell in enumerate(cells)}
     problems: dict[str, dict[str, Any]] = {}

@@ -80,7 +80,7 @@ def settings(r: Results) -> list[dict[str, str]]:
         "layers": len(r.vectors[r.author]["mean_norm"]),
         "labels by": e.annotations.openai.model if e.judge == "openai" else e.judge,
         "label of the vector": e.vectors.label,
-        "vector read at layer": e.steering.layer,
+        "vector read at layer": e.steering.main_layer,
         "window": list(e.vectors.window),
         "contrast": e.vectors.contrast,
         "estimator": e.vectors.estimator,
@@ -123,7 +123,7 @@ def _baselines(r: Results) -> dict[str, str]:
 def _own_vectors(r: Results) -> dict[str, str]:
     """What the experiment's vectors are, do and tell; beside the paper's numbers only where they have its label."""
     e, author = r.experiment, r.author
-    label, layer = e.vectors.label, e.steering.layer
+    label, layer = e.vectors.label, e.steering.main_layer
     found = {}
     for row in r.tables["similarity"]:
         if (row["label"], row["layer"]) == (label, layer):
@@ -164,7 +164,7 @@ def _offsets_and_layers(r: Results) -> dict[str, str]:
 
 def _readings(r: Results) -> dict[str, str]:
     """What needs no steering: lens, probe, judge."""
-    found, layer = {}, r.experiment.steering.layer
+    found, layer = {}, r.experiment.steering.main_layer
     scores = {
         row["layer"]: row["score"]
         for row in r.tables["lens"]

@@ -60,7 +60,7 @@ class Results:
 
         Cells that only a grid (Fig. 2, B.1) asked for, on fewer problems than the rest of the curve, are left out.
         """
-        wanted = {"layer": self.experiment.steering.layer, "window": self.window if source else ""} | others
+        wanted = {"layer": self.experiment.steering.main_layer, "window": self.window if source else ""} | others
         steered = [
             row
             for row in self.tables["rates"]
@@ -78,7 +78,9 @@ class Results:
         e = self.experiment
         windows = {window_name(e.vectors.window_at(offset)) for offset in e.steering.offsets}
         return self._grid(
-            lambda row: row["source"] == self.author and row["layer"] == e.steering.layer and row["window"] in windows
+            lambda row: (
+                row["source"] == self.author and row["layer"] == e.steering.main_layer and row["window"] in windows
+            )
         )
 
     def layer_cells(self) -> Rows:

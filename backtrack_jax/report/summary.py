@@ -96,7 +96,7 @@ def _coherence(r: Results) -> str:
 
 
 def _cosine(r: Results) -> str:
-    key = (r.experiment.vectors.label, r.experiment.steering.layer)
+    key = (r.experiment.vectors.label, r.experiment.steering.main_layer)
     found = [row["cosine"] for row in r.tables["similarity"] if (row["label"], row["layer"]) == key]
     if not found or math.isnan(found[0]):
         return ""
@@ -105,7 +105,7 @@ def _cosine(r: Results) -> str:
 
 
 def _probe(r: Results) -> str:
-    layer = r.experiment.steering.layer
+    layer = r.experiment.steering.main_layer
     rows = {row["method"]: row for row in r.tables["probe"] if (row["role"], row["layer"]) == (r.author, layer)}
     row = rows.get("base-derived direction") or rows.get(f"{r.author}-derived direction")
     if not row or math.isnan(row["auc"]):
@@ -133,7 +133,7 @@ def _dropped(r: Results) -> str:
 
 def markdown(r: Results) -> str:
     """summary.md: the sentences, the paper beside this run, sections and windows, and every cell."""
-    layer = r.experiment.steering.layer
+    layer = r.experiment.steering.main_layer
     lines = [f"# {r.experiment.name}", "", *(f"- {text}" for text in sentences(r))]
     lines += ["", "## Paper and this run", "", *_table(comparison(r))]
     lines += ["", "Settings (a `no` says that a number need not agree):", "", *_table(settings(r))]

@@ -108,7 +108,7 @@ def _judge_replies(
         return [None] * len(lines)
     found = judged(e, e.analysis.judge, traces)
     records.write_jsonl(folder / "judged.jsonl", found)
-    own = (e.vectors.label, e.author, e.steering.layer, window_name(e.vectors.window))
+    own = (e.vectors.label, e.author, e.steering.main_layer, window_name(e.vectors.window))
     kept = [
         i
         for i, line in enumerate(lines)
@@ -195,7 +195,7 @@ def _probe(run: "Run", role: str, folder: Path, pairs: Pairs, sums: dict[str, ex
     if len(labelled) < len(pairs):
         say(f"  the probe leaves {len(pairs) - len(labelled)} traces without labels out")
     pairs = labelled
-    layers = sorted({*e.vectors.layers, e.steering.layer})
+    layers = sorted({*e.vectors.layers, e.steering.main_layer})
     read = [token_trace(run, role, trace, annotation) for trace, annotation in pairs]
     rng = np.random.default_rng(e.seed)
     replies_at = [np.arange(trace.reply_start, len(trace.ids)) for trace in read]
@@ -262,7 +262,7 @@ def _probe_rows(
         positive, contrast = (total.means_by_trace(ids, group, layer) for group in groups)
         weights = _weights(total, ids, groups, e.vectors.estimator)
         scored[f"{source}-derived direction"] = probe.direction_scores(tokens, positive, contrast, fold, weights)
-    if layer == e.steering.layer:
+    if layer == e.steering.main_layer:
         scored["logistic regression"] = probe.logistic_scores(tokens, fold)
     everywhere = np.ones(len(of_token), bool)
     found = [("random directions", everywhere, probe.random_score(tokens, seed=e.seed))]

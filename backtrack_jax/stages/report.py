@@ -29,7 +29,7 @@ def report(run: "Run", folder: Path) -> None:
 def _draw_traces(r: results.Results, folder: Path) -> None:
     """Fig. 1 and Fig. 6: the first shown trace, with its windows, and shaded by the projection on the direction."""
     shown = r.projections[r.author]
-    label, layer = r.experiment.vectors.label, r.experiment.steering.layer
+    label, layer = r.experiment.vectors.label, r.experiment.steering.main_layer
     vector = 0  # the experiment's label, from the base model where it takes part
     at = shown["layers"].index(layer)
     values = [trace["values"][at][vector] for trace in shown["traces"]]

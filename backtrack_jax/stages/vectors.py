@@ -177,7 +177,7 @@ def _write_vectors(run: "Run", folder: Path, role: str, sums: extract.WindowSums
         vectors.save(vector, folder / f"{role}.{label}.safetensors")
     mean = sums.mean("all", spec.window, spec.estimator).astype(np.float32)
     vectors.save(vectors.SteeringVector(mean, origin | {"mean": "all"}), folder / f"{role}.overall-mean.safetensors")
-    layer = run.experiment.steering.layer
+    layer = run.experiment.steering.main_layer
     counts = ", ".join(f"{windows[name]['read']} of {name}" for name in (spec.label, "all"))
     say(f"  {role} model, windows read: {counts}; dropped: {windows['all']['dropped']}")
     say(f"  {role} model, mean residual norm at layer {layer}: {sums.mean_norm[layer]:.4g}")

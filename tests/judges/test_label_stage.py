@@ -18,7 +18,7 @@ import pytest
 import tiny
 from fault_server import FaultServer
 
-from backtrack_jax import config, pipeline, plan
+from backtrack_jax import checks, pipeline, plan
 from backtrack_jax.analysis import agreement
 from backtrack_jax.config import Experiment
 from backtrack_jax.data import records
@@ -71,7 +71,7 @@ def experiment(base_url: str, **changes: Any) -> Experiment:
 
 
 def run(e: Experiment) -> None:
-    config.check(e)
+    checks.check(e)
     pipeline.Run(e, ("1-traces", "2-annotations")).run()
 
 
@@ -409,7 +409,7 @@ def test_the_plan_of_traces_that_are_not_sampled_yet(server: FaultServer) -> Non
 )
 def test_settings_that_cannot_run_are_named_before_anything_is_done(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        config.check(experiment(**{"base_url": "http://host/v1"} | changes))
+        checks.check(experiment(**{"base_url": "http://host/v1"} | changes))
     assert len(str(error.value).splitlines()) == 2
 
 
@@ -442,7 +442,7 @@ def test_a_run_that_reads_vectors_takes_the_stand_in() -> None:
     """Stages 1 and 2 alone sample; each of the two ways keeps its results when the other one is run."""
     e = tiny.get_config()
     e.traces.path, e.traces.stand_in, e.annotations.judge = "", tiny.CHAINS, "released-or-keyword"
-    config.check(e)  # kinds that only the stand-in has labels for
+    checks.check(e)  # kinds that only the stand-in has labels for
     alone, whole = (
         pipeline.Run(e, ("1-traces", "2-annotations")),
         pipeline.Run(e, ("1-traces", "2-annotations", "3-vectors")),
@@ -454,7 +454,7 @@ def test_a_run_that_reads_vectors_takes_the_stand_in() -> None:
     assert e.for_vectors().traces.path == "other.json"
     e.traces.path, e.traces.stand_in = "", ""
     with pytest.raises(ValueError, match=r"steering\.kinds='deduction'"):
-        config.check(e)
+        checks.check(e)
 
 
 # Stage 5: the judge on steered replies

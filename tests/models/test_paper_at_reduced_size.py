@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from backtrack_jax import config, pipeline
+from backtrack_jax import checks, config, pipeline
 from backtrack_jax.data import records
 from backtrack_jax.files import store, tables
 from backtrack_jax.models import checkpoint
@@ -66,7 +66,7 @@ def test_every_stage(r1_folder: Path, tmp_path: Path, monkeypatch: pytest.Monkey
             shutil.copy(file, Path(role) / file.name)
     Path(tiny.CHAINS).write_text(json.dumps(tiny.chains()), "utf-8")
     e = reduced()
-    config.check(e)
+    checks.check(e)
     pipeline.Run(e).run()
     results = Path("results/paper")
     lines = store.read_lines(results / "4-steering" / "generations.jsonl")

@@ -1,0 +1,277 @@
+"""Every fault of a config, reported together, before any long work; and of its overrides on the command line.
+
+Nothing here imports JAX, so that a wrong config is refused at once.
+"""
+
+import dataclasses
+import math
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from backtrack_jax.config import (
+    CONTROLS,
+    ESTIMATORS,
+    JUDGES,
+    REPLY_JUDGES,
+    ROLES,
+    UNITS,
+    VECTOR_SUFFIXES,
+    Experiment,
+    SteeringSpec,
+    TraceSpec,
+    is_vector_file,
+)
+from backtrack_jax.data.records import LABELS, OTHER
+from backtrack_jax.judges import keyword
+
+
+def check(experiment: Experiment) -> None:
+    """Refuses an experiment that could not run, before any long work.
+
+    Raises:
+      ValueError: lists every field that is wrong, its value, and what is accepted.
+    """
+    e = experiment
+    if faults := _type_faults(e):
+        raise ValueError("the config cannot run:\n  " + "\n  ".join(faults))
+    faults = [*_model_faults(e), *_source_faults(e), *_vector_faults(e), *_steering_faults(e), *_analysis_faults(e)]
+    if not re.fullmatch(r"[^/\\\s.][^/\\]*", e.name):
+        faults.append(_fault("name", e.name, "the name of a folder"))
+    if not (isinstance(e.seed, int) and 0 <= e.seed < 2**32):
+        faults.append(_fault("seed", e.seed, "0 to 2^32 - 1"))
+    faults += _device_faults(e)
+    if faults:
+        raise ValueError("the config cannot run:\n  " + "\n  ".join(faults))
+
+
+def check_windows(experiment: Experiment) -> None:
+    """Refuses what stage 3 would only after the traces were sampled: windows that no reply of their length can hold.
+
+    Raises:
+      ValueError: lists every such window.
+    """
+    v, most = experiment.vectors, experiment.traces.max_new_tokens
+    if experiment.traces.path:  # whose replies have any length
+        return
+    offsets = {f"steering.offsets={o}, which reads the window": v.window_at(o) for o in experiment.steering.offsets}
+    faults = []
+    for name, (first, last) in {"vectors.window": v.window, **offsets}.items():
+        before, after = 0 if v.into_prompt else max(0, -first), max(0, last)
+        if before + after >= most:
+            faults.append(_fault(name, (first, last), f"one that replies of traces.max_new_tokens={most} can hold"))
+    if faults:
+        raise ValueError("no vector could be read:\n  " + "\n  ".join(faults))
+
+
+def check_overrides(arguments: Sequence[str]) -> None:
+    """Refuses what `check_override` does, and a list that is given twice: ValueError names it."""
+    lists = [argument.lstrip("-").partition("=")[0] for argument in arguments if check_override(argument) is tuple]
+    if twice := [name for name in lists if lists.count(name) > 1]:
+        raise ValueError(f"--{twice[0]} is given {lists.count(twice[0])} times, expected once, as one list: 1,2")
+
+
+def check_override(argument: str) -> type:
+    """Refuses `--config.steering.layr=9`: ValueError names the fields that there are. Returns the type of the field."""
+    names = re.match(r"--?(?:no)?config\.([^=]+)", argument)
+    kind: type = Experiment
+    for name in names[1].split(".") if names else ():
+        fields = {field.name: field for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
+        if name not in fields:
+            there = f"; there are {', '.join(fields)}" if fields else ""
+            raise ValueError(f"{argument}: there is no field {name!r}{there}")
+        made_by = fields[name].default_factory
+        kind = made_by if isinstance(made_by, type) else type(fields[name].default)
+    return kind
+
+
+def _fault(field: str, value: object, accepted: str) -> str:
+    return f"{field}={value!r}, expected {accepted}"
+
+
+def _type_faults(spec: Any, prefix: str = "") -> list[str]:
+    """Fields of another type than their defaults have, such as a tuple of one that lacks its comma."""
+    accepted = {bool: bool, int: int, float: (int, float), str: str, tuple: tuple}
+    meant = {tuple: "a tuple, such as (1, 2) or (1,)", str: "text", bool: "True or False", int: "an integer"}
+    faults = []
+    for field in dataclasses.fields(spec):
+        value, name = getattr(spec, field.name), prefix + field.name
+        if dataclasses.is_dataclass(value):
+            faults += _type_faults(value, f"{name}.")
+        elif name == "steering.layer":  # one block or several
+            if type(value) is not int and not isinstance(value, tuple):
+                faults.append(_fault(name, value, "a tuple of integers, such as (10,)"))
+        elif (kind := type(field.default)) in accepted and (
+            not isinstance(value, accepted[kind]) or (isinstance(value, bool) and kind is not bool)
+        ):
+            faults.append(_fault(name, value, meant.get(kind, "a number")))
+    return faults
+
+
+def _not_one_of(field: str, value: str, accepted: Sequence[str]) -> list[str]:
+    return [] if value in accepted else [_fault(field, value, f"one of {', '.join(accepted)}")]
+
+
+def _repeated(field: str, values: Sequence[object]) -> list[str]:
+    again = [value for at, value in enumerate(values) if value in values[:at]]  # no set: a list has no hash
+    return [_fault(field, values, "every entry once")] if again else []
+
+
+def _device_faults(e: Experiment) -> list[str]:
+    copies = e.data_parallel
+    faults = [
+        _fault(field, value, "at least 1")
+        for field, value in (("data_parallel", copies), ("model_parallel", e.model_parallel))
+        if value < 1
+    ]
+    sizes = {name: getattr(e, name).batch_size for name in ("traces", "vectors", "steering", "analysis")}
+    return faults + [
+        _fault(f"{name}.batch_size", size, f"a multiple of data_parallel={copies}")
+        for name, size in sizes.items()
+        if copies > 1 and size % copies
+    ]
+
+
+def _model_faults(e: Experiment) -> list[str]:
+    faults = _repeated("roles", e.roles)
+    if not e.roles or any(role not in ROLES for role in e.roles):
+        faults.append(_fault("roles", e.roles, f"some of {', '.join(ROLES)}"))
+    for role in (role for role in ROLES if role in e.roles):
+        model = e.model(role)
+        if not model.path:
+            faults.append(_fault(f"{role}.path", "", "a folder, hub id, .gguf file or package:module/file"))
+        faults += _not_one_of(f"{role}.dtype", model.dtype, ("bfloat16", "float16", "float32"))
+        faults += _not_one_of(f"{role}.markers", model.markers, ("keep", "replace", "drop"))
+        if (model.marker_replacement >= 0) != (model.markers == "replace"):
+            accepted = "a token id for markers='replace', -1 otherwise"
+            faults.append(_fault(f"{role}.marker_replacement", model.marker_replacement, accepted))
+        if model.markers != "keep" and e.prompt.format != "r1":
+            faults.append(_fault(f"{role}.markers", model.markers, "'keep': only prompt.format='r1' has R1's markers"))
+    return faults
+
+
+def _source_faults(e: Experiment) -> list[str]:
+    faults = _not_one_of("prompt.format", e.prompt.format, ("r1", "chat", "plain"))
+    faults += _not_one_of("prompt.think", e.prompt.think, ("primed", "generated", "none"))
+    if e.prompt.format == "plain" and e.prompt.system:
+        faults.append(_fault("prompt.system", e.prompt.system, "'': prompt.format='plain' has no system text"))
+    return [*faults, *_judge_faults(e), *_sampling_faults("traces", e.traces)]
+
+
+def _judge_faults(e: Experiment) -> list[str]:
+    faults = _not_one_of("annotations.judge", e.annotations.judge, JUDGES)
+    if e.judge == "keyword":
+        faults += _not_one_of("annotations.variant", e.annotations.variant, keyword.VARIANTS)
+    if e.judge != "import" and e.annotations.path:
+        accepted = "nothing, or annotations.judge='import', which alone reads it"
+        faults.append(_fault("annotations.path", e.annotations.path, accepted))
+    if e.judge == "import" and not e.annotations.path:
+        faults.append(_fault("annotations.path", "", "a .jsonl of annotations, for annotations.judge='import'"))
+    if e.judge == "released" and not e.traces.path:
+        faults.append("annotations.judge='released' needs traces.path: sampled traces come without labels")
+    if "openai" in (e.judge, e.analysis.judge):
+        spec = e.annotations.openai
+        for field, least in (("votes", 1), ("reask", 0)):
+            if getattr(spec, field) < least:
+                faults.append(_fault(f"annotations.openai.{field}", getattr(spec, field), f"at least {least}"))
+        for make in (spec.prompt, spec.settings):
+            try:
+                make()
+            except ValueError as error:
+                faults.append(f"annotations.openai: {error}")
+    return faults
+
+
+def _sampling_faults(name: str, spec: TraceSpec | SteeringSpec) -> list[str]:
+    faults = []
+    if not 0 <= spec.temperature < math.inf:
+        faults.append(_fault(f"{name}.temperature", spec.temperature, "a finite number >= 0"))
+    if not 0 < spec.top_p <= 1:
+        faults.append(_fault(f"{name}.top_p", spec.top_p, "a number above 0, at most 1"))
+    for field, least in (("limit", 0), ("samples", 1), ("max_new_tokens", 1), ("batch_size", 1)):
+        value = getattr(spec, field)
+        if value < least:
+            faults.append(_fault(f"{name}.{field}", value, f"at least {least}"))
+    return faults
+
+
+def _labels(e: Experiment) -> Sequence[str] | None:
+    """Labels that the judge gives traces of which vectors are read; None where it may give any."""
+    given = {"released": LABELS, "openai": LABELS, "keyword": ("backtracking", OTHER), "grammar": (*LABELS, OTHER)}
+    return given.get(e.for_vectors().judge)
+
+
+def _vector_faults(e: Experiment) -> list[str]:
+    v, labels = e.vectors, _labels(e)
+    faults = _not_one_of("vectors.estimator", v.estimator, ESTIMATORS)
+    faults += _not_one_of("vectors.contrast", v.contrast, ("all", "rest"))
+    faults += _not_one_of("vectors.label", v.label, labels) if labels else []
+    if len(v.window) != 2 or not _integers(v.window) or v.window[0] > v.window[1]:
+        faults.append(_fault("vectors.window", v.window, "(first, last), integers, first <= last"))
+    if not _integers(v.offsets):
+        faults.append(_fault("vectors.offsets", v.offsets, "integers"))
+    if len(v.offset_window) != 2 or not _integers(v.offset_window) or v.offset_window[0] > v.offset_window[1]:
+        faults.append(_fault("vectors.offset_window", v.offset_window, "(first, last), integers, first <= last"))
+    if not _integers(v.layers) or any(layer < 0 for layer in v.layers):
+        faults.append(_fault("vectors.layers", v.layers, "block numbers >= 0"))
+    faults += [*_repeated("vectors.offsets", v.offsets), *_repeated("vectors.layers", v.layers)]
+    if v.batch_size < 1:
+        faults.append(_fault("vectors.batch_size", v.batch_size, "at least 1"))
+    return faults
+
+
+def _integers(values: Sequence[object]) -> bool:
+    return all(type(value) is int for value in values)  # which True is not
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and type(value) is not bool and abs(value) <= sys.float_info.max
+
+
+def _steering_faults(e: Experiment) -> list[str]:
+    s, labels = e.steering, _labels(e)
+    faults = [] if s.kinds else [_fault("steering.kinds", s.kinds, "at least one")]
+    for field, kinds in (("steering.kinds", s.kinds), ("steering.baselines", s.baselines)):
+        faults += _repeated(field, kinds)
+        for kind in kinds:
+            if not isinstance(kind, str):
+                faults.append(_fault(field, kind, "labels, controls and vector files, as text"))
+            elif labels and not is_vector_file(kind):
+                faults += _not_one_of(field, kind, (*labels, *CONTROLS, f"a file ({', '.join(VECTOR_SUFFIXES)})"))
+    faults += _not_one_of("steering.unit", s.unit, UNITS)
+    faults += _not_one_of("steering.span", s.span, ("all", "prompt", "generated"))
+    if not s.kind_layers or not _integers(s.kind_layers) or min(s.kind_layers) < 0:
+        faults.append(_fault("steering.layer", s.layer, "a block number >= 0, or several"))
+    faults += _repeated("steering.layer", s.kind_layers)
+    if not _integers(s.layers) or any(layer < 0 for layer in s.layers):
+        faults.append(_fault("steering.layers", s.layers, "block numbers >= 0"))
+    faults += [*_repeated("steering.layers", s.layers), *_repeated("steering.offsets", s.offsets)]
+    if not _integers(s.offsets) or any(offset not in e.vectors.offsets for offset in s.offsets):
+        faults.append(_fault("steering.offsets", s.offsets, f"some of vectors.offsets, {e.vectors.offsets}"))
+    for field, magnitudes in (("magnitudes", s.magnitudes), ("grid_magnitudes", s.grid_magnitudes or s.magnitudes)):
+        if not any(magnitudes) or not all(map(_finite, magnitudes)):
+            faults.append(_fault(f"steering.{field}", magnitudes, "finite numbers, at least one of them not 0"))
+        faults += _repeated(f"steering.{field}", magnitudes)
+    swept = s.offsets or s.layers
+    if s.grid_limit < 0 or (swept and s.limit and s.grid_limit > s.limit):
+        accepted = "at least 0" + (f", at most steering.limit={s.limit}" if s.limit else "")
+        faults.append(_fault("steering.grid_limit", s.grid_limit, accepted))
+    if s.top_k < 0:
+        faults.append(_fault("steering.top_k", s.top_k, "at least 0"))
+    return faults + _sampling_faults("steering", s)
+
+
+def _analysis_faults(e: Experiment) -> list[str]:
+    a = e.analysis
+    faults = _not_one_of("analysis.judge", a.judge, REPLY_JUDGES)
+    if not a.keywords or not all(isinstance(word, str) and word and word == word.casefold() for word in a.keywords):
+        faults.append(_fault("analysis.keywords", a.keywords, "lower-case words"))
+    if not a.horizons or not _integers(a.horizons) or min(a.horizons) < 1:
+        faults.append(_fault("analysis.horizons", a.horizons, "integers >= 1"))
+    faults += _repeated("analysis.horizons", a.horizons)
+    for field, least in (("positions", 1), ("folds", 2), ("shown", 1), ("batch_size", 1)):
+        value = getattr(a, field)
+        if value < least:
+            faults.append(_fault(f"analysis.{field}", value, f"at least {least}"))
+    return faults
