@@ -179,67 +179,13 @@ def check_vocabulary(role: str, config: ModelConfig, tokenizer: Tokenizer, not_r
         )
 
 
-def stage_inputs(e: Experiment) -> dict[str, dict[str, Any]]:
-    """What the results of each stage depend on besides those of the stages before: config, and files by content.
-
-    Where replies are sampled or read one by one, the size of a batch is left out, so that a run which met the end of
-    memory goes on with smaller ones. Sums over traces can only be resumed in the same batches.
-    """
-    models = {role: _without(e.model(role), "path") | {"weights": weights_id(e.model(role).path)} for role in e.roles}
-    prompt = dataclasses.asdict(e.prompt) | {"tokenizer": weights_id(e.tokenizer_path)}
-    traces: dict[str, Any]
-    if e.traces.path:
-        # Of a folder what is read alone: results or a git repository in it would change it at every run.
-        path = data_path(e.traces.path)
-        files = {file.name if path.is_dir() else "": store.file_hash(file) for file in records.chain_files(path)}
-        traces = {"traces": {"file": store.fingerprint(files), "limit": e.traces.limit}}
-    else:
-        asked = store.fingerprint({"problems": [dataclasses.asdict(problem) for problem in problems(e)]})
-        sampling = _without(e.traces, "path", "stand_in", "problems", "limit", "batch_size") | {"problems": asked}
-        traces = {"traces": sampling, "prompt": prompt, "model": models[e.author], "seed": e.seed}
-    return {
-        "1-traces": traces,
-        "2-annotations": {"annotations": {"judge": e.judge} | _judge_inputs(e, e.judge)},
-        "3-vectors": {"vectors": dataclasses.asdict(e.vectors), "models": models, "prompt": prompt},
-        "4-steering": {
-            "steering": _without(e.steering, "batch_size") | {"layer": _one_or_all(e.steering.kind_layers)},
-            "vector_files": {file: store.file_hash(data_path(file)) for file in e.steering.vector_files},
-            "seed": e.seed,
-        },
-        "5-analysis": {
-            "analysis": _without(e.analysis, "batch_size"),
-            "judge": _judge_inputs(e, e.analysis.judge),
-        },
-        "6-report": {"name": e.name},
-    }
+def model_inputs(e: Experiment, role: str) -> dict[str, Any]:
+    """What results depend on of the model of a role: its spec, and its weights by content."""
+    fields = dataclasses.asdict(e.model(role))
+    del fields["path"]
+    return fields | {"weights": weights_id(e.model(role).path)}
 
 
-def _judge_inputs(e: Experiment, judge: str) -> dict[str, Any]:
-    """What the labels depend on: of the online judge what is asked, not where, how fast or for how much."""
-    spec = e.annotations
-    if judge == "import":
-        return {"file": store.file_hash(data_path(spec.path))}
-    if judge == "keyword":
-        return {"variant": spec.variant}
-    if judge == "openai":
-        asked = ("model", "temperature", "seed", "max_tokens", "extra_body", "votes", "reask")
-        values = {name: getattr(spec.openai, name) for name in asked}
-        return {"openai": values | {"prompt": spec.openai.prompt().hash}}
-    return {}
-
-
-def _without(spec: Any, *fields: str) -> dict[str, Any]:
-    """Fields of a spec but for some; numbers as the field has them, so that 0 and 0.0 are the same magnitude."""
-    kept = [field for field in dataclasses.fields(spec) if field.name not in fields]
-    return {field.name: _as_declared(field.type, getattr(spec, field.name)) for field in kept}
-
-
-def _one_or_all(values: Sequence[int]) -> int | list[int]:
-    """A single value by itself, so that 10 and (10,) are the same inputs."""
-    return values[0] if len(values) == 1 else list(values)
-
-
-def _as_declared(kind: Any, value: Any) -> Any:
-    if kind is float:
-        return float(value)
-    return [float(item) for item in value] if kind == tuple[float, ...] else value
+def prompt_inputs(e: Experiment) -> dict[str, Any]:
+    """What results depend on of the prompts: the format, and the tokenizer by content."""
+    return dataclasses.asdict(e.prompt) | {"tokenizer": weights_id(e.tokenizer_path)}
