@@ -45,7 +45,8 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-docs: export NO_MKDOCS_2_WARNING := 1  # of a successor; it says nothing about this site
+# mkdocs-material advertises its successor at every build; the site has nothing to do with that.
+docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(VENV)/.installed-dev
 	$(BIN)/mkdocs build --strict --quiet
 
