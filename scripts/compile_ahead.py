@@ -27,13 +27,13 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nor a cloud for its machine
 import jax
 import jax.numpy as jnp
 from absl import app, flags
-from backtrack_jax.files.console import ends_in_one_line
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from make_random_checkpoint import PRESETS
 
 from backtrack_jax import extract, generate
+from backtrack_jax.files.console import ends_in_one_line
 from backtrack_jax.intervention import no_intervention, stack_rows
 from backtrack_jax.models.config import ModelConfig
 from backtrack_jax.models.decoder import Decoder

@@ -20,10 +20,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from backtrack_jax.files.console import Help, ends_in_one_line
 from flax import nnx
 
 from backtrack_jax.files import store
+from backtrack_jax.files.console import Help, ends_in_one_line
 from backtrack_jax.intervention import no_intervention
 from backtrack_jax.models import checkpoint, prompts
 from backtrack_jax.models.config import ModelConfig
