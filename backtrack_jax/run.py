@@ -101,6 +101,11 @@ def parse_flags(argv: Sequence[str]) -> Sequence[str]:
         sys.exit(f"error: {error}")
 
 
-if __name__ == "__main__":
+def console() -> None:
+    """The command line."""
     flags.mark_flag_as_required("config")
     app.run(main, flags_parser=parse_flags)
+
+
+if __name__ == "__main__":
+    console()

@@ -124,6 +124,11 @@ def _windows(context: Context, tokens: TokenTrace) -> list[str]:
     return lines or [f"  no section is labelled {context.experiment.vectors.label!r}"]
 
 
-if __name__ == "__main__":
+def console() -> None:
+    """The command line."""
     flags.mark_flag_as_required("config")
     app.run(main, flags_parser=parse_flags)
+
+
+if __name__ == "__main__":
+    console()
