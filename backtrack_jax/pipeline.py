@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from backtrack_jax import inputs
+from backtrack_jax import compatibility
 from backtrack_jax.checks import check_windows
 from backtrack_jax.config import ROLES, Experiment
 from backtrack_jax.files import environment, store
@@ -79,7 +79,7 @@ class Run:
         self.experiment = experiment = dataclasses.replace(experiment, roles=roles)
         workdir = Path(os.path.expanduser(experiment.workdir)) / experiment.name
         self.context = Context(experiment, workdir, self.wanted[-1].name)
-        inputs.check_planned(experiment)
+        compatibility.check_planned(experiment)
         self.context.inputs = self._find_inputs()
 
     @property
@@ -244,9 +244,9 @@ class Run:
         if not roles:
             return
         _ = context.mesh  # refuses more devices than there are, before anything is fetched
-        inputs.check_fetched(e, roles)
+        compatibility.check_fetched(e, roles)
         for role in roles:
             not_read = () if e.model(role).markers == "keep" else prompts.r1_markers(context.tokenizer)
-            inputs.check_vocabulary(role, context.architecture(role), context.tokenizer, not_read)
+            compatibility.check_vocabulary(role, context.architecture(role), context.tokenizer, not_read)
         for stage in to_do:
             stage.check(context)
