@@ -27,14 +27,15 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nor a cloud for its machine
 import jax
 import jax.numpy as jnp
 from absl import app, flags
-from backtrack_jax.files.console import ends_in_one_line
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from make_random_checkpoint import PRESETS
 
 from backtrack_jax import extract, generate
+from backtrack_jax.files.console import ends_in_one_line
 from backtrack_jax.intervention import no_intervention, stack_rows
+from backtrack_jax.models import families
 from backtrack_jax.models.config import ModelConfig
 from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.models.sharding import DATA, batch_sharding, make_mesh, shardings
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1 or (FLAGS.preset is None) == (FLAGS.config_json is None):
         raise app.UsageError("give one of --preset and --config_json, and no other arguments")
     with ends_in_one_line(remedy="lower --rows or --read_rows, or use more --chips", resumed="nothing is kept"):
-        config = PRESETS[FLAGS.preset] if FLAGS.preset else ModelConfig.from_file(Path(FLAGS.config_json))
+        config = PRESETS[FLAGS.preset] if FLAGS.preset else families.from_hf_file(Path(FLAGS.config_json))
         mesh = make_mesh(FLAGS.model_parallel, devices())
         model = placed_model(config, mesh)
         for name, lower in {"sample": lower_sampling, "read": lower_reading}.items():

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from absl import app, flags
-from backtrack_jax.files.console import Progress, say
 
 from backtrack_jax.data.problems import CATEGORIES, shipped_problems
 from backtrack_jax.data.records import Problem, write_jsonl
+from backtrack_jax.files.console import Progress, say
 from backtrack_jax.judges.client import ChatClient
 from backtrack_jax.judges.ledger import Entry, Ledger, content_key, read_entries
 from backtrack_jax.judges.openai import CHARACTERS_PER_TOKEN
