@@ -143,7 +143,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Checks the arguments, then reads, trains and writes."""
     a = arguments
     a.out = a.out.expanduser()
-    train.check_numbers({name: value for name, value in vars(a).items() if isinstance(value, int | float)}, LEAST)
+    train.check_numbers({name: value for name, value in vars(a).items() if type(value) in (int, float)}, LEAST)
     traces = read_any_traces(a.traces)
     path = checkpoint.resolve(a.model)
     tokenizer = Tokenizer.load(path)

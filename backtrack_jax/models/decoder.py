@@ -224,7 +224,7 @@ class Decoder(nnx.Module):
             def edit(resid: jax.Array) -> jax.Array:
                 return resid if intervention is None else intervention.apply(resid, at_layer, layer, positions)
 
-            layer_cache = None if cached_mask is None else LayerCache(*cached, cached_mask, slot)
+            layer_cache = None if cached_mask is None else LayerCache(cached[0], cached[1], cached_mask, slot)
             out, keys_values = block(x, rope, mask, layer_cache, edit)
             return out.resid_post, (keys_values, capture(out))
 

@@ -66,13 +66,14 @@ def _is_placed(array: Any) -> bool:
 class Recomputed(nnx.Module):
     """A block of which the backward pass keeps only the input, and recomputes the rest."""
 
-    def __init__(self, block: nnx.Module):
+    def __init__(self, block: Any):
         """Wraps a block or a stack of them."""
         self.block = block
 
-    def __call__(self, *args: Any) -> Any:
-        """What the block returns."""
-        return jax.checkpoint(lambda block, *args: block(*args), prevent_cse=False)(self.block, *args)
+    def __call__(self, x: jax.Array, rope: Any, mask: jax.Array, cache: Any, edit: Callable) -> Any:
+        """As the block."""
+        run = jax.checkpoint(lambda block, *arrays: block(*arrays, edit), prevent_cse=False)  # a scan needs it not
+        return run(self.block, x, rope, mask, cache)
 
 
 def recomputing_blocks(model: Decoder) -> Decoder:

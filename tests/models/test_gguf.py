@@ -258,7 +258,10 @@ def refused(path: Path) -> str:
         ({"without": "token_embd.weight"}, "there is no tensor token_embd.weight"),
         ({"without": "blk.1.attn_q.weight"}, "missing tensor model.layers.1.self_attn.q_proj.weight of shape (64, 64)"),
         ({"arch": "qwen2"}, "general.architecture is 'qwen2', only 'llama' is implemented"),
-        ({"tensors": {"blk.0.attn_q.bias": (np.ones(64, np.float32), Kind.F32)}}, "unknown tensor blk.0.attn_q.bias"),
+        (
+            {"tensors": {"blk.0.attn_q.bias": (np.ones(64, np.float32), Kind.F32)}},
+            "unknown tensor model.layers.0.self_attn.q_proj.bias",
+        ),
         ({"tensors": {"blk.3.ffn_up.weight": (np.ones((96, 64), np.float32), Kind.F32)}}, "model.layers.3.mlp.up_proj"),
         ({"tensors": {"x": (np.ones(2, np.float64), Kind.F64)}}, "tensor x is stored as F64, expected one of"),
         ({"tensors": {"rope_freqs.weight": (2 * np.ones(8, np.float32), Kind.F32)}}, "divisors in rope_freqs.weight"),

@@ -40,12 +40,25 @@ def attend(q: jax.Array, *parts: Part) -> jax.Array:
 
     What a query that may attend to nothing (padding) reads means nothing.
     """
-    keys, values, masks = zip(*parts, strict=True)
-    k, v, mask = jnp.concatenate(keys, 3), jnp.concatenate(values, 2), jnp.concatenate(masks, 2)
-    scores = einsum("BTKGH,BKHS->BKGTS", q, k)
-    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -1e30), axis=-1)
-    z = einsum("BKGTS,BKSH->BTKGH", weights.astype(v.dtype), v)
-    return z.reshape(*q.shape[:2], -1)
+    k, v, mask = (
+        jnp.concatenate(arrays, axis) for arrays, axis in zip(zip(*parts, strict=True), (3, 2, 2), strict=True)
+    )
+    scores = einsum("BKQH,BKHS->BKQS", rows_of_queries(q), k)
+    seen = jnp.repeat(mask, q.shape[3], axis=1)[:, None]
+    weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1)
+    return tokens_of_rows(einsum("BKQS,BKSH->BKQH", weights.astype(v.dtype), v), q.shape[1])
+
+
+def rows_of_queries(q: jax.Array) -> jax.Array:
+    """[B, T, K, G, H] to [B, K, Q, H]: the Q = T * G queries of a key head are the rows of one matrix."""
+    B, T, K, G, H = q.shape
+    return jnp.moveaxis(q, 2, 1).reshape(B, K, T * G, H)
+
+
+def tokens_of_rows(z: jax.Array, T: int) -> jax.Array:
+    """[B, K, Q, H] to [B, T, N * H]."""
+    B, K, Q, H = z.shape
+    return jnp.moveaxis(z.reshape(B, K, T, Q // T, H), 1, 2).reshape(B, T, -1)
 
 
 def attend_causally(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from backtrack_jax.models.ops import plain
-from backtrack_jax.models.ops.plain import Part, einsum
+from backtrack_jax.models.ops.plain import Part, einsum, rows_of_queries, tokens_of_rows
 from backtrack_jax.models.ops.target import target
 
 PLATFORMS = {
@@ -63,7 +63,17 @@ def _lookup_tangent(primals: tuple[jax.Array, jax.Array], tangents: Any) -> tupl
 
 
 def attend(q: jax.Array, *parts: Part) -> jax.Array:
-    return _from_rows(_attend(q, *parts), q.shape[1])
+    """Parts stay where they are: put beside each other they would be a copy of the cache."""
+    rows, G = rows_of_queries(q), q.shape[3]
+    keys, values, masks = zip(*parts, strict=True)
+    seen = [jnp.repeat(mask, G, axis=1)[:, None] for mask in masks]
+    scores = [jnp.where(s, einsum("BKQH,BKHS->BKQS", rows, k), -1e30) for k, s in zip(keys, seen, strict=True)]
+    highest = functools.reduce(jnp.maximum, [jnp.max(score, axis=-1, keepdims=True) for score in scores])
+    highest = lax.stop_gradient(highest)  # the result does not depend on it
+    weights = [jnp.exp(score - highest) for score in scores]
+    sums = [einsum("BKQS,BKSH->BKQH", w.astype(v.dtype), v) for w, v in zip(weights, values, strict=True)]
+    total = functools.reduce(jnp.add, [jnp.sum(w, axis=-1, keepdims=True) for w in weights])
+    return tokens_of_rows(functools.reduce(jnp.add, sums) / total, q.shape[1])
 
 
 def attend_causally(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
@@ -78,28 +88,6 @@ def attend_causally(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -
         of, seen = slice(start, start + size), slice(0, start + size)
         chunks.append(attend(q[:, of], (k[..., seen], v[:, :, seen], mask[:, of, seen])))
     return jnp.concatenate(chunks, axis=1)
-
-
-def _attend(q: jax.Array, *parts: Part) -> jax.Array:
-    """[B, K, Q, H] of queries [B, T, K, G, H], where Q = T * G rows are one matrix for each key head."""
-    B, T, K, G, H = q.shape
-    rows = jnp.moveaxis(q, 2, 1).reshape(B, K, T * G, H)
-    keys, values, masks = zip(*parts, strict=True)
-    scores = [einsum("BKQH,BKHS->BKQS", rows, k) for k in keys]
-    masks = [jnp.repeat(mask, G, axis=1)[:, None] for mask in masks]
-    scores = [jnp.where(mask, score, -1e30) for mask, score in zip(masks, scores, strict=True)]
-    highest = functools.reduce(jnp.maximum, [jnp.max(score, axis=-1, keepdims=True) for score in scores])
-    highest = lax.stop_gradient(highest)  # the result does not depend on it
-    weights = [jnp.exp(score - highest) for score in scores]
-    sums = [einsum("BKQS,BKSH->BKQH", w.astype(v.dtype), v) for w, v in zip(weights, values, strict=True)]
-    total = functools.reduce(jnp.add, [jnp.sum(w, axis=-1, keepdims=True) for w in weights])
-    return functools.reduce(jnp.add, sums) / total
-
-
-def _from_rows(z: jax.Array, T: int) -> jax.Array:
-    """[B, K, Q, H] to [B, T, N * H]."""
-    B, K, Q, H = z.shape
-    return jnp.moveaxis(z.reshape(B, K, T, Q // T, H), 1, 2).reshape(B, T, -1)
 
 
 def cache_dtype(dtype: jnp.dtype) -> jnp.dtype:
