@@ -73,6 +73,19 @@ class Intervention:
             direction=self.direction + other.direction,
         )
 
+    def check(self, n_rows: int, n_layers: int, d_model: int) -> None:
+        """ValueError if these are not rows for such a batch and model, or a concrete span is not resolved."""
+        self.check_shape(n_rows, n_layers, d_model)
+        self.check_resolved()
+
+    def at_layers(self) -> dict[str, jax.Array]:
+        """See `models.decoder.Edit`."""
+        return self.per_layer()
+
+    def apply(self, x: jax.Array, at_layer: dict[str, jax.Array], layer: jax.Array, positions: jax.Array) -> jax.Array:
+        """See `models.decoder.Edit`."""
+        return intervene(x, dataclasses.replace(self, **at_layer), layer, positions)
+
     def per_layer(self) -> dict[str, jax.Array]:
         """The values that differ between layers, layer axis first, to be scanned over beside the model's blocks."""
         names = ("add", "amplify", "noise", "ablate", "direction")
@@ -91,7 +104,6 @@ class Intervention:
                 f"{(n_rows, n_layers, d_model)}; `stack_rows` makes a batch of rows"
             )
 
-    @property
     def unresolved(self) -> jax.Array:
         """[B] bool, whether a row's span waits for the prompt's length."""
         return jnp.any(self.span == PROMPT_END, axis=-1)

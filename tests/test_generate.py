@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ import scipy.special
 import scipy.stats
 
 from backtrack_jax import generate as generate_module
+from backtrack_jax import intervention as intervention_module
 from backtrack_jax import sampling as sampling_module
 from backtrack_jax.generate import (
     Completion,
@@ -45,7 +45,7 @@ from backtrack_jax.intervention import (
     self_amplify,
     stack_rows,
 )
-from backtrack_jax.models import checkpoint, decoder
+from backtrack_jax.models import checkpoint, ops
 from backtrack_jax.models.batching import batches, left_pad, right_pad
 from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.models.tokenizer import Tokenizer
@@ -141,7 +141,7 @@ class Recorder:
 
         def traced(*args):
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(decoder, "intervene", spying_intervene)
+                patch.setattr(intervention_module, "intervene", spying_intervene)
                 patch.setattr(generate_module, "sample", spying_sample)
                 return generate(*args, max_new_tokens=G)
 
@@ -249,11 +249,13 @@ def test_cached_decoding_equals_the_full_pass(recorder, interventions):
     assert np.abs(recorder.logits - uncached_logits(replies, others)).max() > 0.1, "the interventions matter"
 
 
-def test_16_bit_replies_are_those_of_the_full_pass():
-    """Also where the cache is of 16 bits (test_accelerator.py)."""
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_16_bit_replies_are_those_of_the_full_pass(platform):
+    """Also in the form for accelerators, whose cache is of 16 bits."""
     model = jax.tree.map(lambda weight: weight.astype(jnp.bfloat16), MODEL)
-    replies = np.asarray(run(PROMPTS, STEERED, model=model).ids)
-    rounded, exact = (uncached_logits(replies, STEERED, model=m) for m in (model, MODEL))
+    with ops.compiling_for(platform, 10**9):
+        replies = np.asarray(run(PROMPTS, STEERED, model=model).ids)
+        rounded, exact = (uncached_logits(replies, STEERED, model=m) for m in (model, MODEL))
     assert 0.01 < np.abs(rounded - exact).max() < 0.3, "of logits with a standard deviation of 1.2"
     chosen = np.take_along_axis(rounded, replies.T[:, :, None], axis=-1)[..., 0]
     assert (rounded.max(-1) - chosen).max() < 0.05
@@ -263,21 +265,21 @@ def test_blocks_one_by_one_or_under_a_scan_give_the_same_cached_decoding(monkeyp
     ids, positions = map(jnp.asarray, left_pad(PROMPTS, T))
     replies = []
     for one_by_one in (True, False):
-        monkeypatch.setattr(generate_module, "_one_by_one", lambda model, answer=one_by_one: answer)
+        monkeypatch.setattr(ops, "unstacks", lambda blocks, answer=one_by_one: answer)
         program = jax.jit(lambda rows: generate(MODEL, ids, positions, jnp.stack(KEYS), rows, max_new_tokens=G))
         replies.append(program(stack_rows(STEERED)).ids)
     np.testing.assert_array_equal(*replies)
 
 
-@pytest.mark.parametrize(("gigabytes", "expected"), [(60, True), (36, False), (None, False)])
-def test_a_gpu_runs_blocks_one_by_one_if_it_has_room(monkeypatch, gigabytes, expected):
+@pytest.mark.parametrize(
+    ("platform", "gigabytes", "expected"),
+    [("cpu", 0, True), ("tpu", 90, False), ("gpu", 60, True), ("gpu", 36, False), ("gpu", 0, False)],
+)
+def test_a_gpu_runs_blocks_one_by_one_if_it_has_room(platform, gigabytes, expected):
     """60 and 36: what JAX takes of 80 and 48. An 8B model's blocks are 14 GB."""
-    device = types.SimpleNamespace(memory_stats=lambda: gigabytes and {"bytes_limit": gigabytes * 10**9})
-    monkeypatch.setattr(jax, "local_devices", lambda: [device])
     blocks = jax.ShapeDtypeStruct((14 * 10**9 // 2,), jnp.bfloat16)
-    for backend, answer in (("gpu", expected), ("tpu", False), ("cpu", True)):
-        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
-        assert generate_module._one_by_one(types.SimpleNamespace(layers=blocks)) == answer  # pyright: ignore[reportArgumentType]
+    with ops.compiling_for(platform, gigabytes * 10**9):
+        assert ops.unstacks(blocks) == expected
 
 
 def test_every_pass_is_steered_inside_the_span_and_nowhere_else(recorder):
