@@ -14,7 +14,10 @@ from backtrack_jax import pipeline
 
 # A file is one process's; those that take longest come first, so that no process is left alone with one at the end.
 LONGEST = (
-    "test_pipeline.py",
+    "test_death.py",
+    "test_resume.py",
+    "test_stages.py",
+    "test_artifacts.py",
     "test_notebooks.py",
     "test_label_stage.py",
     "test_train.py",

@@ -30,7 +30,7 @@ def test_the_windows_of_a_chain(fresh: Path) -> None:
     assert marked[:4] == marked[4:] and text.count("»W«") == 2
     whole = "".join(re.sub("[⟦⟧»«]", "", text))
     assert tiny.chains()[0]["reasoning_chain"].removeprefix("<think>") in whole
-    coloured = show.describe(pipeline.Run(tiny.get_config(), run.stages), tiny.TASKS[0], colour=True)
+    coloured = show.describe(pipeline.Run(tiny.get_config(), ("1-traces", "2-annotations")), tiny.TASKS[0], colour=True)
     assert coloured.count("\x1b[30;42m") == 8 and coloured.count("\x1b[1;97;41m") == 2
 
 
@@ -51,7 +51,7 @@ def test_what_cannot_be_shown_is_an_error(fresh: Path) -> None:
     with pytest.raises(ValueError, match=r"--stages=1,2 first$"):
         show.describe(pipeline.Run(e, ("1-traces", "2-annotations")), "x", colour=False)
     (fresh / "1-traces").mkdir(parents=True)
-    (fresh / "1-traces" / "DONE").write_text("of another config")
+    (fresh / "1-traces" / "inputs.json").write_text("{}")  # of another config
     with pytest.raises(ValueError, match="those in results/tiny are of another config: give the overrides of that run"):
         show.describe(pipeline.Run(e, ("1-traces", "2-annotations")), "x", colour=False)
 

@@ -32,6 +32,7 @@ from backtrack_jax.judges.openai.ledger import read_entries
 from backtrack_jax.judges.openai.prompts import JudgePrompt
 from backtrack_jax.judges.openai.settings import ChatSettings, JudgeStopped, OpenAISpec
 from backtrack_jax.stages import annotations as stage
+from backtrack_jax.stages.analysis import ANALYSIS
 
 TINY = Path(tiny.__file__)
 KEY = "sk-test-0123456789"
@@ -77,6 +78,10 @@ def run(e: Experiment) -> None:
 
 def made(server: FaultServer, **changes: Any) -> pipeline.Run:
     return pipeline.Run(experiment(server.base_url, **changes), ("1-traces", "2-annotations"))
+
+
+def labelled(made: pipeline.Run) -> bool:
+    return made.done(stage.ANNOTATIONS)
 
 
 def annotations() -> list[records.Annotation]:
@@ -166,7 +171,7 @@ def test_only_what_is_asked_makes_the_stage_run_again(server: FaultServer) -> No
         for name, value in changes.items():
             e = experiment(server.base_url)
             setattr(e.annotations.openai, name, value)
-            assert pipeline.Run(e, ("1-traces", "2-annotations")).done("2-annotations") is done, name
+            assert labelled(pipeline.Run(e, ("1-traces", "2-annotations"))) is done, name
 
 
 def test_answers_of_no_use_are_counted_by_reason_and_the_stage_is_done(server: FaultServer) -> None:
@@ -192,15 +197,15 @@ def test_calls_without_an_answer_leave_the_stage_open_and_are_asked_alone(server
     assert server.paid.total() == 10 and not (RESULTS / "2-annotations" / "DONE").exists()
     run(experiment(server.base_url, allow_unanswered=True))
     assert reasons() == dict.fromkeys(hard, "server_error")
-    assert made(server, allow_unanswered=True).done("2-annotations")
+    assert labelled(made(server, allow_unanswered=True))
     gaps, whole = made(server, allow_unanswered=True), made(server)
-    assert not whole.done("2-annotations")
+    assert not labelled(whole)
     assert gaps.inputs["3-vectors"] != whole.inputs["3-vectors"]  # vectors of traces with gaps are not kept either
     before = len(server.seen)
     server.plan = lambda content, attempt: None
     run(experiment(server.base_url))
     assert len(server.seen) == before + 2 and set(server.paid.values()) == {1} and reasons() == {}
-    assert made(server, allow_unanswered=True).done("2-annotations")
+    assert labelled(made(server, allow_unanswered=True))
     assert made(server, allow_unanswered=True).inputs == made(server).inputs == whole.inputs
 
 
@@ -222,18 +227,21 @@ def test_gaps_in_the_labels_of_replies_are_asked_for_once_they_are_not_allowed(s
         return "500" if seen.index(content) < 2 else None
 
     server.plan = plan
-    stages = pipeline.STAGES[:5]
-    pipeline.Run(of_replies(allow_unanswered=True), stages).run()
-    assert failed() == 2 and not pipeline.Run(of_replies(), stages).done("5-analysis")
-    assert pipeline.Run(of_replies(allow_unanswered=True), stages).done("5-analysis")
+
+    def analysing(e: Experiment) -> pipeline.Run:
+        return pipeline.Run(e, [stage.name for stage in pipeline.STAGES[:5]])
+
+    analysing(of_replies(allow_unanswered=True)).run()
+    assert failed() == 2 and not analysing(of_replies()).done(ANALYSIS)
+    assert analysing(of_replies(allow_unanswered=True)).done(ANALYSIS)
     server.plan = lambda content, attempt: None
-    pipeline.Run(of_replies(), stages).run()
-    assert failed() == 0 and pipeline.Run(of_replies(), stages).done("5-analysis")
+    analysing(of_replies()).run()
+    assert failed() == 0 and analysing(of_replies()).done(ANALYSIS)
 
 
 def test_leave_for_gaps_that_was_not_needed_changes_nothing(server: FaultServer) -> None:
     run(experiment(server.base_url, allow_unanswered=True))
-    assert made(server).done("2-annotations")
+    assert labelled(made(server))
     assert made(server).inputs == made(server, allow_unanswered=True).inputs
 
 
@@ -470,7 +478,7 @@ def with_replies(base_url: str) -> Experiment:
 
 def test_the_judge_reads_steered_replies(server: FaultServer) -> None:
     e = with_replies(server.base_url)
-    pipeline.Run(e, pipeline.STAGES).run()
+    pipeline.Run(e).run()
     folder = RESULTS / "5-analysis"
     lines = store.read_lines(RESULTS / "4-steering" / "generations.jsonl")
     judged = records.read_annotations(folder / "judged.jsonl")
@@ -490,18 +498,18 @@ def test_the_judge_reads_steered_replies(server: FaultServer) -> None:
     paid = server.paid.total()
     assert 0 < paid <= len(lines)
     shutil.rmtree(RESULTS)
-    pipeline.Run(e, pipeline.STAGES).run()
+    pipeline.Run(e).run()
     assert server.paid.total() == paid
 
 
 def test_the_plan_estimates_the_judging_of_replies(server: FaultServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY")
     e = with_replies(server.base_url)
-    text = plan.describe(pipeline.Run(e, pipeline.STAGES))
+    text = plan.describe(pipeline.Run(e))
     replies = 2 * (1 + 2 * 2) * 3 * 2  # models x (unsteered + sources x magnitudes) x problems x samples
     assert f"as if every reply were {e.steering.max_new_tokens} tokens" in text and f"{replies} calls to pay" in text
     with pytest.raises(JudgeStopped, match="OPENAI_API_KEY"):  # before the first stage
-        pipeline.Run(e, pipeline.STAGES).run()
+        pipeline.Run(e).run()
     assert not RESULTS.exists()
 
 

@@ -51,7 +51,7 @@ def reduced() -> config.Experiment:
     e.traces.path, e.annotations.judge = tiny.CHAINS, "released"  # a random model never says Wait
     e.vectors.layers, e.vectors.batch_size = (2,), 6
     s = e.steering
-    s.layer, s.layers, s.magnitudes, s.grid_magnitudes = 2, (0, 3), (0.0, 8.0), (0.0, 8.0)
+    s.layer, s.layers, s.magnitudes, s.grid_magnitudes = (2,), (0, 3), (0.0, 8.0), (0.0, 8.0)
     s.limit, s.max_new_tokens, s.batch_size = 2, 4, 32
     e.analysis.batch_size, e.analysis.positions, e.analysis.shown = 6, 8, 2
     return e
