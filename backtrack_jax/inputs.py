@@ -13,6 +13,7 @@ from backtrack_jax.data import records
 from backtrack_jax.data.problems import shipped_problems
 from backtrack_jax.files import store
 from backtrack_jax.files.paths import local_path
+from backtrack_jax.kinds import parse
 from backtrack_jax.models import checkpoint
 from backtrack_jax.models.config import HUB_CONFIGS, ModelConfig
 from backtrack_jax.models.sharding import check_parts
@@ -116,8 +117,10 @@ def _check_vector_files(e: Experiment, role: str, config: ModelConfig) -> None:
             raise ValueError(
                 f"{file} has directions of width {vector.directions.shape[1]}; the {role} model takes {config.d_model}"
             )
+        of_kinds = any(file in parse(kind).names for kind in e.steering.kinds)
         try:
-            vector.unit(e.steering.main_layer)
+            for layer in e.steering.kind_layers if of_kinds else (e.steering.main_layer,):
+                vector.unit(layer)
         except ValueError as error:
             raise ValueError(f"{file}: {error}, which is steering.layer") from error
 

@@ -12,7 +12,6 @@ so they cannot disagree, and padding may stand on either side:
     "hi" may attend to: keys with 0 <= position <= its own
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from enum import StrEnum
@@ -25,7 +24,7 @@ from flax import nnx
 from jax import lax
 from jax.core import Tracer
 
-from backtrack_jax.intervention import Intervention, intervene
+from backtrack_jax.intervention import Intervention
 from backtrack_jax.models.attention import PAD, Attention, KeysValues, KVCache, Past, may_see, rope_tables, write
 from backtrack_jax.models.config import ModelConfig
 from backtrack_jax.models.products import KEPT, cpu_barrier, kept, matmul, random_param, take
@@ -250,11 +249,10 @@ class Decoder(nnx.Module):
         if stop_at_layer is not None:
             _check_stop(stop_at_layer, self.config.n_layers, cache, layers)
         if intervention is not None:
-            intervention.check_shape(len(ids), self.config.n_layers, self.config.d_model)
-            intervention.check_resolved()
+            intervention.check(len(ids), self.config.n_layers, self.config.d_model)
         x = take(self.embed_tokens[...], ids).astype(jnp.float32)
         if intervention is not None:  # a traced span cannot be refused, and must not be left out without a word
-            x = jnp.where(intervention.unresolved[:, None, None], jnp.nan, x)
+            x = jnp.where(intervention.unresolved()[:, None, None], jnp.nan, x)
         # Behind the barrier, or XLA's CPU backend would compute sines anew in every block of a decode step.
         rope = lax.optimization_barrier(rope_tables(jnp.maximum(positions, 0), self.config))
         filled = jnp.zeros((), jnp.int32) if cache is None else cache.filled
@@ -278,13 +276,13 @@ class Decoder(nnx.Module):
             def edit(resid: jax.Array) -> jax.Array:
                 if intervention is None:
                     return resid
-                return intervene(resid, dataclasses.replace(intervention, **values), layer, positions)
+                return intervention.apply(resid, values, layer, positions)
 
             past = None if past_mask is None else Past(cached[0], cached[1], past_mask, slot)
             x, out = block(x, rope, mask, past, edit)
             return x, (out.written or (out.k, out.v), capture(out))
 
-        values = None if intervention is None else intervention.per_layer()
+        values = None if intervention is None else intervention.at_layers()
         cached = None if cache is None else (cache.k, cache.v)
         others = (jnp.arange(self.config.n_layers), cached, values)
         if stop_at_layer is not None:
@@ -392,7 +390,7 @@ def _loop_blocks(
     outs = []
     for layer, block in enumerate(blocks):
         kept = None if cached is None else (cached[0][layer], cached[1][layer])
-        edits = None if values is None else {name: value[layer] for name, value in values.items()}
+        edits = jax.tree.map(lambda value, layer=layer: value[layer], values)
         x, out = step(x, (block, numbers[layer], kept, edits))
         outs.append(out)
     kept, captured = zip(*outs, strict=True)

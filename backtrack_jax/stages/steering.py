@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from backtrack_jax import conditions, extract, generate, inputs, vectors
+from backtrack_jax import conditions, extract, generate, inputs, kinds, vectors
 from backtrack_jax.data import records
 from backtrack_jax.files import store
 from backtrack_jax.files.console import say
@@ -37,7 +37,8 @@ def steer(run: "Run", folder: Path) -> None:
 def _say_what_is_long(target: str, planned: Sequence[records.Condition], readings: conditions.Readings) -> None:
     """Names the longest that is added, if it is longer than the residual stream: replies will hardly be sentences."""
     norm = readings.mean_norm[target]
-    if longest := max((c for c in planned if abs(c.length) > norm[c.layer]), key=lambda c: abs(c.length), default=None):
+    added = [c for c in planned if not kinds.parse(c.kind).ablates]
+    if longest := max((c for c in added if abs(c.length) > norm[c.layer]), key=lambda c: abs(c.length), default=None):
         share = abs(longest.length) / norm[longest.layer]
         say(f"  magnitude {longest.magnitude:g} adds {share:.3g} times the mean residual norm; see steering.unit")
 

@@ -47,7 +47,7 @@ def read_vectors(run: "Run", folder: Path) -> None:
         into_prompt=e.vectors.into_prompt,
     )
     summary: dict[str, Any] = {"labels": found}
-    added = {_SHUFFLED} & set(e.steering.all_kinds) if "4-steering" in run.stages else set()
+    added = {_SHUFFLED} & set(e.steering.names) if "4-steering" in run.stages else set()
     for role in e.roles:
         sums = _sums_of_role(run, folder, role, pairs, plan, wanted | added | {e.vectors.contrast})
         summary[role] = _write_vectors(run, folder, role, sums)
