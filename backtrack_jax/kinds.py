@@ -44,6 +44,7 @@ ACCEPTED = (
 ABLATE = "ablate:"
 """What an entry begins with whose direction is removed."""
 
+_SIGN = re.compile(r"\s+([+-])\s+")
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 
 
@@ -83,7 +84,7 @@ def parse(entry: str) -> Kind:
       ValueError: says what is wrong with the entry; whether its names exist is not known here.
     """
     ablates = entry.startswith(ABLATE)
-    first, *others = re.split(r"\s+([+-])\s+", entry.removeprefix(ABLATE).strip())
+    first, *others = _SIGN.split(entry.removeprefix(ABLATE).lstrip() if ablates else entry)
     signs, terms = ["+", *others[::2]], [first, *others[1::2]]
     kind = Kind(tuple(_part(*signed) for signed in zip(signs, terms, strict=True)), ablates)
     if len(set(kind.names)) < len(kind.names):
@@ -98,7 +99,7 @@ def parse(entry: str) -> Kind:
 
 def is_vector_file(name: str) -> bool:
     """Whether a name, or an entry that is a name alone, is a file, by its suffix."""
-    return name.endswith(VECTOR_SUFFIXES) and parse(name).parts == ((1.0, name),)
+    return name.endswith(VECTOR_SUFFIXES) and not name.startswith(ABLATE) and len(_SIGN.split(name)) == 1
 
 
 def _part(sign: str, text: str) -> tuple[float, str]:
