@@ -127,7 +127,7 @@ def generate(
         last = lax.dynamic_slice_in_dim(state.ids, state.step - 1, 1, axis=1)
         # A row that has stopped goes on as padding: nothing attends to it and nothing is done to it.
         at = jnp.where(state.stopped, PAD, prompt_length + state.step - 1)[:, None]
-        out = model(last, at, cache=state.cache, intervention=intervention, layers=layers)
+        out = decoder(last, at, cache=state.cache, intervention=intervention)
         return record(dataclasses.replace(state, cache=out.cache), out.resid)
 
     def unfinished(state: DecodeState) -> jax.Array:
@@ -135,29 +135,13 @@ def generate(
 
     B = len(ids)
     out = model(ids, positions, intervention=intervention)
-    cache = out.cache.extended(max_new_tokens)
-    layers = None
-    if _one_by_one(model):
-        layers, cache = model.unstacked_layers(), cache.unstacked()
+    decoder, cache = model.for_decoding(out.cache.extended(max_new_tokens))
     nothing = jnp.zeros((B, max_new_tokens), jnp.int32)
     zeros = jnp.zeros(B, jnp.int32)
     start = DecodeState(cache, nothing, jnp.zeros((), jnp.int32), zeros > 0, zeros, zeros == 0)
     at_last = jnp.argmax(positions, axis=1)[:, None, None]  # not the last column where padding stands behind
     last = lax.while_loop(unfinished, decode_step, record(start, jnp.take_along_axis(out.resid, at_last, axis=1)))
     return Generated(last.ids, last.lengths, last.stopped, last.finite)
-
-
-def _one_by_one(model: Decoder) -> bool:
-    """Whether decode steps run the blocks one by one, with a second copy of their weights, and not under a scan.
-
-    Under a scan XLA copies every block's weights and cache out of their stacks at every step, three times the bytes
-    that a step needs; but not on a TPU, where they are read where they lie. The second copy is made once per batch, on
-    a GPU only if it leaves room: if one copy takes no more than a third of its memory.
-    """
-    if jax.default_backend() in ("cpu", "tpu"):
-        return jax.default_backend() == "cpu"
-    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-    return 3 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.layers)) <= memory
 
 
 compiled_generate = jax.jit(generate, static_argnames="max_new_tokens")

@@ -14,8 +14,8 @@ from backtrack_jax.data.problems import shipped_problems
 from backtrack_jax.files import store
 from backtrack_jax.files.paths import local_path
 from backtrack_jax.kinds import parse
-from backtrack_jax.models import checkpoint
-from backtrack_jax.models.config import HUB_CONFIGS, ModelConfig
+from backtrack_jax.models import checkpoint, families
+from backtrack_jax.models.config import ModelConfig
 from backtrack_jax.models.sharding import check_parts
 from backtrack_jax.models.tokenizer import Tokenizer
 
@@ -43,7 +43,7 @@ def architecture(path: str) -> ModelConfig | None:
       ValueError: it is not a Llama that this program implements.
     """
     local = local_path(path)
-    return checkpoint.read_config(local) if local.exists() else HUB_CONFIGS.get(path)
+    return checkpoint.read_config(local) if local.exists() else families.released(path)
 
 
 def problems(e: Experiment) -> list[records.Problem]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 
-import jax
 import jax.numpy as jnp
 
 from backtrack_jax import conditions
@@ -11,7 +10,7 @@ from backtrack_jax.config import Experiment
 from backtrack_jax.data import records
 from backtrack_jax.files import store
 from backtrack_jax.inputs import architecture, data_path, problems, spread
-from backtrack_jax.models.attention import cache_dtype
+from backtrack_jax.models import ops
 from backtrack_jax.models.batching import bucket
 from backtrack_jax.models.config import ModelConfig
 from backtrack_jax.pipeline import STAGES, Run
@@ -204,7 +203,7 @@ def _sampling(e: Experiment, role: str, rows: int, prompt_tokens: int, new_token
     if config is None:
         return [*lines, f"  memory: unknown until {e.model(role).path} is here"]
     prompt, parts, rows_at_once = bucket(prompt_tokens), e.model_parallel, -(-batch_size // e.data_parallel)
-    cached = cache_dtype(jnp.dtype(e.model(role).dtype)).itemsize
+    cached = ops.cache_dtype(jnp.dtype(e.model(role).dtype)).itemsize
     per_token = 2 * config.n_layers * config.n_kv_heads // parts * config.head_dim * cached
     cache, logits = rows_at_once * (prompt + new_tokens) * per_token, 3 * 4 * rows_at_once * config.vocab_size // parts
     # Its own keys and values, before they are moved into the cache, and a block's activations: as compiled for a TPU.
@@ -217,7 +216,7 @@ def _sampling(e: Experiment, role: str, rows: int, prompt_tokens: int, new_token
         *lines,
         f"  {_memory(e)}: weights {_weights(e, role, config)}, cache {_gigabytes(cache)}, "
         f"prefill {_gigabytes(prefill)}, interventions and logits {_gigabytes(rows_bytes + logits)}"
-        + room.get(jax.default_backend(), f", second copy of the blocks {second} if there is room"),
+        + room.get(ops.target().platform, f", second copy of the blocks {second} if there is room"),
     ]
 
 
@@ -240,7 +239,7 @@ def _weights(e: Experiment, role: str, config: ModelConfig) -> str:
 def _memory(e: Experiment) -> str:
     """What the sizes are of: programs of a CPU hold another cache than those of a GPU."""
     devices = e.data_parallel * e.model_parallel
-    return f"memory on {f'each of {devices} devices, ' if devices > 1 else ''}{jax.default_backend()}"
+    return f"memory on {f'each of {devices} devices, ' if devices > 1 else ''}{ops.target().platform}"
 
 
 def _gigabytes(size: int) -> str:

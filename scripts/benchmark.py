@@ -9,9 +9,8 @@ Prints tables; the last line of stdout is all of it as JSON. The exit status is 
 that is not installed is reported as absent.
 
 Tasks
-  matmul   GFLOP/s that torch and JAX reach on the model's MLP product, for the rows of a prefill and of a decode step.
-           With the model's count of operations they give a floor, the time that its products alone need at these
-           speeds. A program's share of the floor is floor / measured time.
+  matmul   GFLOP/s that torch and JAX reach on the model's MLP product, for the rows of a prefill, of a decode step and
+           of an extraction.
   sweep    Steered greedy sampling: prompts x magnitudes, one vector at one layer, added at every position, prompt
            included; no early stop. Speeds are new tokens per second, prefill included.
   extract  Activations of all layers. This package sums 24 offsets x 6 labels, all that an experiment needs; the others
@@ -20,7 +19,7 @@ Tasks
   lora     The same on adapters of rank 8 alone.
 
 Programs
-  ours_*   this package: `generate_rows` in one batch, `window_sums`, `train.make_step`.
+  ours_*   this package: `generate_rows` in one batch, `window_sums`, `fit.make_step`.
   hf_*     transformers: `generate` in one batch with a hook that adds to each row its own vector; the model without
            its unembedding with `output_hidden_states`, in the same batches as ours; training with torch's autocast and
            AdamW, and PEFT's adapters.
@@ -51,13 +50,12 @@ from typing import Any
 
 import numpy as np
 from absl import app, flags
-from benchmark_programs import DTYPES, PRODUCTS, Work, cores, shape_name
+from benchmark_programs import DTYPES, PRODUCTS, Work, cores
 
 from backtrack_jax.config import VectorSpec
 from backtrack_jax.data.problems import shipped_problems
 from backtrack_jax.data.records import LABELS
 from backtrack_jax.models import checkpoint, gguf
-from backtrack_jax.models.config import ModelConfig
 from backtrack_jax.models.tokenizer import Tokenizer
 
 TASKS = ("matmul", "sweep", "extract", "finetune", "lora")
@@ -126,7 +124,7 @@ def benchmark() -> dict[str, Any]:
         print(f"{name.replace('_', ' ')}: {value}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        config, work = make_work(folder)
+        work = make_work(folder)
         report["settings"]["layer"] = work.layer
         for task in (task for task in TASKS if task in FLAGS.tasks):
             names = list(PRODUCTS) if task == "matmul" else sorted(FLAGS.programs, key=_references_first)
@@ -136,7 +134,7 @@ def benchmark() -> dict[str, Any]:
                 print_products(results)
                 continue
             report["faults"] += compare(task, results, folder)
-            add_ratios(results, floors(task, config, work, report.get("matmul", {})))
+            add_ratios(results)
             print_speeds(task, results)
     return report
 
@@ -159,7 +157,7 @@ def settings() -> dict[str, Any]:
     return {flag.name: flag.value for flag in FLAGS.get_key_flags_for_module(sys.argv[0])}
 
 
-def make_work(folder: Path) -> tuple[ModelConfig, Work]:
+def make_work(folder: Path) -> Work:
     """Finds the model, draws the work, and writes it to the folder."""
     path = checkpoint.resolve(FLAGS.model)
     config = checkpoint.read_config(path)
@@ -203,7 +201,7 @@ def make_work(folder: Path) -> tuple[ModelConfig, Work]:
         products=[(count, config.d_model, config.d_mlp) for count in counts],
     )
     (folder / "work.json").write_text(json.dumps(dataclasses.asdict(work)))
-    return config, work
+    return work
 
 
 def hf_folder(path: Path, folder: Path) -> Path:
@@ -260,34 +258,8 @@ def compare(task: str, results: dict[str, dict[str, Any]], folder: Path) -> list
     return faults
 
 
-def floors(task: str, config: ModelConfig, work: Work, products: Mapping[str, Any]) -> dict[str, float]:
-    """Most tokens per second that the products of the model alone allow, by dtype; empty without `matmul`."""
-    prefill, decode, extract = map(shape_name, work.products)
-
-    def operations(first: int, stop: int, unembedded: int) -> int:
-        """Of the tokens at positions [first, stop), the last `unembedded` of which get logits."""
-        return sum(config.flops_per_token(t + 1, unembed=t >= stop - unembedded) for t in range(first, stop))
-
-    found = {}
-    measured = [result for result in products.values() if measured_only(result)]
-    for dtype in DTYPES.values() if measured else ():
-        gflops = {shape: max(result[dtype][shape] for result in measured) for shape in measured[0][dtype]}
-        if task in ("finetune", "lora"):
-            T, passes = len(work.sequences[0]), {"finetune": 3, "lora": 2}[task]
-            speed = gflops[shape_name(work.products[-1], task == "finetune")]
-            found[dtype] = T * speed * 1e9 / (passes * operations(0, T, T))
-        elif task == "extract":
-            T = len(work.sequences[0])
-            found[dtype] = T * gflops[extract] * 1e9 / operations(0, T, 0)
-        else:
-            T, G = len(work.prompts[0]), work.new_tokens
-            seconds = operations(0, T, 1) / gflops[prefill] + operations(T, T + G - 1, G - 1) / gflops[decode]
-            found[dtype] = G * 1e9 / seconds
-    return found
-
-
-def add_ratios(results: Mapping[str, dict[str, Any]], limits: Mapping[str, float]) -> None:
-    """Adds speeds as multiples of the better Hugging Face one, of that in the same dtype, of nnsight's; the floor."""
+def add_ratios(results: Mapping[str, dict[str, Any]]) -> None:
+    """Adds speeds as multiples of the better Hugging Face one, of that in the same dtype, and of nnsight's."""
     speeds = {name: result["tokens_per_s"] for name, result in results.items() if measured_only(result)}
     hf = {name: speed for name, speed in speeds.items() if name.startswith("hf_")}
     same_hf = {full: hf.get(f"hf_{short}") for short, full in DTYPES.items()}
@@ -296,8 +268,6 @@ def add_ratios(results: Mapping[str, dict[str, Any]], limits: Mapping[str, float
         others = {"hf": max(hf.values(), default=None), "hf_same_dtype": same_hf[result["dtype"]]}
         others["nnsight"] = speeds.get("nnsight")
         result |= {f"times_{other}": value and speed / value for other, value in others.items()}
-        limit = limits.get(result["dtype"])
-        result |= {"floor_s": limit and result["tokens"] / limit, "share_of_floor": limit and speed / limit}
 
 
 def print_products(results: Mapping[str, Any]) -> None:
@@ -319,8 +289,8 @@ def print_speeds(task: str, results: Mapping[str, Any]) -> None:
         "finetune": f"finetune all weights on {FLAGS.batch} x {FLAGS.sequence_tokens} tokens a step",
         "lora": f"finetune adapters of rank 8 on {FLAGS.batch} x {FLAGS.sequence_tokens} tokens a step",
     }[task]
-    times = ("times_hf", "times_hf_same_dtype", "times_nnsight", "share_of_floor")
-    amounts = ("floor_s", "warm_up_s", "load_s", "peak_gb", "busy_cores")
+    times = ("times_hf", "times_hf_same_dtype", "times_nnsight")
+    amounts = ("warm_up_s", "load_s", "peak_gb", "busy_cores")
     agreement = {
         "sweep": ("logits_difference", "same_rows"),
         "extract": ("sums_difference",),

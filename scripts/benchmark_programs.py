@@ -9,7 +9,6 @@ package are imported where they are used: a process that measures the one must n
 import dataclasses
 import itertools
 import json
-import math
 import os
 import re
 import resource
@@ -48,7 +47,7 @@ class Work:
       copies: of the model in this program, among which the rows of a batch are divided.
       nnsight_rows: rows and sequences that nnsight runs.
       repeats: timed runs.
-      products: (rows, in, out) of the matrix products to time; the last one with its gradients too.
+      products: (rows, in, out) of the matrix products to time.
     """
 
     model: str
@@ -312,6 +311,7 @@ def ours_training(work: Work, dtype: str, rank: int) -> tuple[Callable[[], float
     from backtrack_jax.models import checkpoint
     from backtrack_jax.training import fit as train
     from backtrack_jax.training import lora
+    from backtrack_jax.training.packing import Tokens, pack
 
     model = checkpoint.load(work.model, dtype if rank else "float32")  # as scripts/finetune.py does
     optimizer = optax.adamw(LEARNING_RATE, weight_decay=0.0)
@@ -323,7 +323,7 @@ def ours_training(work: Work, dtype: str, rank: int) -> tuple[Callable[[], float
     state = train.new_state(params, optimizer, frozen)
     step = train.make_step(build, optimizer, jnp.dtype(dtype))
     sequences = work.sequences[: work.batch]
-    rows = train.pack([train.Tokens(ids) for ids in sequences], len(sequences[0]))
+    rows = pack([Tokens(ids) for ids in sequences], len(sequences[0]))
 
     def run() -> float:
         nonlocal state
@@ -385,7 +385,7 @@ def jax_product(m: int, k: int, n: int, dtype: str) -> Callable[[int], object]:
     """A function that multiplies [m, k] x [k, n] so many times, as this package's model does."""
     import jax
 
-    from backtrack_jax.models.products import matmul
+    from backtrack_jax.models.ops import matmul
 
     x, w = (jax.random.normal(jax.random.key(0), shape).astype(dtype) for shape in ((m, k), (k, n)))
     return _again_and_again(matmul, x, w)
@@ -423,55 +423,17 @@ def torch_product(m: int, k: int, n: int, dtype: str) -> Callable[[int], object]
     return run
 
 
-def jax_product_and_gradients(m: int, k: int, n: int, dtype: str) -> Callable[[int], object]:
-    """The same with the products that give the gradients of both factors, over rows of tokens as in a training step."""
-    import jax
-    import jax.numpy as jnp
-
-    from backtrack_jax.models.products import matmul
-
-    rows = (m // math.gcd(m, 512), math.gcd(m, 512))
-    x, w = (jax.random.normal(jax.random.key(0), shape).astype(dtype) for shape in ((*rows, k), (k, n)))
-    y = jnp.ones((*rows, n))
-
-    def product(x: jax.Array, w: jax.Array, y: jax.Array) -> Any:
-        found, gradients = jax.vjp(matmul, x, w)
-        return found, gradients(y)
-
-    return _again_and_again(product, x, w, y)
-
-
-def torch_product_and_gradients(m: int, k: int, n: int, dtype: str) -> Callable[[int], object]:
-    """The same with the products that give the gradients of both factors."""
-    import torch
-
-    on = "cuda" if torch.cuda.is_available() else "cpu"
-    x, w = (torch.randn(s, device=on).to(getattr(torch, dtype)).requires_grad_() for s in ((m, k), (n, k)))
-    y = torch.ones(m, n, device=on, dtype=x.dtype)
-
-    def run(times: int) -> None:
-        for _ in range(times):
-            torch.autograd.grad(torch.nn.functional.linear(x, w), (x, w), y)
-        if on == "cuda":
-            torch.cuda.synchronize()
-
-    return run
-
-
 def cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-PRODUCTS = {
-    "torch": (torch_product, torch_product_and_gradients),
-    "jax": (jax_product, jax_product_and_gradients),
-}
+PRODUCTS = {"torch": torch_product, "jax": jax_product}
 
 
-def shape_name(shape: Sequence[int], gradients: bool = False) -> str:
-    """Such as 64x576x1536, or 64x576x1536+gradients."""
-    return "x".join(map(str, shape)) + ("+gradients" if gradients else "")
+def shape_name(shape: Sequence[int]) -> str:
+    """Such as 64x576x1536."""
+    return "x".join(map(str, shape))
 
 
 def measure(task: str, name: str, folder: Path) -> None:
@@ -480,7 +442,7 @@ def measure(task: str, name: str, folder: Path) -> None:
     start = time.perf_counter()
     try:
         if task == "matmul":
-            result = measure_products(*PRODUCTS[name], work)
+            result = measure_products(PRODUCTS[name], work)
         elif task in RANKS:
             result = measure_training(task, name, work, folder) | {"peak_gb": peak_gb()}
         else:
@@ -493,19 +455,15 @@ def measure(task: str, name: str, folder: Path) -> None:
     (folder / f"{task}.{name}.json").write_text(json.dumps(result))
 
 
-def measure_products(
-    multiplier: Callable[..., Callable[[int], object]], trainer: Callable[..., Callable[[int], object]], work: Work
-) -> dict[str, dict[str, float]]:
+def measure_products(multiplier: Callable[..., Callable[[int], object]], work: Work) -> dict[str, dict[str, float]]:
     """GFLOP/s by dtype and shape, of the fastest of five runs of about a tenth of a second."""
     found: dict[str, dict[str, float]] = {dtype: {} for dtype in DTYPES.values()}
-    shapes = [(tuple(shape), False) for shape in work.products] + [(tuple(work.products[-1]), True)]
-    for dtype, (shape, gradients) in itertools.product(found, dict.fromkeys(shapes)):
-        multiply = (trainer if gradients else multiplier)(*shape, dtype)
+    for dtype, shape in itertools.product(found, dict.fromkeys(map(tuple, work.products))):
+        multiply = multiplier(*shape, dtype)
         multiply(1)
         times = int(np.clip(0.1 / timed(lambda m=multiply: m(1))["s"], 1, 100))
         best = min(timed(lambda m=multiply, t=times: m(t))["s"] for _ in range(5))
-        operations = times * (6 if gradients else 2) * np.prod(shape)
-        found[dtype][shape_name(shape, gradients)] = operations / best / 1e9
+        found[dtype][shape_name(shape)] = 2 * times * np.prod(shape) / best / 1e9
     return found
 
 

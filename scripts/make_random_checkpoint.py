@@ -26,25 +26,12 @@ import ml_dtypes
 import numpy as np
 from absl import app, flags
 
-from backtrack_jax.models import checkpoint
-from backtrack_jax.models.config import Llama3RopeScaling, ModelConfig
+from backtrack_jax.models import checkpoint, families
+from backtrack_jax.models.config import ModelConfig
+from backtrack_jax.models.families.llama import LLAMA_3_1_8B
 from backtrack_jax.models.safetensors import LazyTensor
 
-PRESETS = {
-    "llama-3.1-8b": ModelConfig(
-        vocab_size=128256,
-        d_model=4096,
-        d_mlp=14336,
-        n_layers=32,
-        n_heads=32,
-        n_kv_heads=8,
-        head_dim=128,
-        norm_eps=1e-5,
-        rope_theta=500000.0,
-        rope_scaling=Llama3RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192),
-        tied=False,
-    )
-}
+PRESETS = {"llama-3.1-8b": LLAMA_3_1_8B}
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 FLAGS = flags.FLAGS
@@ -66,7 +53,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("give --out and one of --preset and --config_json, or --load")
     if FLAGS.seed < 0 or FLAGS.shard_gb <= 0:
         raise app.UsageError(f"--seed={FLAGS.seed} --shard_gb={FLAGS.shard_gb}, expected at least 0, and more than 0")
-    config = PRESETS[FLAGS.preset] if FLAGS.preset else ModelConfig.from_file(Path(FLAGS.config_json))
+    config = PRESETS[FLAGS.preset] if FLAGS.preset else families.from_hf_file(Path(FLAGS.config_json))
     write(config, Path(FLAGS.out), FLAGS.seed, int(FLAGS.shard_gb * 1e9))
 
 

@@ -21,9 +21,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from backtrack_jax.files.console import ends_in_one_line
 
 from backtrack_jax.files import store
+from backtrack_jax.files.console import ends_in_one_line
 from backtrack_jax.intervention import Intervention, add_vector, gaussian_noise, no_intervention, self_amplify
 from backtrack_jax.models import checkpoint
 from backtrack_jax.organism import corpus, measure

@@ -1,6 +1,6 @@
 """Trains the small pair from a seed: tokenizer, base model, reasoning model.
 
-    python scripts/train_organism.py --out=results/pair              # as shipped; at most 15 minutes on 2 quiet cores
+    python scripts/train_organism.py --out=results/pair              # as shipped; at most 8 minutes on 2 quiet cores
     python scripts/train_organism.py --out=results/pair2 --seed=2    # another pair of the same recipe
 
 Checkpoints are kept under OUT/checkpoints; the same command goes on where a killed one was, to the same weights bit for
@@ -20,18 +20,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from backtrack_jax.files.console import Help, ends_in_one_line
 from flax import nnx
 
 from backtrack_jax.files import store
+from backtrack_jax.files.console import Help, ends_in_one_line
 from backtrack_jax.intervention import no_intervention
-from backtrack_jax.models import checkpoint, prompts
+from backtrack_jax.models import checkpoint, ops, prompts
 from backtrack_jax.models.config import ModelConfig
 from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.models.tokenizer import Tokenizer
 from backtrack_jax.organism import corpus, grammar, vocabulary
 from backtrack_jax.organism.measure import LONGEST, PROMPT, Cell, Pair, cell
 from backtrack_jax.training import fit as train
+from backtrack_jax.training.packing import Batch, Tokens, pack
 
 ROW = 240  # tokens: a problem and its reply; the few that are longer are left out
 
@@ -78,30 +79,31 @@ def architecture(vocab_size: int) -> ModelConfig:
     )
 
 
-def packed_corpus(tokenizer: Tokenizer, process: grammar.Process, stories: float, rows: int, seed: int) -> train.Batch:
+def packed_corpus(tokenizer: Tokenizer, process: grammar.Process, stories: float, rows: int, seed: int) -> Batch:
     """Rows of documents of a process. Problems are only read: what they are about is chance, and would be noise."""
     documents = corpus.documents(process, seed, stories=stories)
     texts = (tokens_of(tokenizer, document) for document in itertools.islice(documents, 2 * rows))
-    batch = train.pack([text for text in texts if len(text.ids) <= ROW], ROW)
-    return train.Batch(*(array[:rows] for array in batch))
+    batch = pack([text for text in texts if len(text.ids) <= ROW], ROW)
+    return Batch(*(array[:rows] for array in batch))
 
 
-def tokens_of(tokenizer: Tokenizer, document: corpus.Document) -> train.Tokens:
+def tokens_of(tokenizer: Tokenizer, document: corpus.Document) -> Tokens:
     """A document as both models read and write it."""
     assert tokenizer.bos_id is not None
     if document.problem is None:
-        return train.Tokens([tokenizer.bos_id, *tokenizer.encode(document.answer), *tokenizer.stop_ids])
+        return Tokens([tokenizer.bos_id, *tokenizer.encode(document.answer), *tokenizer.stop_ids])
     prompt = prompts.prompt_ids(tokenizer, document.problem.problem, PROMPT)
-    return train.Tokens([*prompt, *tokenizer.encode(document.reply), *tokenizer.stop_ids], len(prompt))
+    return Tokens([*prompt, *tokenizer.encode(document.reply), *tokenizer.stop_ids], len(prompt))
 
 
 def train_model(
-    model: Decoder, rows: train.Batch, rates: tuple[float, float], steps: int, recipe: Recipe, **rest: Any
+    model: Decoder, rows: Batch, rates: tuple[float, float], steps: int, recipe: Recipe, **rest: Any
 ) -> Decoder:
     """One training run with Muon and AdamW; see `train.fit` for the rest."""
     optimizer = train.muon(*(train.warmup_cosine(rate, steps) for rate in rates))
     params, build = train.trainable(model)
-    step = train.make_step(build, optimizer, jnp.dtype(jnp.bfloat16))
+    # On a CPU in float32, which is fast there.
+    step = train.make_step(build, optimizer, None if ops.target().platform == "cpu" else jnp.dtype(jnp.bfloat16))
     state = train.new_state(params, optimizer)
     r = recipe
     state, _ = train.fit(step, state, rows, steps=steps, batch_size=r.batch_size, save_every=r.save_every, **rest)

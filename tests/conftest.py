@@ -16,23 +16,11 @@ from backtrack_jax import pipeline
 LONGEST = (
     "test_pipeline.py",
     "test_readme.py",
-    "test_accelerator.py",
     "test_label_stage.py",
     "test_train.py",
     "test_generate.py",
     "test_sharding.py",
 )
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """Makes `--as-accelerator` known; see test_accelerator.py."""
-    parser.addoption("--as-accelerator", action="store_true", help="run the lines that are for accelerators, on a CPU")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Tells the package that it is not on a CPU; JAX itself asks elsewhere."""
-    if config.getoption("--as-accelerator"):
-        jax.default_backend = lambda: "gpu"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
-MEASURED = ("tokens_per_s", "runs_s", "warm_up_s", "load_s", "peak_gb", "busy_cores", "device", "threads", "floor_s")
+MEASURED = ("tokens_per_s", "runs_s", "warm_up_s", "load_s", "peak_gb", "busy_cores", "device", "threads")
 
 
 def write_model(folder: Path) -> Path:

@@ -19,6 +19,8 @@ from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.training import fit as train
 from backtrack_jax.training import lora as lora_
 from backtrack_jax.training.lora import Lora
+from backtrack_jax.training.loss import cross_entropy
+from backtrack_jax.training.packing import Tokens, pack
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +59,11 @@ def test_only_targets_change_and_by_the_given_rank(model: Decoder) -> None:
     lora = Lora(rank=2, alpha=6.0, targets=("q_proj", "down_proj"))
     adapters = trained(model, lora)
     merged = merged_with(model, adapters, lora)
-    difference = np.asarray(merged.layers.self_attn.q_proj[...] - model.layers.self_attn.q_proj[...])
+    difference = np.asarray(merged.layers.self_attn.q_proj.weight[...] - model.layers.self_attn.q_proj.weight[...])
     pair = adapters["self_attn.q_proj"]
     np.testing.assert_allclose(difference, 3.0 * np.asarray(pair["A"] @ pair["B"]), atol=1e-5)
     assert np.linalg.matrix_rank(difference[0], tol=1e-4) == 2
-    np.testing.assert_array_equal(merged.layers.mlp.up_proj[...], model.layers.mlp.up_proj[...])
+    np.testing.assert_array_equal(merged.layers.mlp.up_proj.weight[...], model.layers.mlp.up_proj.weight[...])
 
 
 def test_unknown_targets_and_ranks_are_refused() -> None:
@@ -207,10 +209,10 @@ def test_adapters_beside_the_weights_compute_what_the_folded_model_does(model: D
     lora = Lora(rank=3, alpha=5.0)
     adapters = trained(model, lora)
     ids = np.random.default_rng(1).integers(0, 40, 24)
-    batch = train.pack([train.Tokens(ids[:14].tolist()), train.Tokens(ids[14:].tolist())], 16)
+    batch = pack([Tokens(ids[:14].tolist()), Tokens(ids[14:].tolist())], 16)
 
     def loss(adapters: lora_.Adapters, build: Callable[[Decoder], Decoder]) -> jax.Array:
-        return train.cross_entropy(build(lora_.attach(model, adapters, lora)), batch)[0]
+        return cross_entropy(build(lora_.attach(model, adapters, lora)), batch)[0]
 
     beside, folded = (jax.value_and_grad(loss)(adapters, build) for build in (lambda attached: attached, lora_.fold))
     np.testing.assert_allclose(beside[0], folded[0], rtol=1e-5)
@@ -223,7 +225,7 @@ def test_adapters_train_beside_16_bit_weights_that_stay_as_they_are(folder: Path
     before = weights(model)
     params, frozen, build = lora_.trainable(model, Lora(rank=2), jax.random.key(0))
     optimizer = optax.adam(0.01)
-    batch = train.pack([train.Tokens([1, 2, 3, 4, 5, 6, 7])], 8)
+    batch = pack([Tokens([1, 2, 3, 4, 5, 6, 7])], 8)
     step = train.make_step(build, optimizer)
     state = train.new_state(params, optimizer, frozen)
     losses = []
@@ -237,12 +239,12 @@ def test_adapters_train_beside_16_bit_weights_that_stay_as_they_are(folder: Path
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype("float32")}
 
 
-def test_a_step_holds_no_second_copy_of_the_16_bit_weights() -> None:
+def test_a_step_holds_no_second_copy_of_the_frozen_weights() -> None:
     config = dataclasses.replace(CONFIG, d_model=64, d_mlp=512, n_layers=12)
-    model = nnx.eval_shape(lambda: Decoder(config, jnp.dtype(jnp.bfloat16), rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     params, frozen, build = lora_.trainable(model, Lora(rank=1), jax.random.key(0))
     optimizer = optax.sgd(0.01)
-    batch = train.pack([train.Tokens([1, 2, 3, 4])], 4)
+    batch = pack([Tokens([1, 2, 3, 4])], 4)
     step: Any = jax.jit(train.make_step(build, optimizer))
     memory = step.lower(train.new_state(params, optimizer, frozen), batch).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 0.5 * sum(

@@ -67,14 +67,14 @@ def torch_copy(model: Decoder) -> transformers.LlamaForCausalLM:
     ).eval()
     reference.set_attn_implementation("eager")
     assert model.lm_head is not None
-    weights = {"model.embed_tokens": model.embed_tokens, "model.norm": model.norm.weight, "lm_head": model.lm_head}
-    arrays = {f"{name}.weight": np.asarray(param[...]) for name, param in weights.items()}
+    modules = {"model.embed_tokens": model.embed_tokens, "model.norm": model.norm, "lm_head": model.lm_head}
+    arrays = {f"{name}.weight": np.asarray(module.weight[...]) for name, module in modules.items()}
     for part, names in {
         "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
         "mlp": ("gate_proj", "up_proj", "down_proj"),
     }.items():
         for name in names:
-            for i, weight in enumerate(np.asarray(getattr(getattr(model.layers, part), name)[...])):
+            for i, weight in enumerate(np.asarray(getattr(getattr(model.layers, part), name).weight[...])):
                 arrays[f"model.layers.{i}.{part}.{name}.weight"] = weight.T
     for name in ("input_layernorm", "post_attention_layernorm"):
         for i, weight in enumerate(np.asarray(getattr(model.layers, name).weight[...])):

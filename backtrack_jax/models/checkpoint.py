@@ -1,4 +1,4 @@
-"""Weights from Hugging Face folders and hub ids, GGUF files and Orbax folders into a `Llama`, and back.
+"""Weights from Hugging Face folders and hub ids, GGUF files and Orbax folders into a `Decoder`, and back.
 
 A checkpoint that is not understood in full is refused, with all its faults in one message, before any weight is read.
 Two kinds of superfluous tensors are known and accepted: `rotary_emb.inv_freq` of old files, which the configuration
@@ -30,7 +30,7 @@ from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
 from backtrack_jax.files.paths import local_path
-from backtrack_jax.models import gguf, safetensors
+from backtrack_jax.models import families, gguf, safetensors
 from backtrack_jax.models.config import ModelConfig
 from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.models.safetensors import LazyTensor
@@ -45,7 +45,7 @@ _HUB_FILES, _HUB_WEIGHTS = ["*.json", "*.jinja"], ["model*.safetensors"]
 _EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _HARMLESS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 _COMPARED_ROWS = 4096
-_ALIGNMENT = 64  # bytes, of memory that XLA takes over
+_ALIGNMENT = 64  # bytes, of memory that JAX takes over
 _TILE = 256  # rows and columns: two tiles fit into a core's cache
 
 Keys = tuple[str, ...]  # of a weight in the model
@@ -104,14 +104,14 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
 
     Raises:
       FileNotFoundError: there is no checkpoint.
-      ValueError: it is not a Llama that this program implements.
+      ValueError: it is not a model that this program implements.
     """
     path = Path(path)
     if path.suffix == ".gguf":
         return gguf.open_gguf(path)[0]
     if not (path / _CONFIG).is_file():
         raise FileNotFoundError(f"{path} is no checkpoint: it has no {_CONFIG} and is no .gguf file{_others(path)}")
-    return ModelConfig.from_file(path / _CONFIG)
+    return families.from_hf_file(path / _CONFIG)
 
 
 def check(path: str | os.PathLike[str]) -> None:
@@ -236,7 +236,7 @@ def save_orbax(model: Decoder, folder: str | os.PathLike[str]) -> None:
 
 
 def _write_config(config: ModelConfig, folder: Path) -> None:
-    (folder / _CONFIG).write_text(json.dumps(config.to_hf(), indent=2) + "\n")
+    (folder / _CONFIG).write_text(json.dumps(families.to_hf(config), indent=2) + "\n")
 
 
 def _open(path: Path) -> tuple[ModelConfig, Mapping[str, LazyTensor]]:
@@ -316,7 +316,7 @@ def _abstract(config: ModelConfig, dtype: jnp.dtype) -> Decoder:
 
 @functools.cache
 def _shapes(config: ModelConfig) -> Mapping[Keys, tuple[int, ...]]:
-    """Path such as ("layers", "mlp", "up_proj") to shape; it leads with L if the path starts with `layers`."""
+    """Path such as ("layers", "mlp", "up_proj", "weight") to shape; of `layers` with a leading axis L."""
     return {path: weight.shape for path, weight in _weights(_abstract(config, jnp.dtype(jnp.float32))).items()}
 
 
@@ -336,8 +336,8 @@ def _flat(tree: Mapping[str, Any]) -> dict[Keys, Any]:
 
 
 def _hf_names(path: Keys, n_layers: int) -> list[str]:
-    """Hugging Face's names of what a weight holds: one per layer, or one."""
-    stem = ".".join(path).removesuffix(".weight") + ".weight"
+    """Hugging Face's names of what a weight holds, which are the paths of modules here: one per layer, or one."""
+    stem = ".".join(path)
     if path[0] == "layers":
         return [f"model.layers.{layer}.{stem.removeprefix('layers.')}" for layer in range(n_layers)]
     return [stem if path[0] == "lm_head" else f"model.{stem}"]
@@ -453,7 +453,7 @@ def _read_weight(
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Uninitialised memory that JAX on CPU uses as it is; elsewhere it makes a copy."""
+    """Uninitialised memory that JAX uses as it is where it computes in the host's memory; elsewhere it makes a copy."""
     n_bytes = math.prod(shape) * dtype.itemsize
     buffer = np.empty(n_bytes + _ALIGNMENT, np.uint8)
     offset = -buffer.ctypes.data % _ALIGNMENT

@@ -1,4 +1,4 @@
-"""Llama models in GGUF files, the format of llama.cpp: metadata, dequantised tensors, and the q/k permutation undone.
+"""Models in GGUF files, the format of llama.cpp: metadata, dequantised tensors, and the q/k permutation undone.
 
 The header is read here rather than by `gguf.GGUFReader`, which takes seconds for a vocabulary of 49,152 tokens (and
 maps the whole file for as long as it lives); the dequantisation is that of the `gguf` package.
@@ -19,8 +19,10 @@ import ml_dtypes
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequantize
 
+from backtrack_jax.models import families
 from backtrack_jax.models.attention import rope_frequencies
 from backtrack_jax.models.config import Llama3RopeScaling, ModelConfig
+from backtrack_jax.models.families.base import Family, GgufNames
 from backtrack_jax.models.safetensors import LazyTensor
 
 _STORED_AS_IS = {
@@ -50,52 +52,26 @@ _SCALARS = {
 }
 _VERSIONS = (2, 3)
 
-# GGUF's names of tensors, in a block and outside of blocks, and Hugging Face's.
-_IN_BLOCK = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_OUTSIDE = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
 _ROPE_FACTORS = "rope_freqs.weight"
 
-_PREFIXES = ("llama.", "split.", "adapter.")  # of the keys that may change the model; who made the file, say, does not
+# Keys of any family, behind its prefix. Which others are accepted is said by its `GgufNames`.
 _REQUIRED = (
-    "llama.block_count",
-    "llama.embedding_length",
-    "llama.feed_forward_length",
-    "llama.attention.head_count",
-    "llama.attention.layer_norm_rms_epsilon",
+    "block_count",
+    "embedding_length",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.layer_norm_rms_epsilon",
 )
 _OPTIONAL = (
-    "llama.attention.head_count_kv",
-    "llama.attention.key_length",
-    "llama.attention.value_length",
-    "llama.context_length",  # changes nothing here
-    "llama.rope.dimension_count",
-    "llama.rope.freq_base",
-    "llama.tensor_data_layout",  # says that q and k are permuted, as they are in every file
-    "llama.vocab_size",
-    "split.no",
-    "split.tensors.count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "vocab_size",
 )
-# Keys of which some values, those of a model in one file as it is implemented here, are accepted.
-_ACCEPTED = {
-    "llama.expert_count": (0,),
-    "llama.expert_used_count": (0,),
-    "llama.rope.scaling.type": ("none",),
-    "split.count": (0, 1),
-}
+_OTHER_PREFIXES = ("split.", "adapter.")  # of the keys that may change the model; who made the file, say, does not
+_SPLIT = {"split.no": None, "split.tensors.count": None, "split.count": (0, 1)}  # a model in one file
 _DEFAULT_ROPE_THETA = 10000.0  # llama.cpp's, where the file says nothing
 
 
@@ -228,24 +204,28 @@ def _parse_header(cursor: _Cursor) -> GgufHeader:
 
 
 def open_gguf(path: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, LazyTensor]]:
-    """Reads a Llama's configuration and lists its tensors under their Hugging Face names.
+    """Reads a model's configuration and lists its tensors under their Hugging Face names.
 
     Tensors stored as F32, F16 or BF16 keep that dtype; quantised ones are float32 when read. The rows of `q_proj` and
-    `k_proj`, which llama.cpp reorders for its rotary embedding, are back in Hugging Face's order.
+    `k_proj`, where llama.cpp reorders them for its rotary embedding, are back in Hugging Face's order.
 
     Args:
       path: the file.
 
     Returns:
-      The configuration, and name to tensor. Tensors that a Llama does not have keep their GGUF name.
+      The configuration, and name to tensor. Tensors that the family does not have keep their GGUF name.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file is damaged, or its model is none that is implemented; names every key and tensor at fault.
+      ValueError: the file is damaged, or its model is not one that is implemented; names every key and tensor at fault.
     """
     path = Path(path)
     metadata, tensors = read_header(path)
-    faults = _metadata_faults(metadata)
+    try:
+        family = families.of_gguf(metadata.get("general.architecture"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    faults = _metadata_faults(metadata, family.gguf)
     faults += [
         f"tensor {name} is stored as {tensor.kind.name}, expected one of "
         f"{sorted(kind.name for kind in _QUANTIZED | _STORED_AS_IS.keys())}"
@@ -255,76 +235,92 @@ def open_gguf(path: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, Lazy
     if "token_embd.weight" not in tensors:
         faults.append("there is no tensor token_embd.weight")
     if faults:
-        raise ValueError(f"{path} is not a Llama that this program implements:\n  " + "\n  ".join(faults))
+        raise ValueError(f"{path} is not a {family.name} model that this program implements:\n  " + "\n  ".join(faults))
     try:
-        config = _config(metadata, tensors, path)
+        config = _config(family, metadata, tensors, path)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    heads = {"attn_q": config.n_heads, "attn_k": config.n_kv_heads}
+    heads = {"attn_q": config.n_heads, "attn_k": config.n_kv_heads} if family.gguf.permuted else {}
     lazy = {}
     for name, tensor in tensors.items():
-        if name == _ROPE_FACTORS:
+        if name == _ROPE_FACTORS and config.rope_scaling is not None:
             continue
-        block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
-        if block and block[2] in _IN_BLOCK:
-            hf_name = f"model.layers.{block[1]}.{_IN_BLOCK[block[2]]}.weight"
-            lazy[hf_name] = _lazy(path, tensor, heads.get(block[2]))
-        else:
-            lazy[_OUTSIDE.get(name, name)] = _lazy(path, tensor, None)
+        hf_name = _hf_name(name, family.gguf)
+        lazy[hf_name or name] = _lazy(path, tensor, heads.get(name.split(".")[-2]) if hf_name else None)
     return config, lazy
 
 
-def _metadata_faults(metadata: Mapping[str, Any]) -> list[str]:
-    if metadata.get("general.architecture") != "llama":
-        return [f"general.architecture is {metadata.get('general.architecture')!r}, only 'llama' is implemented"]
-    unknown = metadata.keys() - {*_REQUIRED, *_OPTIONAL, *_ACCEPTED}
-    faults = [f"unknown key {key}={metadata[key]!r}" for key in sorted(unknown) if key.startswith(_PREFIXES)]
-    faults += [f"missing key {key}" for key in _REQUIRED if key not in metadata]
+def _hf_name(name: str, names: GgufNames) -> str | None:
+    """Hugging Face's name of a tensor; None for one that the family does not have."""
+    parts = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+    if parts is None:
+        return None
+    layer, module, leaf = parts.groups()
+    known = names.outside if layer is None else names.in_block
+    if module not in known:
+        return None
+    return ("" if layer is None else f"model.layers.{layer}.") + f"{known[module]}.{leaf}"
+
+
+def _metadata_faults(metadata: Mapping[str, Any], names: GgufNames) -> list[str]:
+    def key(name: str) -> str:
+        return f"{names.architecture}.{name}"
+
+    accepted = {key(name): values for name, values in names.accepted.items()} | {
+        name: values for name, values in _SPLIT.items() if values is not None
+    }
+    known = {*map(key, (*_REQUIRED, *_OPTIONAL, *names.ignored)), *accepted, *_SPLIT}
+    faults = [
+        f"unknown key {name}={metadata[name]!r}"
+        for name in sorted(metadata.keys() - known)
+        if name.startswith((f"{names.architecture}.", *_OTHER_PREFIXES))
+    ]
+    faults += [f"missing key {key(name)}" for name in _REQUIRED if key(name) not in metadata]
     faults += [
-        f"{key} differs between layers, expected one number"
-        for key in ("llama.attention.head_count", "llama.attention.head_count_kv", "llama.feed_forward_length")
-        if isinstance(metadata.get(key), list)
+        f"{key(name)} differs between layers, expected one number"
+        for name in ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
+        if isinstance(metadata.get(key(name)), list)
     ]
     faults += [
-        f"{key}={metadata[key]!r}, only {' or '.join(map(repr, accepted))} is implemented"
-        for key, accepted in _ACCEPTED.items()
-        if key in metadata and metadata[key] not in accepted
+        f"{name}={metadata[name]!r}, only {' or '.join(map(repr, values))} is implemented"
+        for name, values in accepted.items()
+        if name in metadata and metadata[name] not in values
     ]
     return faults
 
 
-def _config(metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor], path: Path) -> ModelConfig:
-    d_model, n_heads = metadata["llama.embedding_length"], metadata["llama.attention.head_count"]
-    head_dim = metadata.get("llama.attention.key_length", d_model // n_heads)
+def _config(family: Family, metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor], path: Path) -> ModelConfig:
+    prefix = f"{family.gguf.architecture}."
+    fields = {name.removeprefix(prefix): value for name, value in metadata.items() if name.startswith(prefix)}
+    d_model, n_heads = fields["embedding_length"], fields["attention.head_count"]
+    head_dim = fields.get("attention.key_length", d_model // n_heads)
     vocab_size = tensors["token_embd.weight"].shape[0]
-    agreeing = {
-        "llama.attention.value_length": head_dim,
-        "llama.rope.dimension_count": head_dim,
-        "llama.vocab_size": vocab_size,
-    }
+    agreeing = {"attention.value_length": head_dim, "rope.dimension_count": head_dim, "vocab_size": vocab_size}
     contradictions = [
-        f"{key}={metadata[key]}, expected {wanted}"
-        for key, wanted in agreeing.items()
-        if metadata.get(key, wanted) != wanted
+        f"{prefix}{name}={fields[name]}, expected {expected}"
+        for name, expected in agreeing.items()
+        if fields.get(name, expected) != expected
     ]
     if contradictions:
         raise ValueError("the metadata contradict each other:\n  " + "\n  ".join(contradictions))
-    theta = float(metadata.get("llama.rope.freq_base", _DEFAULT_ROPE_THETA))
+    theta = float(fields.get("rope.freq_base", _DEFAULT_ROPE_THETA))
     scaling = None
-    if _ROPE_FACTORS in tensors:
+    if _ROPE_FACTORS in tensors and "llama3" in family.rope_types:
         scaling = _rope_scaling(_read(path, tensors[_ROPE_FACTORS]).astype(np.float64), head_dim, theta)
     return ModelConfig(
+        family=family.name,
         vocab_size=vocab_size,
         d_model=d_model,
-        d_mlp=metadata["llama.feed_forward_length"],
-        n_layers=metadata["llama.block_count"],
+        d_mlp=fields["feed_forward_length"],
+        n_layers=fields["block_count"],
         n_heads=n_heads,
-        n_kv_heads=metadata.get("llama.attention.head_count_kv", n_heads),
+        n_kv_heads=fields.get("attention.head_count_kv", n_heads),
         head_dim=head_dim,
-        norm_eps=_shortest_float32(metadata["llama.attention.layer_norm_rms_epsilon"]),
+        norm_eps=_shortest_float32(fields["attention.layer_norm_rms_epsilon"]),
         rope_theta=theta,
         rope_scaling=scaling,
         tied="output.weight" not in tensors,
+        **family.constants,
     )
 
 
@@ -373,8 +369,8 @@ def _read(path: Path, tensor: GgufTensor) -> np.ndarray:
 
 
 def _unpermute(weight: np.ndarray, n_heads: int) -> np.ndarray:
-    """Rows [N * H, D] of each head from llama.cpp's order (pairs 2i, 2i + 1) to Hugging Face's (pairs i, i + H/2)."""
-    pairs = weight.reshape(n_heads, -1, 2, weight.shape[1])
+    """Rows [N * H, ...] of each head from llama.cpp's order (pairs 2i, 2i + 1) to Hugging Face's (pairs i, i + H/2)."""
+    pairs = weight.reshape(n_heads, -1, 2, *weight.shape[1:])
     return pairs.swapaxes(1, 2).reshape(weight.shape)
 
 

@@ -18,18 +18,10 @@ from backtrack_jax.models.decoder import Decoder
 
 DATA, MODEL = "data", "model"
 
-# Which axis of a weight is split, counted from the last: blocks have a leading axis L that is never split.
-_SPLIT_AXIS = {
-    "embed_tokens": -2,
-    "lm_head": -2,
-    "q_proj": -1,
-    "k_proj": -1,
-    "v_proj": -1,
-    "o_proj": -2,
-    "gate_proj": -1,
-    "up_proj": -1,
-    "down_proj": -2,
-}
+# Which axis of a module's weights is split, counted from the last: blocks have a leading axis L that is never split.
+_BY_ROWS = dict.fromkeys(("embed_tokens", "lm_head", "o_proj", "down_proj"), {"weight": -2})
+_BY_COLUMNS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), {"weight": -1, "bias": -1})
+_SPLIT_AXIS: dict[str, dict[str, int]] = {**_BY_ROWS, **_BY_COLUMNS}
 
 
 def make_mesh(model_parallel: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
@@ -68,7 +60,8 @@ def shardings(config: ModelConfig, mesh: Mesh | AbstractMesh) -> dict[str, Any]:
     check_parts(config, mesh.shape[MODEL])
     abstract = nnx.eval_shape(lambda: Decoder(config, jnp.dtype(jnp.float32), rngs=nnx.Rngs(0)))
     return jax.tree.map_with_path(
-        lambda path, leaf: NamedSharding(mesh, _spec(path[-1].key, leaf.ndim)), nnx.to_pure_dict(nnx.state(abstract))
+        lambda path, leaf: NamedSharding(mesh, _spec(path[-2].key, path[-1].key, leaf.ndim)),
+        nnx.to_pure_dict(nnx.state(abstract)),
     )
 
 
@@ -93,14 +86,15 @@ def place_rows(model: Decoder, rows: Any) -> Any:
 
     A batch that the copies do not divide is left to each of them whole.
     """
-    sharding = model.embed_tokens[...].sharding
+    sharding = model.embed_tokens.weight[...].sharding
     if not isinstance(sharding, NamedSharding) or len(jax.tree.leaves(rows)[0]) % sharding.mesh.shape[DATA]:
         return rows
     return jax.device_put(rows, batch_sharding(sharding.mesh))
 
 
-def _spec(name: str, n_axes: int) -> PartitionSpec:
+def _spec(module: str, leaf: str, n_axes: int) -> PartitionSpec:
     axes: list[str | None] = [None] * n_axes
-    if name in _SPLIT_AXIS:
-        axes[_SPLIT_AXIS[name]] = MODEL
+    split = _SPLIT_AXIS.get(module, {}).get(leaf)
+    if split is not None:
+        axes[split] = MODEL
     return PartitionSpec(*axes)

@@ -1,16 +1,16 @@
-"""Training a Llama on token sequences: packing, loss, a compiled step whose state is donated, a loop that resumes.
+"""Training a model on packed rows: a compiled step whose state is donated, and a loop that resumes.
 
-The pieces know nothing of where the sequences come from: `scripts/train_organism.py` trains the small pair with them
-from random weights, `scripts/finetune.py` any loaded checkpoint on traces.
+The pieces know nothing of where the rows come from: `scripts/train_organism.py` trains the small pair with them from
+random weights, `scripts/finetune.py` any loaded checkpoint on traces.
 """
 
 import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,212 +18,14 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
-from jax import lax
 
 from backtrack_jax.files import store
 from backtrack_jax.files.console import Progress
-from backtrack_jax.models.attention import PAD
-from backtrack_jax.models.decoder import Decoder, Recompute, unembed
-from backtrack_jax.models.products import cpu_barrier, einsum, take
+from backtrack_jax.models.decoder import Decoder
+from backtrack_jax.training.loss import cross_entropy
+from backtrack_jax.training.packing import Batch
 
 _RESULTS = ("adapter", "base", "checkpoints", "model", "reasoning")  # what trainings write into their folders
-_LEAST_PART = 1024  # ids of a part of the vocabulary; fewer make products too small to be fast
-
-
-class Batch(NamedTuple):
-    """Rows of packed sequences.
-
-        ids        B h i . B y o u .
-        positions  0 1 2 3 0 1 2 3 4      each sequence counts its own
-        segments   0 0 0 0 1 1 1 1 1      and sees only itself
-        weights    0 0 1 1 0 0 1 1 1      tokens that are predicted: here all but BOS and a prompt of one token
-
-    Attributes:
-      ids: [B, T] int32.
-      positions: [B, T] int32, PAD at padding.
-      segments: [B, T] int32.
-      weights: [B, T] float32, what a token counts in the loss when it is predicted from those before it.
-    """
-
-    ids: Any
-    positions: Any
-    segments: Any
-    weights: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Tokens:
-    """One training text as tokens.
-
-    Attributes:
-      ids: token ids, BOS first.
-      start: index of the first token that is learned; those before it (a prompt) are only read. At least 1.
-    """
-
-    ids: Sequence[int]
-    start: int = 1
-
-
-def pack(sequences: Sequence[Tokens], length: int) -> Batch:
-    """Places whole sequences in rows, first fit, in the order given; no sequence is cut or sees another.
-
-    Args:
-      sequences: none longer than `length`.
-      length: T.
-
-    Returns:
-      As many rows as it takes, padded at the end.
-
-    Raises:
-      ValueError: a sequence is longer than a row.
-    """
-    rows: list[list[Tokens]] = []
-    free: list[int] = []
-    open_rows: list[int] = []  # those that may still have room; closed ones are not tried again
-    for i, sequence in enumerate(sequences):
-        size = len(sequence.ids)
-        if size > length:
-            raise ValueError(f"sequence {i} has {size} tokens, a row holds {length}")
-        row = next((r for r in open_rows if free[r] >= size), None)
-        if row is None:
-            row = len(rows)
-            rows.append([])
-            free.append(length)
-            open_rows = [*open_rows[-63:], row]
-        rows[row].append(sequence)
-        free[row] -= size
-    shape = (len(rows), length)
-    batch = Batch(
-        np.zeros(shape, np.int32), np.full(shape, PAD, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-    )
-    for r, members in enumerate(rows):
-        at = 0
-        for number, sequence in enumerate(members):
-            stop = at + len(sequence.ids)
-            batch.ids[r, at:stop] = sequence.ids
-            batch.positions[r, at:stop] = np.arange(len(sequence.ids))
-            batch.segments[r, at:stop] = number
-            batch.weights[r, at + max(sequence.start, 1) : stop] = 1
-            at = stop
-    return batch
-
-
-def cross_entropy(
-    model: Decoder, batch: Batch, dtype: jnp.dtype | None = None, recompute: Recompute = Recompute.CHEAP
-) -> tuple[jax.Array, jax.Array]:
-    """Summed loss of the predicted tokens and their summed weights, both float32, in nats.
-
-    A gradient is to be had in reverse mode only (`jax.grad`, `jax.vjp`); a second one, on a CPU, in float32 only.
-
-    Args:
-      model: the model.
-      batch: rows of packed sequences.
-      dtype: of matrix-product inputs; None for that of the weights.
-      recompute: what a gradient computes again.
-
-    Returns:
-      The two sums; their quotient is the mean loss.
-    """
-    resid = model(batch.ids, batch.positions, segments=batch.segments, dtype=dtype, recompute=recompute).resid
-    # The last token predicts nothing, but rows of an odd length would be multiplied more slowly.
-    ids, weights = (jnp.pad(a[:, 1:], ((0, 0), (0, 1))) for a in (batch.ids, batch.weights))
-    total: Any = _summed_loss(model.norm(resid), model.unembedding.astype(dtype or model.dtype), ids, weights)
-    return total, jnp.sum(weights)
-
-
-@jax.custom_vjp
-def _summed_loss(x: jax.Array, unembedding: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
-    """Sum over tokens of weight * (logsumexp(logits) - logit of the id); logits exist of a part of the ids at a time.
-
-    The gradient of x is summed up beside the exponentials, before their sum is known, and divided by it at the end. For
-    that of W_U they are computed again: all at once take longer to move through memory than to multiply twice.
-
-    Args:
-      x: [B, T, D] float32, residual stream behind the final norm.
-      unembedding: W_U, [V, D].
-      ids: [B, T], tokens that follow.
-      weights: [B, T], what these count.
-    """
-    return _summed_loss_forward(x, unembedding, ids, weights)[0]
-
-
-def _summed_loss_forward(
-    x: jax.Array, unembedding: jax.Array, ids: jax.Array, weights: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    parts = _vocabulary_in_parts(unembedding, ids.size)
-
-    def add(sums: tuple[jax.Array, ...], number: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
-        highest, total, picked, d_x = sums
-        part, of = _part(parts, number)
-        logits = _without_padding(unembed(x, part), of, len(unembedding))
-        place = ids - of[0]
-        here = jnp.take_along_axis(logits, jnp.clip(place, 0, len(of) - 1)[..., None], axis=-1)[..., 0]
-        picked = jnp.where((place >= 0) & (place < len(of)), here, picked)
-        before, highest = highest, jnp.maximum(highest, jnp.max(logits, axis=-1))
-        exponentials, shrunk = jnp.exp(logits - highest[..., None]), jnp.exp(before - highest)
-        total = total * shrunk + jnp.sum(exponentials, axis=-1)
-        # Without the id's own, whose chance less 1 is small where the model is sure, and would be lost in rounding.
-        others = cpu_barrier(jnp.where(of == ids[..., None], 0, exponentials).astype(unembedding.dtype))
-        d_x = d_x * shrunk[..., None] + einsum("btv,vd->btd", others, part)
-        return (highest, total, picked, d_x), None
-
-    nothing = jnp.zeros(ids.shape, jnp.float32)
-    start = nothing - jnp.inf, nothing, nothing + jnp.nan, jnp.zeros_like(x)  # NaN for an id that is in no part
-    (highest, total, picked, d_x), _ = lax.scan(add, start, jnp.arange(len(parts)))
-    logs = highest + jnp.log(total)
-    d_x = d_x / total[..., None] + jnp.expm1(picked - logs)[..., None] * take(unembedding, ids).astype(jnp.float32)
-    return jnp.sum((logs - picked) * weights), (x, unembedding, ids, weights, logs, picked, d_x)
-
-
-def _summed_loss_backward(
-    saved: tuple[jax.Array, ...], outer: jax.Array
-) -> tuple[jax.Array, jax.Array, None, jax.Array]:
-    x, unembedding, ids, weights, logs, picked, d_x = saved
-    parts = _vocabulary_in_parts(unembedding, ids.size)
-    counts = (outer * weights)[..., None]
-
-    def of_part(_: None, number: jax.Array) -> tuple[None, jax.Array]:
-        part, of = _part(parts, number)
-        logits, gradient = jax.vjp(functools.partial(unembed, x), part)
-        chances = jnp.exp(_without_padding(logits, of, len(unembedding)) - logs[..., None])
-        (d_part,) = gradient((chances - (of == ids[..., None])) * counts)
-        return None, d_part.astype(jnp.float32)  # XLA's CPU backend would rewrite a whole 16-bit stack each time
-
-    _, d_parts = lax.scan(of_part, None, jnp.arange(len(parts)))
-    d_unembedding = d_parts.reshape(-1, d_parts.shape[-1])[: len(unembedding)].astype(unembedding.dtype)
-    return counts * d_x, d_unembedding, None, outer * (logs - picked)
-
-
-_summed_loss.defvjp(_summed_loss_forward, _summed_loss_backward)
-
-
-def _vocabulary_in_parts(unembedding: jax.Array, tokens: int) -> jax.Array:
-    """W_U [V, D] as [parts, v, D], for so many tokens; zeros behind the last id.
-
-    v divides V, so that W_U need not be copied, and is a multiple of 128, as far as such numbers are to be had.
-    """
-    V = len(unembedding)
-    most = max(_LEAST_PART, _logits_at_a_time() // tokens)
-    exact = [size for size in range(most // 2, most + 1) if V % size == 0]
-    size = V if most >= V else max(exact, key=lambda size: (size % 128 == 0, size), default=most)
-    return jnp.pad(unembedding, ((0, -V % size), (0, 0))).reshape(-1, size, unembedding.shape[-1])
-
-
-def _logits_at_a_time() -> int:
-    """12 MB of them on a CPU, which stay in its cache; elsewhere 256 MB, since small products are slow there."""
-    return 3 << 20 if jax.default_backend() == "cpu" else 64 << 20
-
-
-def _part(parts: jax.Array, number: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """One part of W_U, [v, D], and the ids that its rows are of, [v]."""
-    # Behind the barrier, or XLA's CPU backend would widen all 16-bit weights before the loop.
-    parts, number = cpu_barrier((parts, number))
-    return take(parts, number), number * parts.shape[1] + jnp.arange(parts.shape[1])
-
-
-def _without_padding(logits: jax.Array, of: jax.Array, V: int) -> jax.Array:
-    """Logits of a part; minus infinity where rows behind the last id are multiplied."""
-    return logits if V % len(of) == 0 else jnp.where(of < V, logits, -jnp.inf)
 
 
 @jax.tree_util.register_dataclass
@@ -261,11 +63,41 @@ def _is_placed(array: Any) -> bool:
     return isinstance(array, jax.Array) and array.committed
 
 
+class Recomputed(nnx.Module):
+    """A block of which the backward pass keeps only the input, and recomputes the rest."""
+
+    def __init__(self, block: Any):
+        """Wraps a block or a stack of them."""
+        self.block = block
+
+    def __call__(self, x: jax.Array, rope: Any, mask: jax.Array, cache: Any, edit: Callable) -> Any:
+        """As the block."""
+        run = jax.checkpoint(lambda block, *arrays: block(*arrays, edit), prevent_cse=False)  # a scan needs it not
+        return run(self.block, x, rope, mask, cache)
+
+
+def recomputing_blocks(model: Decoder) -> Decoder:
+    """The same model, with a backward pass that holds the activations of one block at a time."""
+    model = jax.tree.map(lambda leaf: leaf, model)
+    model.layers = Recomputed(model.layers)
+    return model
+
+
+def with_matrices_in(model: Decoder, dtype: jnp.dtype) -> Decoder:
+    """The same model with its matrices rounded to a dtype, in which they are then multiplied."""
+
+    def rounded(path: Any, weight: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        return weight if "norm" in name or "bias" in name else weight.astype(dtype)
+
+    return jax.tree.map_with_path(rounded, model)
+
+
 def make_step(
     build: Callable[[Any, Any], Decoder],
     optimizer: optax.GradientTransformation,
     dtype: jnp.dtype | None = None,
-    recompute: Recompute = Recompute.CHEAP,
+    recompute: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]:
     """A compiled training step.
 
@@ -273,7 +105,7 @@ def make_step(
       build: the model out of trained and frozen weights.
       optimizer: optax transformation.
       dtype: of matrix-product inputs; None for that of the weights.
-      recompute: what a gradient computes again.
+      recompute: whether the backward pass recomputes each block, which takes a third more time and far less memory.
 
     Returns:
       (state, batch) -> (new state, mean loss of the batch before the step). The old state's memory is given to the new,
@@ -281,7 +113,9 @@ def make_step(
     """
 
     def loss_of(params: Any, frozen: Any, batch: Batch) -> jax.Array:
-        total, weight = cross_entropy(build(params, frozen), batch, dtype, recompute)
+        model = build(params, frozen)
+        model = model if dtype is None else with_matrices_in(model, dtype)
+        total, weight = cross_entropy(recomputing_blocks(model) if recompute else model, batch)
         return total / jnp.maximum(weight, 1.0)
 
     @functools.partial(jax.jit, donate_argnums=0)

@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
 from safetensors import safe_open
 
 from backtrack_jax.files import store
-from backtrack_jax.models import checkpoint
+from backtrack_jax.models import checkpoint, ops
 from backtrack_jax.models.decoder import Decoder
-from backtrack_jax.models.products import Adapted
+from backtrack_jax.models.layers import Linear
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -56,6 +56,40 @@ _KNOWN = frozenset(
 _INITIALISATIONS = ("none", "true", "false", "gaussian", "eva", "mica", "orthogonal")  # that leave W itself as it is
 
 Adapters = dict[str, dict[str, jax.Array]]
+
+
+class AdaptedLinear(nnx.Module):
+    """x W + b + (x A) B, without forming W + A B.
+
+    The gradient of A and B then costs a product with their few columns instead of the whole gradient of W.
+    """
+
+    def __init__(self, linear: Linear, a: jax.Array, b: jax.Array):
+        """Wraps a module, or a stack of them.
+
+        Args:
+          linear: W [..., in, out] and its bias; leading axes are layers.
+          a: [..., in, R].
+          b: [..., R, out].
+        """
+        self.linear = linear
+        self.a, self.b = nnx.Param(a), nnx.Param(b)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Dtype of W."""
+        return self.linear.dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., in] to [..., out] float32."""
+        return self.linear(x) + ops.matmul(ops.matmul(x, self.a[...]), self.b[...])
+
+    def folded(self) -> Linear:
+        """The module with W + A B in the dtype of W, summed in float32."""
+        change = jnp.einsum("...ir,...ro->...io", self.a[...], self.b[...], precision=jax.lax.Precision.HIGHEST)
+        linear = jax.tree.map(lambda leaf: leaf, self.linear)
+        linear.weight = nnx.Param((linear.weight[...].astype(jnp.float32) + change).astype(linear.dtype))
+        return linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,26 +135,33 @@ def init(model: Decoder, lora: Lora, key: jax.Array) -> Adapters:
 
 def attach(model: Decoder, adapters: Adapters, lora: Lora) -> Decoder:
     """The model with the adapters beside its weights, as they are trained."""
-    graphdef, state = nnx.split(model)
-    flat: dict[Any, Any] = dict(flatten_dict(nnx.to_pure_dict(state)))
+    model = jax.tree.map(lambda leaf: leaf, model)
     for path, pair in adapters.items():
-        at = ("layers", *path.split("."))
-        flat[at] = Adapted(flat[at], pair["A"], lora.alpha / lora.rank * pair["B"])
-    nnx.replace_by_pure_dict(state, unflatten_dict(flat))
-    return nnx.merge(graphdef, state)
+        parent, name = _parent(model, path)
+        adapted = AdaptedLinear(getattr(parent, name), pair["A"], lora.alpha / lora.rank * pair["B"])
+        setattr(parent, name, adapted)
+    return model
 
 
 def fold(model: Decoder) -> Decoder:
-    """The model with what `attach` put beside its weights added to them, in the weights' dtype: any other Llama."""
+    """The model with what `attach` put beside its weights added to them, in their dtype: like any other."""
+    model = jax.tree.map(lambda leaf: leaf, model)
+    for part in (model.layers.self_attn, model.layers.mlp):
+        for name in TARGETS:
+            module = getattr(part, name, None)
+            if isinstance(module, AdaptedLinear):
+                setattr(part, name, module.folded())
+    return model
 
-    def whole(weight: Any) -> Any:
-        return weight.folded() if isinstance(weight, Adapted) else weight
 
-    return jax.tree.map(whole, model, is_leaf=lambda weight: isinstance(weight, Adapted))
+def _parent(model: Decoder, path: str) -> tuple[Any, str]:
+    """The part of the blocks that holds a module, and the module's name there: of "mlp.up_proj" and the like."""
+    part, name = path.split(".")
+    return getattr(model.layers, part), name
 
 
 def trainable(model: Decoder, lora: Lora, key: jax.Array) -> tuple[Adapters, Any, Callable[[Adapters, Any], Decoder]]:
-    """New adapters, the frozen weights, and how to build a model from both, for `train.make_step`."""
+    """New adapters, the frozen weights, and how to build a model from both, for `fit.make_step`."""
     graphdef, state = nnx.split(model)
 
     def build(adapters: Adapters, frozen: Any) -> Decoder:
@@ -248,6 +289,6 @@ def _peft_name(path: str, layer: int, name: str) -> str:
 
 
 def _matrices(model: Decoder, lora: Lora) -> dict[str, jax.Array]:
-    flat: Any = flatten_dict(nnx.to_pure_dict(nnx.state(model)))
-    found = {path: weight for path, weight in flat.items() if path[0] == "layers" and path[-1] in lora.targets}
-    return {".".join(path[1:]): weight for path, weight in sorted(found.items())}
+    flat: Any = flatten_dict(nnx.to_pure_dict(nnx.state(model.layers)))
+    chosen = {path[:-1]: weight for path, weight in flat.items() if path[-2] in lora.targets and path[-1] == "weight"}
+    return {".".join(path): weight for path, weight in sorted(chosen.items())}

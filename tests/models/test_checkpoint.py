@@ -19,8 +19,7 @@ import torch
 from flax import nnx
 from helpers import hf_llama, save
 
-from backtrack_jax.models import checkpoint
-from backtrack_jax.models.config import ModelConfig
+from backtrack_jax.models import checkpoint, families
 from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.models.safetensors import LazyTensor
 
@@ -64,16 +63,16 @@ def shards(original_shards, tmp_path) -> Path:
 
 def arrays(model: Decoder) -> dict[str, np.ndarray]:
     """Weights under Hugging Face names, by a rule written down here once more."""
-    found = {EMBEDDING: model.embed_tokens, "model.norm.weight": model.norm.weight}
+    found = {EMBEDDING: model.embed_tokens.weight, "model.norm.weight": model.norm.weight}
     if model.lm_head is not None:
-        found["lm_head.weight"] = model.lm_head
+        found["lm_head.weight"] = model.lm_head.weight
     flat = {name: np.asarray(parameter[...]) for name, parameter in found.items()}
     blocks = model.layers
     for layer in range(model.config.n_layers):
         prefix = f"model.layers.{layer}."
         for part, names in {"self_attn": "qkvo", "mlp": ("gate", "up", "down")}.items():
             for name in names:
-                matrix = getattr(getattr(blocks, part), f"{name}_proj")[...]
+                matrix = getattr(getattr(blocks, part), f"{name}_proj").weight[...]
                 flat[f"{prefix}{part}.{name}_proj.weight"] = np.asarray(matrix)[layer].T
         for name in ("input_layernorm", "post_attention_layernorm"):
             flat[f"{prefix}{name}.weight"] = np.asarray(getattr(blocks, name).weight[...])[layer]
@@ -295,7 +294,7 @@ def test_values_that_are_not_finite_are_named(folder, bad, dtype):
 
 def test_largest_numbers_are_finite_and_overflow_is_not(folder):
     rewrite(folder, lambda tensors: tensors[UP].__setitem__((0, 0), -np.finfo(np.float32).max))
-    assert checkpoint.load(str(folder)).layers.mlp.up_proj[...][1, 0, 0] == -np.finfo(np.float32).max
+    assert checkpoint.load(str(folder)).layers.mlp.up_proj.weight[...][1, 0, 0] == -np.finfo(np.float32).max
     assert f"read as float16) in\n  {UP}" in message(folder, dtype="float16")
 
 
@@ -338,7 +337,7 @@ def test_a_dtype_may_be_given_as_such(original, dtype):
 
 def test_paths_are_strings_or_paths(original, tmp_path):
     assert checkpoint.resolve(original) == checkpoint.resolve(str(original)) == original
-    assert checkpoint.read_config(str(original)) == ModelConfig.from_file(original / "config.json")
+    assert checkpoint.read_config(str(original)) == families.from_hf_file(original / "config.json")
     assert checkpoint.hub_commit(original) is None
     assert not checkpoint.is_hub_id(original)
     checkpoint.check(str(original))
@@ -377,7 +376,7 @@ def test_a_package_is_found_without_importing_it(tmp_path):
     (tmp_path / "weights" / "model.gguf").write_bytes(b"")
     code = """
 import importlib.util, sys
-from backtrack_jax.models import checkpoint
+from backtrack_jax.models import checkpoint, families
 print(checkpoint.resolve("package:weights/model.gguf"))
 sys.path = [path for path in sys.path if "site-packages" not in path]
 sys.path_importer_cache.clear()
@@ -413,7 +412,7 @@ def test_a_hub_id_is_found_in_the_hub_s_cache_without_network(original, tmp_path
     for ref in ("main", "v1"):
         (repository / "refs" / ref).write_text(commit)
     code = """
-from backtrack_jax.models import checkpoint
+from backtrack_jax.models import checkpoint, families
 print(checkpoint.resolve("owner/name"))
 print(checkpoint.resolve("owner/name", revision="v1"))
 print(checkpoint.hub_commit("owner/name"), checkpoint.hub_commit("owner/name", "v1"))
@@ -444,7 +443,7 @@ def test_a_written_folder_is_read_by_transformers_and_here(original, tmp_path, r
 
 
 def test_shards_are_written_as_on_the_hub(original, tmp_path, reference):
-    config = ModelConfig.from_file(original / "config.json")
+    config = families.from_hf_file(original / "config.json")
     tensors = {
         name: LazyTensor(array.shape, BFLOAT16, lambda array=array: array.astype(BFLOAT16), "memory")
         for name, array in numpy_weights(reference).items()
@@ -468,7 +467,7 @@ def test_an_interrupted_write_leaves_no_checkpoint(original, tmp_path, reference
     weights = numpy_weights(reference)
     tensors = {name: LazyTensor(a.shape, a.dtype, lambda a=a: a, "memory") for name, a in weights.items()}
     broken = tensors | {UP: tensors[UP]._replace(read=fail)}
-    config = ModelConfig.from_file(original / "config.json")
+    config = families.from_hf_file(original / "config.json")
     with pytest.raises(RuntimeError, match="disk full"):
         checkpoint.write_hf(config, broken, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -477,7 +476,7 @@ def test_an_interrupted_write_leaves_no_checkpoint(original, tmp_path, reference
 
 
 def test_tensors_of_another_architecture_are_not_written(original, tmp_path):
-    config = ModelConfig.from_file(original / "config.json")
+    config = families.from_hf_file(original / "config.json")
     with pytest.raises(ValueError, match=f"missing tensor {UP}"):
         checkpoint.write_hf(config, {}, tmp_path / "out")
 
@@ -502,7 +501,7 @@ def test_orbax_weights_of_another_config_are_refused(original, tmp_path):
     path.write_text(json.dumps(fields | {"intermediate_size": 64, "tie_word_embeddings": True}))
     text = message(tmp_path / "orbax")
     assert "unknown weight lm_head" in text
-    assert "layers.mlp.up_proj has shape (3, 40, 72), expected (3, 40, 64)" in text
+    assert "layers.mlp.up_proj.weight has shape (3, 40, 72), expected (3, 40, 64)" in text
 
 
 def test_random_checkpoints_and_the_memory_that_loading_takes(tmp_path, original):
@@ -529,7 +528,7 @@ for command in {commands!r}:
     model = checkpoint.load(str(tmp_path / "a"))
     assert_same(checkpoint.load(str(tmp_path / "b")), arrays(model))
     assert model.dtype == jnp.bfloat16
-    up = np.asarray(model.layers.mlp.up_proj[...], np.float32)
+    up = np.asarray(model.layers.mlp.up_proj.weight[...], np.float32)
     np.testing.assert_allclose([up.mean(), up.std()], [0.0, 0.02], atol=1e-3)
     assert len(np.unique(up)) > 1000
     assert not np.array_equal(up[0], up[1])
@@ -545,7 +544,7 @@ for command in {commands!r}:
     )
     measured = json.loads(done.stdout)
     assert measured["logits_finite"] is True
-    assert measured["weights_gb"] == 2 * ModelConfig.from_hf(large).n_parameters / 1e9
+    assert measured["weights_gb"] == 2 * families.from_hf(large).n_parameters / 1e9
     taken = measured["peak_gb_after_load"] - measured["peak_gb_before_load"]
     assert 0.9 < taken / measured["weights_gb"] < 1.2
 

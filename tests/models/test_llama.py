@@ -24,7 +24,7 @@ from backtrack_jax.intervention import Intervention, add_vector, gaussian_noise,
 from backtrack_jax.models import checkpoint
 from backtrack_jax.models.attention import KVCache, rope_frequencies, rope_tables
 from backtrack_jax.models.batching import left_pad, right_pad
-from backtrack_jax.models.decoder import Block, Decoder, Output
+from backtrack_jax.models.decoder import Decoder, Output
 
 pytestmark = pytest.mark.hf
 
@@ -45,12 +45,9 @@ def forward(
     positions: jax.Array,
     cache: KVCache | None = None,
     intervention: Intervention | None = None,
-    layers: tuple[Block, ...] | None = None,
 ) -> tuple[Output, jax.Array]:
     """Output with every `resid_post` captured, and logits."""
-    out = model(
-        ids, positions, cache=cache, intervention=intervention, capture=lambda block: block.resid_post, layers=layers
-    )
+    out = model(ids, positions, cache=cache, intervention=intervention, capture=lambda block: block.resid_post)
     return out, model.logits(out.resid)
 
 
@@ -148,7 +145,7 @@ def modules(model: Decoder, x: jax.Array, positions: jax.Array) -> dict[str, jax
         "sines": jnp.concatenate([sin, sin], -1),
         "attention": ours.self_attn(x, (cos, sin), mask, None)[0],
         "mlp": ours.mlp(x),
-        "layer": ours(x, (cos, sin), mask, None, lambda resid: resid)[0],
+        "layer": ours(x, (cos, sin), mask, None, lambda resid: resid)[0].resid_post,
     }
 
 
@@ -269,14 +266,15 @@ def decode(
     ids, positions = pad([s[:n] for s, n in zip(sequences, n_prompt, strict=True)], max(n_prompt))
     steps = len(sequences[0]) - n_prompt[0]
     out, _ = RUN(model, ids, positions, None, intervention)
-    cache = out.cache.extended(steps).unstacked() if loop else out.cache.extended(steps)
-    layers = model.unstacked_layers() if loop else None
+    cache = out.cache.extended(steps)
+    if loop:
+        model, cache = model.unstacked(), cache.unstacked()
     captured = np.asarray(out.captured)
     states = [[captured[:, row, positions[row] >= 0]] for row in range(rows)]
     for step in range(steps):
         ids = np.array([[s[n + step]] for s, n in zip(sequences, n_prompt, strict=True)])
         positions = np.array(n_prompt, np.int32)[:, None] + step
-        out, _ = RUN(model, ids, positions, cache, intervention, layers)
+        out, _ = RUN(model, ids, positions, cache, intervention)
         cache = out.cache
         captured = np.asarray(out.captured)
         for row in range(rows):
@@ -334,10 +332,8 @@ def test_a_stop_that_cannot_be_had_is_refused():
         with pytest.raises(ValueError, match=rf"stop_at_layer={stop} is outside 1\.\.3"):
             model(ids, positions, stop_at_layer=stop)
     cache = jax.eval_shape(lambda: model(ids, positions).cache.extended(T))
-    with pytest.raises(ValueError, match=r"stop_at_layer=2 was given with cache; expected it without both"):
+    with pytest.raises(ValueError, match=r"stop_at_layer=2 was given with a cache; expected it without one"):
         model(ids, positions, stop_at_layer=2, cache=cache)
-    with pytest.raises(ValueError, match=r"stop_at_layer=2 was given with layers; expected it without both"):
-        model(ids, positions, stop_at_layer=2, layers=model.unstacked_layers())
 
 
 @pytest.fixture(params=["nnx_graph_mode", "nnx_graph_updates"], ids=["tree mode", "simple graph mode"])

@@ -6,6 +6,7 @@ import pytest
 import transformers
 from helpers import LLAMA3_ROPE
 
+from backtrack_jax.models import families
 from backtrack_jax.models.config import Llama3RopeScaling, ModelConfig
 
 # meta-llama/Llama-3.1-8B, as released.
@@ -66,7 +67,7 @@ NEW_FORM = changed(rope_theta=..., rope_scaling=..., rope_parameters=LLAMA3_ROPE
 
 @pytest.mark.parametrize("fields", [LLAMA_31_8B, NEW_FORM], ids=["old form", "new form"])
 def test_released_llama(fields):
-    assert ModelConfig.from_hf(fields) == EXPECTED
+    assert families.from_hf(fields) == EXPECTED
 
 
 def test_plain_rope_in_every_spelling():
@@ -78,16 +79,16 @@ def test_plain_rope_in_every_spelling():
         changed(rope_scaling=..., rope_theta=..., rope_parameters=plain),
         changed(rope_scaling=..., rope_theta=10000.0, rope_parameters=plain),
     ]
-    configs = {ModelConfig.from_hf(fields) for fields in spellings}
+    configs = {families.from_hf(fields) for fields in spellings}
     assert len(configs) == 1
     assert configs.pop().rope_scaling is None
 
 
 def test_fields_that_may_be_left_out():
     fields = changed(num_key_value_heads=..., tie_word_embeddings=..., head_dim=..., rope_scaling=...)
-    config = ModelConfig.from_hf(fields)
+    config = families.from_hf(fields)
     assert (config.n_kv_heads, config.head_dim, config.tied) == (32, 128, False)
-    assert ModelConfig.from_hf(changed(head_dim=64)).head_dim == 64
+    assert families.from_hf(changed(head_dim=64)).head_dim == 64
 
 
 def test_fields_that_change_nothing():
@@ -99,7 +100,7 @@ def test_fields_that_change_nothing():
         {"layer_types": None},
         {"pretraining_tp": 2},
     ]
-    assert {ModelConfig.from_hf(changed(**changes)) for changes in without_effect} == {EXPECTED}
+    assert {families.from_hf(changed(**changes)) for changes in without_effect} == {EXPECTED}
 
 
 @pytest.mark.hf
@@ -108,11 +109,11 @@ def test_no_rope_theta_is_transformers_default(scaling, tmp_path):
     """As in the files of Llama 2."""
     fields = changed(rope_theta=..., rope_scaling=scaling)
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    ours = ModelConfig.from_file(str(tmp_path / "config.json"))
+    ours = families.from_hf_file(str(tmp_path / "config.json"))
     transformers.LlamaConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "theirs")
     theirs = json.loads((tmp_path / "theirs" / "config.json").read_text())
     assert ours.rope_theta == theirs["rope_parameters"]["rope_theta"] == 10000.0
-    assert ours == ModelConfig.from_hf(theirs)
+    assert ours == families.from_hf(theirs)
 
 
 @pytest.mark.parametrize(
@@ -141,13 +142,13 @@ def test_no_rope_theta_is_transformers_default(scaling, tmp_path):
 )
 def test_everything_else_is_refused_by_name(changes, words):
     with pytest.raises(ValueError) as caught:
-        ModelConfig.from_hf(changed(**changes))
+        families.from_hf(changed(**changes))
     assert words in str(caught.value)
 
 
 def test_all_faults_come_in_one_message():
     with pytest.raises(ValueError) as caught:
-        ModelConfig.from_hf(changed(sliding_window=1, hidden_act="gelu", vocab_size=..., rope_scaling={"type": "yarn"}))
+        families.from_hf(changed(sliding_window=1, hidden_act="gelu", vocab_size=..., rope_scaling={"type": "yarn"}))
     for words in ("sliding_window=1", "hidden_act='gelu'", "missing field vocab_size", "rope_type=['yarn']"):
         assert words in str(caught.value)
 
@@ -156,32 +157,32 @@ def test_files_are_named(tmp_path):
     path = tmp_path / "config.json"
     path.write_text("{nonsense")
     with pytest.raises(ValueError, match=f"{path} is not JSON"):
-        ModelConfig.from_file(path)
+        families.from_hf_file(path)
     path.write_text(json.dumps(changed(sliding_window=1)))
     with pytest.raises(ValueError, match=rf"(?s){path}: .*sliding_window=1"):
-        ModelConfig.from_file(path)
+        families.from_hf_file(path)
     path.write_text(json.dumps(LLAMA_31_8B))
-    assert ModelConfig.from_file(path) == EXPECTED
+    assert families.from_hf_file(path) == EXPECTED
 
 
 @pytest.mark.parametrize("fields", [LLAMA_31_8B, changed(rope_scaling=None, tie_word_embeddings=True, head_dim=64)])
 def test_round_trip(fields):
-    config = ModelConfig.from_hf(fields)
-    assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+    config = families.from_hf(fields)
+    assert families.from_hf(json.loads(json.dumps(families.to_hf(config)))) == config
 
 
 @pytest.mark.hf
 def test_transformers_read_what_is_written_and_the_other_way_round(tmp_path):
-    theirs = transformers.LlamaConfig(**EXPECTED.to_hf())
+    theirs = transformers.LlamaConfig(**families.to_hf(EXPECTED))
     assert theirs.rope_parameters == LLAMA3_ROPE
     assert (theirs.head_dim, theirs.num_key_value_heads, theirs.rms_norm_eps) == (128, 8, 1e-5)
     theirs.save_pretrained(tmp_path)
-    assert ModelConfig.from_file(tmp_path / "config.json") == EXPECTED
+    assert families.from_hf_file(tmp_path / "config.json") == EXPECTED
 
 
 def test_number_of_weights_and_operations():
     assert EXPECTED.n_parameters == 8_030_261_248
-    assert ModelConfig.from_hf(changed(tie_word_embeddings=True)).n_parameters == 8_030_261_248 - 128256 * 4096
+    assert families.from_hf(changed(tie_word_embeddings=True)).n_parameters == 8_030_261_248 - 128256 * 4096
     # 2 operations per weight of every matrix, and 4 per head, dimension and position in attention.
     matrices = 8_030_261_248 - 128256 * 4096 - 65 * 4096
     by_hand = 2 * matrices + 4 * 32 * 32 * 128 * 100

@@ -128,7 +128,7 @@ def test_the_lens_compares_the_keywords_with_all_words(pair: Pair) -> None:
     assert model.lm_head is not None
     directions = np.random.default_rng(0).standard_normal((8, pair.shape[1])).astype(np.float32)
     words = list(range(300, 340))
-    logits = directions.astype(np.float64) @ np.asarray(model.lm_head[...], np.float64)[words].T
+    logits = directions.astype(np.float64) @ np.asarray(model.lm_head.weight[...], np.float64)[words].T
     excess, spread = measure.keyword_lens(model, directions, [words[3], words[7]], words)
     np.testing.assert_allclose(excess, logits[:, [3, 7]].mean(1) - logits.mean(1), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(spread, logits.std(1), rtol=1e-4)
