@@ -246,7 +246,7 @@ def _steering_faults(e: Experiment) -> list[str]:
         if not any(magnitudes) or not all(map(_finite, magnitudes)):
             faults.append(_fault(f"steering.{field}", magnitudes, "finite numbers, at least one of them not 0"))
         faults += _repeated(f"steering.{field}", magnitudes)
-    ablated = [entry for entry in s.all_kinds if isinstance(entry, str) and entry.startswith(kinds.ABLATE)]
+    ablated = [entry for entry in (*s.kinds, *s.baselines) if isinstance(entry, str) and entry.startswith(kinds.ABLATE)]
     if ablated and any(_finite(magnitude) and abs(magnitude) > 1 for magnitude in s.magnitudes):
         accepted = f"-1 to 1: of {ablated[0]!r} they are the share that is removed"
         faults.append(_fault("steering.magnitudes", s.magnitudes, accepted))
