@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 # --no-compile: bytecode is written on first import, for the few modules that are imported, not for all of torch.
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --no-compile $(addprefix --constraint ,$(CONSTRAINTS))
 
-.PHONY: help demo test lint format bench constraints clean
+.PHONY: help demo test lint docs format bench constraints clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -22,6 +22,7 @@ help:
 	@echo "make demo         run the paper's six stages on the small models that ship with the program"
 	@echo "make test         run the tests"
 	@echo "make lint         check format, lint and types"
+	@echo "make docs         build the documentation into site/; a link that leads nowhere is an error"
 	@echo "make format       format and fix what ruff can fix"
 	@echo "make bench        measure speed and memory beside other programs; the last line is JSON"
 	@echo "make constraints  pin the newest versions in constraints.txt"
@@ -43,6 +44,11 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# mkdocs-material advertises its successor at every build; the site has nothing to do with that.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(VENV)/.installed-dev
+	$(BIN)/mkdocs build --strict --quiet
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
@@ -83,4 +89,4 @@ constraints:
 	@rm -rf .venv_constraints
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache site

@@ -23,12 +23,12 @@ import numpy as np
 from jax import lax
 from safetensors import SafetensorError, safe_open
 
+from backtrack_jax.config import ESTIMATORS
 from backtrack_jax.files import store
 from backtrack_jax.models.batching import batches, check_ids, right_pad
 from backtrack_jax.models.decoder import BlockOutput, Decoder
 from backtrack_jax.models.sharding import place_rows
 
-ESTIMATORS = ("trace_mean", "token_mean")
 _ARRAYS = ("sums", "counts", "read", "dropped", "norm_sum", "trace_means", "trace_counts")
 
 Window = tuple[int, int]
@@ -86,18 +86,18 @@ class WindowSums:
     """Running sums over traces, in float64 on the host.
 
     Attributes:
-      plan: what is summed. E estimators, G groups, W windows.
-      sums: [E, L, G, W, D] float64; E in the order of `ESTIMATORS`: of per-trace means, of tokens.
-      counts: [E, G, W] float64; number of traces that have such a window, number of positions read.
-      read: [G, W] int64, windows read.
-      dropped: [G, W] int64, windows dropped because they cross the start of the reply (or, into the prompt, BOS) or the
+      plan: what is summed. E estimators, C groups of labels, W windows.
+      sums: [E, L, C, W, D] float64; E in the order of `ESTIMATORS`: of per-trace means, of tokens.
+      counts: [E, C, W] float64; number of traces that have such a window, number of positions read.
+      read: [C, W] int64, windows read.
+      dropped: [C, W] int64, windows dropped because they cross the start of the reply (or, into the prompt, BOS) or the
         end of the trace.
       norm_sum: [L] float64, sum over reply tokens of the residual stream's norm.
       n_tokens: reply tokens.
       trace_ids: the traces summed, in the order of their batches, which is not that in which they were given.
-      trace_means: [n, len(plan.layers), G, D] float32, each trace's mean over the first window, in the order of
+      trace_means: [n, len(plan.layers), C, D] float32, each trace's mean over the first window, in the order of
         `trace_ids`; NaN where it has none. `means_by_trace` takes them out in another order.
-      trace_counts: [n, G] int64, number of positions that each of these means is over.
+      trace_counts: [n, C] int64, number of positions that each of these means is over.
     """
 
     plan: WindowPlan
@@ -117,18 +117,18 @@ class WindowSums:
         for layer in plan.layers:
             if not 0 <= layer < n_layers:
                 raise ValueError(f"plan.layers: layer={layer} is outside 0..{n_layers - 1}")
-        E, G, W = len(ESTIMATORS), len(plan.groups), len(plan.windows)
+        E, C, W = len(ESTIMATORS), len(plan.groups), len(plan.windows)
         return cls(
             plan,
-            sums=np.zeros((E, n_layers, G, W, d_model)),
-            counts=np.zeros((E, G, W)),
-            read=np.zeros((G, W), np.int64),
-            dropped=np.zeros((G, W), np.int64),
+            sums=np.zeros((E, n_layers, C, W, d_model)),
+            counts=np.zeros((E, C, W)),
+            read=np.zeros((C, W), np.int64),
+            dropped=np.zeros((C, W), np.int64),
             norm_sum=np.zeros(n_layers),
             n_tokens=0,
             trace_ids=[],
-            trace_means=np.zeros((0, len(plan.layers), G, d_model), np.float32),
-            trace_counts=np.zeros((0, G), np.int64),
+            trace_means=np.zeros((0, len(plan.layers), C, d_model), np.float32),
+            trace_counts=np.zeros((0, C), np.int64),
         )
 
     def mean(self, group: str, window: Window, estimator: str = "trace_mean") -> np.ndarray:
@@ -288,8 +288,8 @@ class _Batch(NamedTuple):
 
     Attributes:
       rows: its traces.
-      reads: [B, G, W] float32, positions that are read; rows that fill the batch up read none.
-      dropped: [G, W], windows that are not read.
+      reads: [B, C, W] float32, positions that are read; rows that fill the batch up read none.
+      dropped: [C, W], windows that are not read.
       n_reply: reply tokens.
       out: of `_contract_batch`, perhaps not computed yet.
     """
@@ -353,16 +353,16 @@ def _contract_batch(
     model: Decoder,
     ids: jax.Array,  # [B, T]
     positions: jax.Array,  # [B, T]
-    reads: jax.Array,  # [B, G, W, T] how often a position is read
-    scale: jax.Array,  # [B, G, W] 1 / positions that the group reads in this trace
+    reads: jax.Array,  # [B, C, W, T] how often a position is read
+    scale: jax.Array,  # [B, C, W] 1 / positions that the group reads in this trace
     reply: jax.Array,  # [B, T] 1 at reply tokens
     layers: jax.Array,
 ) -> dict[str, jax.Array]:
-    """Sums of one batch, in float32: sums [E, L, G, W, D], trace_means [B, n, G, D], norm_sum [L], finite [L, B]."""
+    """Sums of one batch, in float32: sums [E, L, C, W, D], trace_means [B, n, C, D], norm_sum [L], finite [L, B]."""
 
     def capture(out: BlockOutput) -> dict[str, jax.Array]:
         x = jnp.where(positions[..., None] >= 0, out.resid_post, 0.0)
-        per_trace = jnp.einsum("bgwt,btd->bgwd", reads, x, precision=lax.Precision.HIGHEST)
+        per_trace = jnp.einsum("BCWT,BTD->BCWD", reads, x, precision=lax.Precision.HIGHEST)
         means = per_trace * scale[..., None]
         return {
             # A product, since a reduction over the batch takes XLA's CPU backend as long as all the MLPs together.

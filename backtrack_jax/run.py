@@ -39,7 +39,9 @@ class _ListParser(flags.ArgumentParser):
 
 config_flags.register_flag_parser_for_type(tuple, _ListParser())
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, for instance configs/smollm2.py.")
-_STAGES = flags.DEFINE_list("stages", [], f"Run only these stages: {', '.join(pipeline.STAGES)} (names or numbers).")
+_STAGES = flags.DEFINE_list(
+    "stages", [], f"Run only these stages: {', '.join(pipeline.stage_names([]))} (names or numbers)."
+)
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder for results, in the place of the config's.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")
 
@@ -99,6 +101,11 @@ def parse_flags(argv: Sequence[str]) -> Sequence[str]:
         sys.exit(f"error: {error}")
 
 
-if __name__ == "__main__":
+def console() -> None:
+    """The command line."""
     flags.mark_flag_as_required("config")
     app.run(main, flags_parser=parse_flags)
+
+
+if __name__ == "__main__":
+    console()

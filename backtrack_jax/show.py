@@ -18,9 +18,12 @@ from backtrack_jax import pipeline
 from backtrack_jax.checks import check
 from backtrack_jax.data import records
 from backtrack_jax.extract import TokenTrace, read_positions
+from backtrack_jax.files import store
 from backtrack_jax.files.console import ends_in_one_line
 from backtrack_jax.run import CONFIG, WORKDIR, parse_flags
-from backtrack_jax.stages.vectors import token_trace
+from backtrack_jax.stages.annotations import ANNOTATIONS, read_pairs
+from backtrack_jax.stages.base import Context
+from backtrack_jax.stages.traces import TRACES
 
 _GREEN, _RED, _DIM, _PLAIN = "\x1b[30;42m", "\x1b[1;97;41m", "\x1b[2m", "\x1b[0m"
 
@@ -34,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
         check(experiment)
         if len(argv) != 2:
             raise ValueError("name one trace: python -m backtrack_jax.show TRACE --config=FILE")
-        run = pipeline.Run(experiment.for_vectors(), pipeline.stage_names(["1", "2"]))
+        run = pipeline.Run(experiment.for_vectors(), (TRACES.name, ANNOTATIONS.name))
         print(describe(run, argv[1], colour=sys.stdout.isatty()))
 
 
@@ -58,49 +61,46 @@ def describe(run: pipeline.Run, trace_id: str, *, colour: bool) -> str:
     trace, annotation = found[0]
     lines = [f"trace {trace.id} ({trace.category}), labelled by {annotation.judge}", f"problem: {trace.problem}", ""]
     for role in e.roles:
-        tokens = token_trace(run, role, trace, annotation)
-        lines += [f"as the {role} model reads it, {len(tokens.ids)} tokens:", _marked(run, tokens, colour), ""]
-        lines += [*_windows(run, tokens), ""]
+        tokens = run.context.token_trace(role, trace, annotation)
+        marked = _marked(run.context, tokens, colour)
+        lines += [f"as the {role} model reads it, {len(tokens.ids)} tokens:", marked, ""]
+        lines += [*_windows(run.context, tokens), ""]
     s = e.steering
-    lines.append(f"steering changes {s.span} positions at the output of block {s.main_layer} (0-based)")
+    blocks = ", ".join(map(str, s.kind_layers))
+    lines.append(f"steering changes {s.span} positions at the output of block {blocks} (0-based)")
     return "\n".join(lines)
 
 
 def _annotated(run: pipeline.Run) -> list[tuple[records.Trace, records.Annotation]]:
     """Traces and annotations of the run; imported ones are read anew if they are not there."""
-    if not run.done("2-annotations"):
+    if not run.done(ANNOTATIONS):
         if not run.experiment.traces.path:
-            there = (run.workdir / "1-traces" / "DONE").exists()
+            there = store.read_inputs(run.context.folder(TRACES)) is not None
             other = f"; those in {run.workdir} are of another config: give the overrides of that run" if there else ""
             raise ValueError(f"the traces of this config are sampled; run it with --stages=1,2 first{other}")
         if run.experiment.judge == "openai":
             raise ValueError("the labels of this config are paid for; run it with --stages=1,2 first")
         with tempfile.TemporaryDirectory() as folder:
-            run.workdir = Path(folder)
+            run.context.workdir = Path(folder)
             run.run()
-            return _read(run.workdir)
+            return read_pairs(run.context)
     run.run()  # results that lie aside come back
-    return _read(run.workdir)
+    return read_pairs(run.context)
 
 
-def _read(workdir: Path) -> list[tuple[records.Trace, records.Annotation]]:
-    traces = records.read_traces(workdir / "1-traces" / "traces.jsonl")
-    return records.pair_annotations(traces, records.read_annotations(workdir / "2-annotations" / "annotations.jsonl"))
-
-
-def _starts(run: pipeline.Run, tokens: TokenTrace) -> list[tuple[int, range | None]]:
+def _starts(context: Context, tokens: TokenTrace) -> list[tuple[int, range | None]]:
     """For each section of the label, its start, and the positions that its window reads (None: it is dropped)."""
-    v = run.experiment.vectors
+    v = context.experiment.vectors
     return [(at, read_positions(tokens, at, v.window, v.into_prompt)) for name, at in tokens.starts if name == v.label]
 
 
-def _marked(run: pipeline.Run, tokens: TokenTrace, colour: bool) -> str:
-    found = _starts(run, tokens)
+def _marked(context: Context, tokens: TokenTrace, colour: bool) -> str:
+    found = _starts(context, tokens)
     starts = {at for at, _ in found}
     read = {position for _, window in found for position in window or ()}
     pieces = []
     for position, token in enumerate(tokens.ids):
-        text = run.tokenizer.decode([token])
+        text = context.tokenizer.decode([token])
         if position in starts:
             text = f"{_RED}{text}{_PLAIN}" if colour else f"»{text}«"
         elif position in read:
@@ -111,19 +111,24 @@ def _marked(run: pipeline.Run, tokens: TokenTrace, colour: bool) -> str:
     return "".join(pieces)
 
 
-def _windows(run: pipeline.Run, tokens: TokenTrace) -> list[str]:
+def _windows(context: Context, tokens: TokenTrace) -> list[str]:
     lines = []
-    first, last = run.experiment.vectors.window
-    for at, window in _starts(run, tokens):
-        start = run.tokenizer.decode(tokens.ids[at : at + 1])
+    first, last = context.experiment.vectors.window
+    for at, window in _starts(context, tokens):
+        start = context.tokenizer.decode(tokens.ids[at : at + 1])
         if window is None:
             lines.append(f"  start {at} {start!r}: dropped, its window {at + first}..{at + last} leaves the reply")
             continue
-        texts = " ".join(f"{p}:{run.tokenizer.decode(tokens.ids[p : p + 1])!r}" for p in window)
+        texts = " ".join(f"{p}:{context.tokenizer.decode(tokens.ids[p : p + 1])!r}" for p in window)
         lines.append(f"  start {at} {start!r} reads {texts}")
-    return lines or [f"  no section is labelled {run.experiment.vectors.label!r}"]
+    return lines or [f"  no section is labelled {context.experiment.vectors.label!r}"]
+
+
+def console() -> None:
+    """The command line."""
+    flags.mark_flag_as_required("config")
+    app.run(main, flags_parser=parse_flags)
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=parse_flags)
+    console()

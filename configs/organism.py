@@ -7,7 +7,9 @@ finetuned to say "Wait" after shaky sentences, which the base model never does. 
 `backtrack_jax/organism/`; `scripts/organism_claims.py` measures every claim of the paper on the pair, and against the
 truth that is known here.
 
-Paper: Fig. 2 to 5 and B.1. Hardware: 2 CPU cores, 3 GB. Duration and results: BUILD_NOTES.md.
+Paper: Fig. 2 to 5 and B.1. Hardware: 2 CPU cores, 3 GB. Duration: 2 minutes. Expected: either vector raises "wait" and
+"hmm" from 0.7 to 3.2 % of the reasoning model's words, no baseline of equal norm does, and the base model never says
+them; docs/organism.md.
 """
 
 from backtrack_jax.config import (

@@ -4,14 +4,15 @@
     python -m backtrack_jax.run --config=configs/smollm2.py --stages=traces,annotations --config.traces.limit=20
 
 CHAINS is a file or folder of annotated chains, for instance the 300 that the paper's authors released; without it, the
-example chains that ship with the program are used. SmolLM2-135M-Instruct is no reasoning model: what this config shows
-is the instrument at work on real weights, not the paper's claim.
+example chains that ship with the program are used. SmolLM2-135M-Instruct is not a reasoning model: what this config
+shows is the instrument at work on real weights, not the paper's claim.
 
 The second command samples traces of SmolLM2 itself, for the 300 problems that ship with the program (or so many of
 them), and labels them by keyword. They hold next to no "Wait", so no vectors are read off them: a run that goes on to
 the vectors imports the chains (`traces.stand_in`).
 
-Paper: sections 2.2 and 3.2. Hardware: 2 CPU cores, 4 GB. Duration and results: BUILD_NOTES.md.
+Paper: sections 2.2 and 3.2. Hardware: 2 CPU cores, 4 GB. Duration: 4 to 10 minutes with the 300 chains. Expected:
+neither "wait" nor "hmm", steered or not; docs/measurements/reading.md.
 """
 
 from backtrack_jax.config import (

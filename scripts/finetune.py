@@ -25,10 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from backtrack_jax.compatibility import check_vocabulary
 from backtrack_jax.data.records import Trace, read_any_traces
 from backtrack_jax.files import store
 from backtrack_jax.files.console import Help, ends_in_one_line
-from backtrack_jax.inputs import check_vocabulary
 from backtrack_jax.models import checkpoint, ops, prompts
 from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.models.safetensors import read_header

@@ -15,7 +15,7 @@ from backtrack_jax import pipeline
 # A file is one process's; those that take longest come first, so that no process is left alone with one at the end.
 LONGEST = (
     "test_pipeline.py",
-    "test_readme.py",
+    "test_notebooks.py",
     "test_label_stage.py",
     "test_train.py",
     "test_generate.py",

@@ -1,6 +1,7 @@
 """Stage folders on disk: fingerprints, `DONE`, files that are whole or absent, and nothing finished ever lost.
 
 results/smollm2/3-vectors/inputs.json    what the stage's results depend on
+                          STALE          why they are out of date, where an earlier stage has other results by now
                           DONE           the fingerprint of inputs.json, once the stage is complete; sizes and names
                                          of its files
                 superseded/3-vectors-1f0c.../   results under other inputs; they come back if the inputs do
@@ -22,6 +23,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import safetensors.numpy
+
+STALE = "STALE"
+"""File in a stage's folder that says why its results are out of date."""
 
 _CHUNK = 1 << 16
 _CHUNKS_READ = 1 << 12
@@ -129,6 +133,24 @@ def peek(workdir: Path, name: str, inputs: Mapping[str, Any]) -> Path | None:
     """Folder of a stage that is complete under these inputs, in place or aside; None if it is not. Writes nothing."""
     wanted = fingerprint(inputs)
     return next((path for path in (workdir / name, _aside(workdir, name, wanted)) if _is_done(path, wanted)), None)
+
+
+def read_inputs(folder: Path) -> dict[str, Any] | None:
+    """The inputs of the results in a stage's folder; None where there are none."""
+    marker = folder / "inputs.json"
+    return read_json(marker) if marker.exists() else None
+
+
+def mark_stale(folder: Path, reason: str) -> bool:
+    """Writes why a stage's results are out of date, or with an empty reason that they are not; whether that is new."""
+    marker = folder / STALE
+    if reason == (marker.read_text("utf-8").rstrip("\n") if marker.exists() else ""):
+        return False
+    if reason:
+        write_text(marker, reason + "\n")
+    else:
+        marker.unlink()
+    return True
 
 
 def fingerprint(inputs: Mapping[str, Any]) -> str:
@@ -302,7 +324,7 @@ def _misfits(path: Path) -> list[str]:
 
 def _artifacts(path: Path) -> dict[str, int]:
     """Names and sizes of a stage's files. Of run.json equal runs on two machines have different ones."""
-    left_out = ("DONE", "run.json")
+    left_out = ("DONE", STALE, "run.json")
     files = [(name, file) for file, name in _files(path) if name not in left_out and not name.endswith(_DAMAGED)]
     return {name: file.stat().st_size for name, file in files if not file.name.startswith(".")}
 

@@ -3,6 +3,11 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
 
+if (window.staleReason) {
+  byId("stale").textContent = `Out of date: ${window.staleReason}.`;
+  byId("stale").hidden = false;
+}
+
 function fill(select, names, chosen) {
   select.replaceChildren(...names.map((name, i) => {
     const option = document.createElement("option");

@@ -21,6 +21,9 @@ from backtrack_jax.report.reference import comparison, highest, settings
 from backtrack_jax.report.results import Results
 from backtrack_jax.report.summary import sentences
 
+STALE = ".stale.js"
+"""File beside the page, which says why it is out of date. No artifact, so that a mark does not damage the stage."""
+
 
 def render(r: Results, plots: Sequence[Plot]) -> str:
     """The page as text."""
@@ -40,6 +43,7 @@ def render(r: Results, plots: Sequence[Plot]) -> str:
         css=(files / "page.css").read_text("utf-8"),
         js=(files / "page.js").read_text("utf-8"),
         plotly=get_plotlyjs(),
+        stale=STALE,
         data=inert_json(data),
         label=r.experiment.vectors.label,
         sentences=sentences(r),

@@ -10,6 +10,10 @@ from backtrack_jax.analysis import replies
 from backtrack_jax.config import Experiment
 from backtrack_jax.data.records import UNSTEERED, window_name
 from backtrack_jax.files import store, tables
+from backtrack_jax.stages.analysis import ANALYSIS
+from backtrack_jax.stages.annotations import ANNOTATIONS
+from backtrack_jax.stages.steering import STEERING
+from backtrack_jax.stages.vectors import VECTORS
 
 Rows = list[dict[str, Any]]
 
@@ -131,17 +135,17 @@ class Results:
 
 def read(experiment: Experiment, workdir: Path) -> Results:
     """Reads the results of stages 2 to 5."""
-    analysis = workdir / "5-analysis"
+    analysis = ANALYSIS.path(workdir)
     joined: dict[str, Rows] = {}
     for path in sorted(analysis.glob("*.csv")):
         joined.setdefault(path.stem.split(".")[-1], []).extend(tables.read(path))
-    described = json.loads((workdir / "4-steering" / "run.json").read_text())
+    described = store.read_json(STEERING.path(workdir) / "run.json")
     return Results(
         experiment,
-        json.loads((workdir / "3-vectors" / "summary.json").read_text()),
+        VECTORS.read_summary(VECTORS.path(workdir)),
         joined,
         {role: json.loads((analysis / f"{role}.projections.json").read_text()) for role in experiment.roles},
-        store.read_lines(workdir / "4-steering" / "generations.jsonl"),
-        (workdir / "2-annotations" / "summary.txt").read_text(),
+        [reply.line() for reply in STEERING.read(STEERING.path(workdir))],
+        ANNOTATIONS.read_summary(ANNOTATIONS.path(workdir)),
         {name: described[name] for name in ("versions", "device", "git_revision")},
     )

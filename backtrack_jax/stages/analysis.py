@@ -2,15 +2,15 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from backtrack_jax import extract, vectors
+from backtrack_jax import extract, inputs, labelling, vectors
 from backtrack_jax.analysis import activations, agreement, coherence, logit_lens, probe, replies, similarity
-from backtrack_jax.config import ROLES
+from backtrack_jax.config import ROLES, Experiment
 from backtrack_jax.data import records
 from backtrack_jax.data.records import UNSTEERED, window_name
 from backtrack_jax.data.text import KEYWORDS
@@ -18,49 +18,99 @@ from backtrack_jax.files import store, tables
 from backtrack_jax.files.console import Progress, say
 from backtrack_jax.inputs import spread
 from backtrack_jax.judges import keyword
-from backtrack_jax.models import prompts
-from backtrack_jax.stages.annotations import judged
-from backtrack_jax.stages.vectors import token_trace
+from backtrack_jax.models.batching import bucket
+from backtrack_jax.stages import estimates
+from backtrack_jax.stages.annotations import ANNOTATIONS, settle_gaps
+from backtrack_jax.stages.base import Context, Settled, Stage, spec_values
+from backtrack_jax.stages.steering import STEERING
+from backtrack_jax.stages.traces import TRACES
+from backtrack_jax.stages.vectors import VECTORS
 
-if TYPE_CHECKING:
-    from backtrack_jax.pipeline import Run
+
+class AnalysisStage(Stage):
+    """Every table that figures and page are drawn from."""
+
+    name = "5-analysis"
+    format = 4
+
+    def inputs(self, e: Experiment) -> dict[str, Any]:
+        """What is measured, and what a judge of replies depends on."""
+        return {"analysis": spec_values(e.analysis, "batch_size"), "judge": labelling.judge_inputs(e, e.analysis.judge)}
+
+    def settle(self, e: Experiment, own: dict[str, Any], found: Settled) -> dict[str, Any]:
+        """As for the labels of traces."""
+        return settle_gaps(e, e.analysis.judge, own, found, "judged.jsonl")
+
+    def model_roles(self, e: Experiment) -> Sequence[str]:
+        """All."""
+        return e.roles
+
+    def prepare(self, context: Context) -> None:
+        """Key and ledger of the online judge, where it labels replies."""
+        labelling.prepare(context.experiment, context.experiment.analysis.judge)
+
+    def check(self, context: Context) -> None:
+        """Keywords that no token contains."""
+        keywords = context.experiment.analysis.keywords
+        try:
+            logit_lens.keyword_ids(context.tokenizer, keywords)
+        except ValueError as error:
+            raise ValueError(f"analysis.keywords={keywords}: {error}") from error
+
+    def notes(self, context: Context) -> list[str]:
+        """Says so where the steered layer has no probe and no reliability."""
+        layer, kept = context.experiment.steering.main_layer, context.experiment.vectors.layers
+        if not kept or layer in kept:
+            return []
+        return [f"probe and reliability are of vectors.layers={kept}; add steering.layer={layer} there to have it"]
+
+    def plan(self, context: Context) -> list[str]:
+        """Likelihoods of all replies, activations of sampled and of shown tokens."""
+        return _analysis(context)
+
+    def run(self, context: Context, folder: Path) -> None:
+        """Every analysis."""
+        _analyse(context, folder)
+
+
+ANALYSIS = AnalysisStage()
 
 Pairs = Sequence[tuple[records.Trace, records.Annotation]]
 Rows = list[dict[str, Any]]
 
 
-def analyse(run: "Run", folder: Path) -> None:
-    """Stage 5: every table that figures and page are drawn from."""
-    e = run.experiment
-    traces = records.read_traces(run.folder("1-traces") / "traces.jsonl")
-    annotated = records.read_annotations(run.folder("2-annotations") / "annotations.jsonl")
+def _analyse(context: Context, folder: Path) -> None:
+    e = context.experiment
+    read = context.folder(VECTORS)
+    traces = TRACES.read(context.folder(TRACES))
+    annotated = ANNOTATIONS.read(context.folder(ANNOTATIONS))
     pairs = records.pair_annotations(traces, annotated)
-    sums = {role: extract.load_sums(run.folder("3-vectors") / f"{role}.sums.safetensors") for role in e.roles}
-    lines = store.read_lines(run.folder("4-steering") / "generations.jsonl")
+    sums = {role: VECTORS.read_sums(read, role) for role in e.roles}
+    lines = [reply.line() for reply in STEERING.read(context.folder(STEERING))]
     partials = {role: folder / f"{role}.likelihoods.jsonl" for role in e.roles}
     judged_files = ("judged.jsonl", "judge_agreement.csv") if e.analysis.judge else ()
     has_replies = _all_there(folder, "replies.csv", *judged_files)
-    for role in run.roles_by_need():
+    for role in context.roles_by_need():
         if not has_replies:
-            _likelihoods(run, role, partials[role], [line for line in lines if line["target"] == role])
+            _likelihoods(context, role, partials[role], [line for line in lines if line["target"] == role])
         if not _all_there(folder, f"{role}.lens.csv", f"{role}.lens_tokens.csv"):
-            _lens(run, role, folder)
+            _lens(context, role, folder)
         if not _all_there(folder, f"{role}.probe.csv", f"{role}.projections.json"):
-            _probe(run, role, folder, pairs, sums)
+            _probe(context, role, folder, pairs, sums)
     if not has_replies:
         answers, strengths = agreement.reply_traces(lines)
-        labels = _judge_replies(run, folder, lines, answers, strengths)
-        tables.write(folder / "replies.csv", _replies(run, partials, lines, answers, labels))
+        labels = _judge_replies(context, folder, lines, answers, strengths)
+        tables.write(folder / "replies.csv", _replies(context, partials, lines, answers, labels))
     for partial in partials.values():
         partial.unlink(missing_ok=True)
     rows = tables.read(folder / "replies.csv")
     tables.write(folder / "rates.csv", replies.summarise(rows, seed=e.seed))
     tables.write(folder / "effects.csv", replies.effects(rows))
-    tables.write(folder / "similarity.csv", _similarity(run, sums))
-    tables.write(folder / "label_cosines.csv", _label_cosines(run, sums))
-    tables.write(folder / "reliability.csv", _reliability(run, sums, [trace for trace, _ in pairs]))
+    tables.write(folder / "similarity.csv", _similarity(context, sums))
+    tables.write(folder / "label_cosines.csv", _label_cosines(context, sums))
+    tables.write(folder / "reliability.csv", _reliability(context, sums, [trace for trace, _ in pairs]))
     tables.write(folder / "windows.csv", _windows(sums))
-    tables.write(folder / "agreement.csv", _agreement(run, traces, annotated))
+    tables.write(folder / "agreement.csv", _agreement(context, traces, annotated))
 
 
 def _all_there(folder: Path, *names: str) -> bool:
@@ -68,21 +118,17 @@ def _all_there(folder: Path, *names: str) -> bool:
     return all((folder / name).exists() for name in names)
 
 
-def _prompt(run: "Run", role: str, problem: str) -> list[int]:
-    return run.for_role(role, prompts.prompt_ids(run.tokenizer, problem, run.prompt))[0]
-
-
-def _likelihoods(run: "Run", role: str, partial: Path, lines: Sequence[dict[str, Any]]) -> None:
+def _likelihoods(context: Context, role: str, partial: Path, lines: Sequence[dict[str, Any]]) -> None:
     """Log-likelihood of every reply under the unsteered model, appended batch by batch."""
     done = {line["row"] for line in store.recover_lines(partial)}
     if len(done) == len(lines):
         return
-    asked = {line["problem"]: _prompt(run, role, line["problem"]) for line in lines}
+    asked = {line["problem"]: context.prompt_ids(role, line["problem"]) for line in lines}
     batches = coherence.log_likelihoods(
-        run.model(role),
+        context.model(role),
         [asked[line["problem"]] for line in lines],
         [line["ids"] for line in lines],
-        batch_size=run.experiment.analysis.batch_size,
+        batch_size=context.experiment.analysis.batch_size,
         done=done,
     )
     with Progress(f"  likelihood under the unsteered {role} model", len(lines), len(done)) as progress:
@@ -93,7 +139,7 @@ def _likelihoods(run: "Run", role: str, partial: Path, lines: Sequence[dict[str,
 
 
 def _judge_replies(
-    run: "Run",
+    context: Context,
     folder: Path,
     lines: Sequence[dict[str, Any]],
     traces: Sequence[records.Trace],
@@ -103,10 +149,10 @@ def _judge_replies(
 
     The table is of the model that writes the traces, unsteered and under its own vector at the experiment's layer.
     """
-    e = run.experiment
+    e = context.experiment
     if not e.analysis.judge:
         return [None] * len(lines)
-    found = judged(e, e.analysis.judge, traces)
+    found = labelling.judged(e, e.analysis.judge, traces)
     records.write_jsonl(folder / "judged.jsonl", found)
     own = (e.vectors.label, e.author, e.steering.main_layer, window_name(e.vectors.window))
     kept = [
@@ -127,14 +173,14 @@ def _judge_replies(
 
 
 def _replies(
-    run: "Run",
+    context: Context,
     partials: dict[str, Path],
     lines: Sequence[dict[str, Any]],
     traces: Sequence[records.Trace],
     labels: Sequence[records.Annotation | None],
 ) -> Rows:
     """One row per reply, in the order of generations.jsonl."""
-    ids = logit_lens.word_ids(run.tokenizer, KEYWORDS)
+    ids = logit_lens.word_ids(context.tokenizer, KEYWORDS)
     found = {
         role: [line["log_likelihood"] for line in sorted(store.read_lines(partial), key=lambda line: line["row"])]
         for role, partial in partials.items()
@@ -147,24 +193,26 @@ def _replies(
         role = line["target"]
         asked = (role, line["problem"])
         if asked not in texts:
-            texts[asked] = run.tokenizer.decode(_prompt(run, *asked))
+            texts[asked] = context.tokenizer.decode(context.prompt_ids(*asked))
         likelihood = found[role][numbers[role]]
         rows.append(replies.measure(traces[number], line, texts[asked], ids, likelihood, labels[number]))
         numbers[role] += 1
     return rows
 
 
-def _lens(run: "Run", role: str, folder: Path) -> None:
+def _lens(context: Context, role: str, folder: Path) -> None:
     """Fig. 5: vectors of every model through this model's unembedding, as in Eq. 2 and with the final norm."""
-    e = run.experiment
-    n_items = min(run.tokenizer.vocab_size, run.model(role).config.vocab_size)  # markers may be beyond an embedding
-    ids = [i for i in logit_lens.keyword_ids(run.tokenizer, e.analysis.keywords) if i < n_items]
+    e = context.experiment
+    n_items = min(
+        context.tokenizer.vocab_size, context.model(role).config.vocab_size
+    )  # markers may be beyond an embedding
+    ids = [i for i in logit_lens.keyword_ids(context.tokenizer, e.analysis.keywords) if i < n_items]
     scores, items = [], []
     for source in e.roles:
-        vector = vectors.load(run.folder("3-vectors") / f"{source}.{e.vectors.label}.safetensors")
+        vector = VECTORS.load(context.folder(VECTORS), source, e.vectors.label)
         for final_norm in (False, True):
             lens = logit_lens.logit_lens(
-                run.model(role),
+                context.model(role),
                 vector.directions,
                 ids,
                 n_items=n_items,
@@ -180,7 +228,7 @@ def _lens(run: "Run", role: str, folder: Path) -> None:
                 items += [
                     key
                     | {"layer": layer, "side": side, "rank": rank, "token": int(token), "logit": float(logit)}
-                    | {"text": run.tokenizer.decode([int(token)])}
+                    | {"text": context.tokenizer.decode([int(token)])}
                     for layer in range(len(found))
                     for rank, (token, logit) in enumerate(zip(found[layer], logits[layer], strict=True))
                 ]
@@ -188,29 +236,29 @@ def _lens(run: "Run", role: str, folder: Path) -> None:
     tables.write(folder / f"{role}.lens_tokens.csv", items)
 
 
-def _probe(run: "Run", role: str, folder: Path, pairs: Pairs, sums: dict[str, extract.WindowSums]) -> None:
+def _probe(context: Context, role: str, folder: Path, pairs: Pairs, sums: dict[str, extract.WindowSums]) -> None:
     """Section 4.2 and Fig. 6: projections on the directions, as a probe and token by token for a few traces."""
-    e, spec = run.experiment, run.experiment.analysis
+    e, spec = context.experiment, context.experiment.analysis
     labelled = [pair for pair in pairs if pair[1].sections]  # no label is not "no backtracking"
     if len(labelled) < len(pairs):
         say(f"  the probe leaves {len(pairs) - len(labelled)} traces without labels out")
     pairs = labelled
     layers = sorted({*e.vectors.layers, e.steering.main_layer})
-    read = [token_trace(run, role, trace, annotation) for trace, annotation in pairs]
+    read = [context.token_trace(role, trace, annotation) for trace, annotation in pairs]
     rng = np.random.default_rng(e.seed)
     replies_at = [np.arange(trace.reply_start, len(trace.ids)) for trace in read]
     chosen = [np.sort(rng.choice(at, min(spec.positions, len(at)), replace=False)) for at in replies_at]
     with Progress(f"  activations of the {role} model", len(read)) as progress:
-        sampled = _read_activations(run, role, read, chosen, layers, progress)
+        sampled = _read_activations(context, role, read, chosen, layers, progress)
     of_layer = [np.concatenate([states[:, n] for states in sampled]) for n in range(len(layers))]
     mean = np.stack([states.mean(0, dtype=np.float64) for states in of_layer])
     del sampled
-    shown = _shown(run, read)
+    shown = _shown(context, read)
     with Progress(f"  projections of the {role} model", len(shown)) as progress:
         whole = _read_activations(
-            run, role, [read[i] for i in shown], [replies_at[i] for i in shown], layers, progress, batch_size=1
+            context, role, [read[i] for i in shown], [replies_at[i] for i in shown], layers, progress, batch_size=1
         )
-    projected = _projections(run, role, [(*pairs[i], read[i]) for i in shown], whole, mean, layers)
+    projected = _projections(context, role, [(*pairs[i], read[i]) for i in shown], whole, mean, layers)
     store.write_text(folder / f"{role}.projections.json", json.dumps(projected, ensure_ascii=False) + "\n")
     traces = np.repeat(np.arange(len(read)), [len(at) for at in chosen])
     rows: Rows = []
@@ -219,12 +267,12 @@ def _probe(run: "Run", role: str, folder: Path, pairs: Pairs, sums: dict[str, ex
             starts = [[at for label, at in trace.starts if label == e.vectors.label] for trace in read]
             soon = [probe.starts_soon(s, at, horizon) for s, at in zip(starts, chosen, strict=True)]
             tokens = probe.Tokens(of_layer[layers.index(layer)], traces, np.concatenate(soon))
-            rows += _probe_rows(run, role, layer, horizon, tokens, [trace for trace, _ in pairs], sums)
+            rows += _probe_rows(context, role, layer, horizon, tokens, [trace for trace, _ in pairs], sums)
     tables.write(folder / f"{role}.probe.csv", rows)
 
 
 def _read_activations(
-    run: "Run",
+    context: Context,
     role: str,
     traces: Sequence[extract.TokenTrace],
     at: Sequence[np.ndarray],
@@ -234,15 +282,15 @@ def _read_activations(
 ) -> list[np.ndarray]:
     """[positions, layers, D] of every trace."""
     found: dict[int, np.ndarray] = {}
-    size = batch_size or run.experiment.analysis.batch_size
-    for batch in activations.read(run.model(role), traces, at, layers, batch_size=size):
+    size = batch_size or context.experiment.analysis.batch_size
+    for batch in activations.read(context.model(role), traces, at, layers, batch_size=size):
         found |= dict(batch)
         progress.update(len(batch), sum(len(traces[i].ids) for i, _ in batch))
     return [found[i] for i in range(len(traces))]
 
 
 def _probe_rows(
-    run: "Run",
+    context: Context,
     role: str,
     layer: int,
     horizon: int,
@@ -251,7 +299,7 @@ def _probe_rows(
     sums: dict[str, extract.WindowSums],
 ) -> Rows:
     """Scores of the directions, random ones, and a logistic regression at the steered layer, on the same tokens."""
-    e, spec = run.experiment, run.experiment.analysis
+    e, spec = context.experiment, context.experiment.analysis
     problems = [trace.problem_id for trace in traces]
     ids = [trace.id for trace in traces]
     fold = probe.folds(problems, spec.folds, e.seed)
@@ -286,15 +334,15 @@ def _weights(
     return total.weights_by_trace(ids, groups[0], estimator), total.weights_by_trace(ids, groups[1], estimator)
 
 
-def _shown(run: "Run", read: Sequence[extract.TokenTrace]) -> list[int]:
+def _shown(context: Context, read: Sequence[extract.TokenTrace]) -> list[int]:
     """Which traces the report shows: spread over those with a section of the experiment's label, if there are any."""
-    label = run.experiment.vectors.label
+    label = context.experiment.vectors.label
     marked = [i for i, trace in enumerate(read) if any(name == label for name, _ in trace.starts)]
-    return spread(marked or list(range(len(read))), run.experiment.analysis.shown)
+    return spread(marked or list(range(len(read))), context.experiment.analysis.shown)
 
 
 def _projections(
-    run: "Run",
+    context: Context,
     role: str,
     shown: Sequence[tuple[records.Trace, records.Annotation, extract.TokenTrace]],
     whole: Sequence[np.ndarray],
@@ -302,12 +350,14 @@ def _projections(
     layers: Sequence[int],
 ) -> dict[str, Any]:
     """Tokens of a few traces with the projections of their centred activations on every unit direction."""
-    folder = run.folder("3-vectors")
+    folder = context.folder(VECTORS)
     names = [
-        (source, label) for label in run.experiment.shown_vectors(_labels(folder)) for source in run.experiment.roles
+        (source, label)
+        for label in context.experiment.shown_vectors(_labels(folder))
+        for source in context.experiment.roles
     ]
-    names = [name for name in names if (folder / f"{name[0]}.{name[1]}.safetensors").exists()]
-    units = {name: vectors.load(folder / f"{name[0]}.{name[1]}.safetensors") for name in names}
+    names = [name for name in names if VECTORS.has(folder, *name)]
+    units = {name: VECTORS.load(folder, *name) for name in names}
     traces = []
     for (trace, _, tokens), states in zip(shown, whole, strict=True):
         centred = states - mean
@@ -317,9 +367,9 @@ def _projections(
                 "id": trace.id,
                 "category": trace.category,
                 "problem": trace.problem,
-                "tokens": _pieces(run, tokens),
+                "tokens": _pieces(context, tokens),
                 "starts": [[label, at - tokens.reply_start] for label, at in tokens.starts],
-                "read": _read_in_reply(run, tokens),
+                "read": _read_in_reply(context, tokens),
                 "values": [[[round(float(x), 3) for x in row] for row in rows] for rows in values],
             }
         )
@@ -331,9 +381,9 @@ def _projections(
     }
 
 
-def _read_in_reply(run: "Run", trace: extract.TokenTrace) -> list[int]:
+def _read_in_reply(context: Context, trace: extract.TokenTrace) -> list[int]:
     """Tokens of a reply that a window of the experiment's label reads."""
-    v = run.experiment.vectors
+    v = context.experiment.vectors
     windows = [
         extract.read_positions(trace, at, v.window, v.into_prompt) for label, at in trace.starts if label == v.label
     ]
@@ -342,12 +392,12 @@ def _read_in_reply(run: "Run", trace: extract.TokenTrace) -> list[int]:
 
 
 def _labels(folder: Path) -> list[str]:
-    return store.read_json(folder / "summary.json")["labels"]
+    return VECTORS.read_summary(folder)["labels"]
 
 
-def _pieces(run: "Run", trace: extract.TokenTrace) -> list[str]:
+def _pieces(context: Context, trace: extract.TokenTrace) -> list[str]:
     """Text of each reply token; a character of several tokens stands with the first of them."""
-    text, spans = run.tokenizer.decode_with_spans(trace.ids[trace.reply_start :])
+    text, spans = context.tokenizer.decode_with_spans(trace.ids[trace.reply_start :])
     pieces, end = [], 0
     for start, stop in spans:
         pieces.append(text[max(start, end) : stop])
@@ -355,14 +405,13 @@ def _pieces(run: "Run", trace: extract.TokenTrace) -> list[str]:
     return pieces
 
 
-def _similarity(run: "Run", sums: dict[str, extract.WindowSums]) -> Rows:
+def _similarity(context: Context, sums: dict[str, extract.WindowSums]) -> Rows:
     """Text 3.2: norms of every label's vectors, and the cosine of the two models' ones, at every layer."""
     rows = []
-    for label in _labels(run.folder("3-vectors")):
-        files = {role: run.folder("3-vectors") / f"{role}.{label}.safetensors" for role in sums}
-        if not all(file.exists() for file in files.values()):
+    for label in _labels(context.folder(VECTORS)):
+        if not all(VECTORS.has(context.folder(VECTORS), role, label) for role in sums):
             continue
-        found = {role: vectors.load(file) for role, file in files.items()}
+        found = {role: VECTORS.load(context.folder(VECTORS), role, label) for role in sums}
         cosines = vectors.cosine(found["base"], found["reasoning"]) if len(found) == len(ROLES) else None
         for layer in range(len(next(iter(found.values())).directions)):
             row = {"label": label, "layer": layer, "cosine": float("nan") if cosines is None else float(cosines[layer])}
@@ -370,14 +419,13 @@ def _similarity(run: "Run", sums: dict[str, extract.WindowSums]) -> Rows:
     return rows
 
 
-def _label_cosines(run: "Run", sums: dict[str, extract.WindowSums]) -> Rows:
+def _label_cosines(context: Context, sums: dict[str, extract.WindowSums]) -> Rows:
     """Cosines of every two labels' vectors of one model at every layer."""
     rows = []
     for role in sums:
-        files = {
-            label: run.folder("3-vectors") / f"{role}.{label}.safetensors" for label in _labels(run.folder("3-vectors"))
-        }
-        found = {label: vectors.load(file) for label, file in files.items() if file.exists()}
+        folder = context.folder(VECTORS)
+        labels = [label for label in _labels(folder) if VECTORS.has(folder, role, label)]
+        found = {label: VECTORS.load(folder, role, label) for label in labels}
         labels = [label for label in (*records.LABELS, *sorted(found)) if label in found]
         labels = list(dict.fromkeys(labels))
         for layer in range(sums[role].sums.shape[1]):
@@ -390,9 +438,9 @@ def _label_cosines(run: "Run", sums: dict[str, extract.WindowSums]) -> Rows:
     return rows
 
 
-def _reliability(run: "Run", sums: dict[str, extract.WindowSums], traces: Sequence[records.Trace]) -> Rows:
+def _reliability(context: Context, sums: dict[str, extract.WindowSums], traces: Sequence[records.Trace]) -> Rows:
     """Split-half cosine of every label's vector at the layers whose trace means were kept."""
-    spec = run.experiment.vectors
+    spec = context.experiment.vectors
     problems = [trace.problem_id for trace in traces]
     ids = [trace.id for trace in traces]
     rows = []
@@ -402,7 +450,9 @@ def _reliability(run: "Run", sums: dict[str, extract.WindowSums], traces: Sequen
                 groups = (label, spec.contrast if label == spec.label else "all")
                 positive, contrast = (total.means_by_trace(ids, group, layer) for group in groups)
                 weights = _weights(total, ids, groups, spec.estimator)
-                found = similarity.split_half(positive, contrast, problems, weights=weights, seed=run.experiment.seed)
+                found = similarity.split_half(
+                    positive, contrast, problems, weights=weights, seed=context.experiment.seed
+                )
                 rows.append({"role": role, "layer": layer, "label": label} | found._asdict())
     return rows
 
@@ -418,9 +468,9 @@ def _windows(sums: dict[str, extract.WindowSums]) -> Rows:
     ]
 
 
-def _agreement(run: "Run", traces: Sequence[records.Trace], annotated: Sequence[records.Annotation]) -> Rows:
+def _agreement(context: Context, traces: Sequence[records.Trace], annotated: Sequence[records.Annotation]) -> Rows:
     """Table C.1 on the traces: the keyword judge against the labels of the run, where these are another judge's."""
-    if run.experiment.judge == "keyword" or run.experiment.vectors.label != "backtracking":
+    if context.experiment.judge == "keyword" or context.experiment.vectors.label != "backtracking":
         return []
     found = agreement.agreement(traces, annotated, [keyword.annotate(trace) for trace in traces], unit="sentence")
     say(f"  keyword judge against the labels: F1 {100 * found[0].f1.value:.1f} %")
@@ -438,3 +488,44 @@ def _agreement_rows(found: Sequence[agreement.Agreement]) -> Rows:
         }
         for row in found
     ]
+
+
+def _analysis(context: Context) -> list[str]:
+    """Likelihoods of all replies, activations of sampled and of shown tokens."""
+    e, spec = context.experiment, context.experiment.analysis
+    lengths, rows = estimates.trace_lengths(e), estimates.steered_rows(e)
+    lines = []
+    for role in e.roles:
+        tokens = rows[role] * (estimates.longest_prompt(e) + e.steering.max_new_tokens)
+        lines.append(
+            f"{role} model: likelihood of {rows[role]} replies, at most {tokens:,} tokens; activations of "
+            f"{len(lengths)} traces, about {sum(lengths):,} tokens, {len(lengths) * spec.positions:,} of them kept"
+        )
+        config = inputs.architecture(e.model(role).path)
+        if config is None:
+            lines.append(estimates.unknown_memory(e, role))
+            continue
+        rows_at_once = -(-spec.batch_size // e.data_parallel)
+        layers = len({*e.vectors.layers, e.steering.main_layer})
+        kept = 4 * len(lengths) * spec.positions * layers * config.d_model
+        gathered = 4 * config.n_layers * rows_at_once * bucket(spec.positions) * config.d_model
+        of_position = spec.batch_size * config.vocab_size
+        logits = 4 * max(min(1 << 27, 256 * of_position), of_position) // (e.data_parallel * e.model_parallel)
+        lines.append(
+            f"  {estimates.memory(e)}: weights {estimates.weights(e, role, config)}, "
+            f"activations {estimates.gigabytes(gathered)} and on the host "
+            f"{estimates.gigabytes(kept)}, logits about {estimates.gigabytes(logits)}"
+        )
+    return [*lines, *_judged_replies(context, rows)]
+
+
+def _judged_replies(context: Context, rows: Mapping[str, int]) -> list[str]:
+    """What labelling the steered replies costs, where the online judge does it."""
+    e = context.experiment
+    if e.analysis.judge != "openai":
+        return []
+    if folder := context.finished(STEERING):
+        lines = [reply.line() for reply in STEERING.read(folder)]
+        return labelling.asking(e, agreement.reply_traces(lines)[0])
+    standing = records.Problem("-", "-", "X" * estimates.CHARACTERS_PER_TOKEN * estimates.longest_prompt(e))
+    return labelling.asking_unsampled(e, [(standing, 0)] * sum(rows.values()), e.steering.max_new_tokens)

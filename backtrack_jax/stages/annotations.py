@@ -1,66 +1,122 @@
 """Stage 2: labelled sections of every trace.
 
+    annotations.jsonl   sections placed in the original traces
+    summary.txt         counts by label; what was rejected and why
+
 The judge `openai` keeps every answer in a ledger outside of the stage's folder, so that neither a killed run nor
 another config, nor a deleted result, makes the same question be paid for again.
 """
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+from backtrack_jax import inputs, labelling
 from backtrack_jax.config import Experiment
 from backtrack_jax.data import annotations as labels
 from backtrack_jax.data import records
-from backtrack_jax.data.records import OTHER, Annotation, Note, Rejection, Trace, failure
+from backtrack_jax.data.records import Annotation, Note, Rejection, Trace
+from backtrack_jax.data.text import reasoning_end
 from backtrack_jax.files import store
-from backtrack_jax.files.console import Progress, say
+from backtrack_jax.files.console import say
 from backtrack_jax.inputs import data_path
-from backtrack_jax.judges import keyword
-from backtrack_jax.judges.openai.settings import UNANSWERED, JudgeStopped, Meter
-from backtrack_jax.organism import judge as grammar
-from backtrack_jax.stages.traces import ids_at_source
+from backtrack_jax.stages import estimates
+from backtrack_jax.stages.base import Context, Settled, Stage
+from backtrack_jax.stages.traces import TRACES, ids_at_source
 
-if TYPE_CHECKING:
-    from backtrack_jax.pipeline import Run
+_ANNOTATIONS, _SUMMARY = "annotations.jsonl", "summary.txt"
 
 
-def ledger_path(e: Experiment) -> Path:
-    """File of the online judge's answers; the same for all experiments of a `workdir` unless one is named."""
-    named = e.annotations.openai.ledger
-    return Path(named).expanduser() if named else Path(e.workdir).expanduser() / "judge-ledger.jsonl"
+class AnnotationsStage(Stage):
+    """Labels the sections of every trace and reports what could not be placed."""
+
+    name = "2-annotations"
+    reads_vectors = False
+
+    def inputs(self, e: Experiment) -> dict[str, Any]:
+        """The judge, and what its labels depend on."""
+        return {"annotations": {"judge": e.judge} | labelling.judge_inputs(e, e.judge)}
+
+    def settle(self, e: Experiment, own: dict[str, Any], found: Settled) -> dict[str, Any]:
+        """Labels that may have gaps are other inputs than those without; see `settle_gaps`."""
+        return settle_gaps(e, e.judge, own, found, _ANNOTATIONS)
+
+    def prepare(self, context: Context) -> None:
+        """Key and ledger of the online judge, before the first stage, which may take hours."""
+        labelling.prepare(context.experiment, context.experiment.judge)
+
+    def plan(self, context: Context) -> list[str]:
+        """Calls, tokens and cost of asking a judge; of the others, how much there is to label."""
+        e = context.experiment
+        if e.judge != "openai":
+            lengths = estimates.trace_lengths(e)
+            return [f"{len(lengths)} traces, about {sum(lengths):,} tokens, by {e.judge}; no calls, no model is held"]
+        if traces := _traces_to_label(context):
+            return labelling.asking(e, traces)
+        sampled = [(problem, sample) for problem in inputs.problems(e) for sample in range(e.traces.samples)]
+        return labelling.asking_unsampled(e, sampled, e.traces.max_new_tokens)
+
+    def run(self, context: Context, folder: Path) -> None:
+        """Labels, or places labels that came with the traces."""
+        e = context.experiment
+        source = context.folder(TRACES)
+        traces = TRACES.read(source)
+        if e.judge == "import":
+            annotated = _imported(e, traces)
+        elif e.judge == "released":
+            annotated = _released(e, traces, TRACES.read_labels(source))
+        else:
+            annotated = labelling.judged(e, e.judge, traces)
+        records.pair_annotations(traces, annotated)  # raises where a span does not fit its trace
+        records.write_jsonl(folder / _ANNOTATIONS, annotated)
+        table = labels.format_summary(labels.summarise(annotated))
+        store.write_text(folder / _SUMMARY, table + "\n")
+        say("\n".join("  " + line for line in table.split("\n")))
+
+    def read(self, folder: Path) -> list[Annotation]:
+        """The annotations in its folder."""
+        return records.read_annotations(folder / _ANNOTATIONS)
+
+    def read_summary(self, folder: Path) -> str:
+        """Counts by label and reason, as text."""
+        return (folder / _SUMMARY).read_text("utf-8")
 
 
-def annotate(run: "Run", folder: Path) -> None:
-    """Stage 2: labels the sections of every trace and reports what could not be placed."""
-    e, source = run.experiment, run.folder("1-traces")
-    traces = records.read_traces(source / "traces.jsonl")
-    if e.judge == "import":
-        annotated = _imported(e, traces)
-    elif e.judge == "released":
-        annotated = _released(e, traces, source / "labelled.jsonl")
-    else:
-        annotated = judged(e, e.judge, traces)
-    records.pair_annotations(traces, annotated)  # raises where a span does not fit its trace
-    records.write_jsonl(folder / "annotations.jsonl", annotated)
-    table = labels.format_summary(labels.summarise(annotated))
-    store.write_text(folder / "summary.txt", table + "\n")
-    say("\n".join("  " + line for line in table.split("\n")))
+ANNOTATIONS = AnnotationsStage()
 
 
-def judged(e: Experiment, judge: str, traces: Sequence[Trace]) -> list[Annotation]:
-    """Traces as a judge that reads them labels them: `keyword`, `grammar` or `openai`, as the experiment sets it up."""
-    if judge == "keyword":
-        return [keyword.annotate(trace, e.annotations.variant) for trace in traces]
-    if judge == "grammar":
-        found = [grammar.annotate(trace) for trace in traces]
-        if not any(section.label != OTHER for annotation in found for section in annotation.sections):
-            raise ValueError(
-                f"judge='grammar': no sentence of {len(traces)} texts is one of the small pair's, and it knows no "
-                "others; expected another judge, such as 'keyword' or 'openai'"
-            )
-        return found
-    return _ask(e, traces)
+def read_pairs(context: Context) -> list[tuple[Trace, Annotation]]:
+    """The traces of a run with their annotations."""
+    traces, annotated = TRACES.read(context.folder(TRACES)), ANNOTATIONS.read(context.folder(ANNOTATIONS))
+    return records.pair_annotations(traces, annotated)
+
+
+def settle_gaps(e: Experiment, judge: str, own: dict[str, Any], found: Settled, file: str) -> dict[str, Any]:
+    """Inputs under which labels may have gaps, where that is allowed or results without gaps are there.
+
+    So `allow_unanswered` changes nothing where every call was answered, and without it the gaps are asked for, and
+    whatever was read off traces with gaps is read anew.
+
+    Args:
+      e: the experiment.
+      judge: who labels.
+      own: inputs of labels without gaps.
+      found: folder of results that are complete under given inputs.
+      file: of the annotations in it.
+    """
+    if judge != "openai" or found(own):
+        return own
+    with_gaps = own | {"unanswered": "allowed"}
+    folder = found(with_gaps)
+    allowed = e.annotations.openai.allow_unanswered or (folder and not labelling.has_gaps(folder / file))
+    return with_gaps if allowed else own
+
+
+def _traces_to_label(context: Context) -> list[Trace]:
+    """The traces of stage 1, if they are there or can be imported; none if they are still to be sampled."""
+    if folder := context.finished(TRACES):
+        return TRACES.read(folder)
+    return estimates.imported_traces(context.experiment) if context.experiment.traces.path else []
 
 
 def _imported(e: Experiment, traces: Sequence[Trace]) -> list[Annotation]:
@@ -87,7 +143,7 @@ def _inside_word(text: str, position: int) -> bool:
 
 def _within_reasoning(trace: Trace, annotation: Annotation) -> Annotation:
     """The annotation with its sections behind the end of the reasoning, which no vector is made of, as rejections."""
-    end = labels.reasoning_end(trace.text)
+    end = reasoning_end(trace.text)
     kept = [index for index, section in enumerate(annotation.sections) if section.start < end]
     return Annotation(
         annotation.trace_id,
@@ -114,57 +170,7 @@ def _check_left_out(e: Experiment, annotated: Sequence[Annotation], n_kept: int)
     say(f"  {len(annotated) - n_kept} of {len(annotated)} annotations left out: of traces that traces.limit left out")
 
 
-def _released(e: Experiment, traces: Sequence[Trace], file: Path) -> list[Annotation]:
-    if not file.exists():
+def _released(e: Experiment, traces: Sequence[Trace], labelled: Mapping[str, str] | None) -> list[Annotation]:
+    if labelled is None:
         raise ValueError(f"annotations.judge='released', but {e.traces.path} holds traces without labels")
-    labelled = {line["trace_id"]: line["annotated"] for line in store.read_lines(file)}
     return [labels.align(trace, labelled[trace.id]) for trace in traces]
-
-
-def _ask(e: Experiment, traces: Sequence[Trace]) -> list[Annotation]:
-    """Labels by the online judge, in the order of the traces."""
-    from backtrack_jax.judges.openai.judge import Labelled, label_traces  # its package takes a second to import
-
-    spec = e.annotations.openai
-    done: dict[str, Annotation] = {}
-    tokens = 0
-    with Progress(f"  asking {spec.model}", len(traces)) as progress:
-
-        def on_done(labelled: Labelled, meter: Meter) -> None:
-            nonlocal tokens
-            done[labelled.annotation.trace_id] = labelled.annotation
-            before, tokens = tokens, meter.prompt_tokens + meter.completion_tokens
-            cost = "" if meter.cost is None else f"${meter.cost:.4f}"
-            progress.update(1, tokens - before, note=cost, earlier=not meter.paid)
-
-        meter = label_traces(
-            traces, spec.prompt(), spec.settings(), ledger_path(e), votes=spec.votes, reask=spec.reask, on_done=on_done
-        )
-    say(f"  {meter}")
-    annotated = [done[trace.id] for trace in traces]
-    _check_answered(annotated, spec.allow_unanswered)
-    return annotated
-
-
-def _check_answered(annotated: Sequence[Annotation], allowed: bool) -> None:
-    """Stops where no trace is labelled, and where calls got no answer, for which nothing was paid.
-
-    A single request that was refused as such will be refused again: its trace stays without labels.
-    """
-    failed = [(why, annotation.rejected[0].text) for annotation in annotated if (why := failure(annotation))]
-    unanswered = [(why, text) for why, text in failed if why in UNANSWERED]
-    if failed and len(failed) == len(annotated):
-        raise JudgeStopped(
-            f"the judge labelled none of {len(annotated)} traces ({_counts(failed)}); its first answer or error: "
-            f"{failed[0][1]!r}. Check its model, format and limits; what was paid for is kept"
-        )
-    if unanswered and not allowed:
-        raise JudgeStopped(
-            f"{len(unanswered)} of {len(annotated)} traces got no answer from the judge ({_counts(unanswered)}). The "
-            "others are kept: the same command asks for these alone, or goes on without them, counted as failed, with "
-            "--config.annotations.openai.allow_unanswered=True"
-        )
-
-
-def _counts(failed: Sequence[tuple[str, str]]) -> str:
-    return ", ".join(f"{count} {why}" for why, count in Counter(why for why, _ in failed).most_common())

@@ -2,19 +2,17 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from backtrack_jax import generate
 from backtrack_jax.config import SteeringSpec, TraceSpec
 from backtrack_jax.files import store
 from backtrack_jax.files.console import Progress
-
-if TYPE_CHECKING:
-    from backtrack_jax.pipeline import Run
+from backtrack_jax.stages.base import Context
 
 
 def sample_rows(
-    run: "Run",
+    context: Context,
     partial: Path,
     role: str,
     rows: Sequence[generate.Row],
@@ -25,12 +23,12 @@ def sample_rows(
     done = {line["row"]: line for line in store.recover_lines(partial)}
     if len(done) == len(rows):
         return [done[row] for row in range(len(rows))]
-    stop_ids = set(run.tokenizer.stop_ids)
+    stop_ids = set(context.tokenizer.stop_ids)
     batches = generate.generate_rows(
-        run.model(role),
+        context.model(role),
         rows,
         sampling=sampling,
-        stop_ids=run.tokenizer.stop_ids,
+        stop_ids=context.tokenizer.stop_ids,
         max_new_tokens=spec.max_new_tokens,
         batch_size=spec.batch_size,
         done=done,
@@ -41,7 +39,7 @@ def sample_rows(
                 {
                     "row": row,
                     "ids": reply.ids,
-                    "text": run.tokenizer.decode([i for i in reply.ids if i not in stop_ids]),
+                    "text": context.tokenizer.decode([i for i in reply.ids if i not in stop_ids]),
                     "finish_reason": reply.finish_reason,
                 }
                 for row, reply in batch

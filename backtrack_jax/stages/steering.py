@@ -1,54 +1,94 @@
-"""Stage 4: replies under every condition of the sweeps."""
+"""Stage 4: replies under every condition of the sweeps.
 
-import dataclasses
+generations.jsonl   one line per steered reply, see `data.records.Reply`
+"""
+
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from backtrack_jax import conditions, extract, generate, inputs, kinds, vectors
+from backtrack_jax import conditions, generate, inputs, kinds, vectors
+from backtrack_jax.config import Experiment
 from backtrack_jax.data import records
 from backtrack_jax.files import store
 from backtrack_jax.files.console import say
-from backtrack_jax.models import prompts
+from backtrack_jax.stages import estimates
+from backtrack_jax.stages.base import Context, Stage, spec_values
 from backtrack_jax.stages.sampling import sample_rows
+from backtrack_jax.stages.traces import TRACES
+from backtrack_jax.stages.vectors import VECTORS
 
-if TYPE_CHECKING:
-    from backtrack_jax.pipeline import Run
+_GENERATIONS = "generations.jsonl"
 
 
-def steer(run: "Run", folder: Path) -> None:
-    """Stage 4: samples every problem under every condition."""
-    e = run.experiment
-    partials = {role: folder / f"{role}.replies.jsonl" for role in e.roles}
-    if not (folder / "generations.jsonl").exists():
-        readings = load_readings(run)
-        traces = records.read_traces(run.folder("1-traces") / "traces.jsonl")
-        asked = inputs.spread(list({trace.problem_id: trace for trace in traces}.values()), e.steering.limit)
-        lines = [line for role in e.roles for line in _steer_model(run, role, partials[role], readings, asked)]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        store.write_text(folder / "generations.jsonl", text)
-    for partial in partials.values():
-        partial.unlink(missing_ok=True)
+class SteeringStage(Stage):
+    """Samples every problem under every condition."""
+
+    name = "4-steering"
+
+    def inputs(self, e: Experiment) -> dict[str, Any]:
+        """The sweeps, vector files by content, and the seed. The size of a batch is left out, as in stage 1."""
+        layers = e.steering.kind_layers
+        steering = spec_values(e.steering, "batch_size") | {"layer": layers[0] if len(layers) == 1 else layers}
+        files = {file: store.file_hash(inputs.data_path(file)) for file in e.steering.vector_files}
+        return {"steering": steering, "vector_files": files, "seed": e.seed}
+
+    def model_roles(self, e: Experiment) -> Sequence[str]:
+        """All."""
+        return e.roles
+
+    def plan(self, context: Context) -> list[str]:
+        """Conditions, rows and memory."""
+        e, spec = context.experiment, context.experiment.steering
+        problems, cells = estimates.asked_problems(e), len(conditions.planned(e))
+        lines = [f"{cells} conditions, {problems} problems at most, {spec.samples} sample(s) each"]
+        prompt = estimates.longest_prompt(e)
+        for role, rows in estimates.steered_rows(e).items():
+            lines += estimates.sampling(e, role, rows, prompt, spec.max_new_tokens, spec.batch_size)
+        return lines
+
+    def run(self, context: Context, folder: Path) -> None:
+        """Model by model, so that one is held at a time."""
+        e = context.experiment
+        partials = {role: folder / f"{role}.replies.jsonl" for role in e.roles}
+        if not (folder / _GENERATIONS).exists():
+            readings = load_readings(context)
+            traces = TRACES.read(context.folder(TRACES))
+            asked = inputs.spread(list({trace.problem_id: trace for trace in traces}.values()), e.steering.limit)
+            replies = [
+                reply for role in e.roles for reply in _steer_model(context, role, partials[role], readings, asked)
+            ]
+            text = "".join(json.dumps(reply.line(), ensure_ascii=False) + "\n" for reply in replies)
+            store.write_text(folder / _GENERATIONS, text)
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
+
+    def read(self, folder: Path) -> list[records.Reply]:
+        """The steered replies in its folder."""
+        return [records.Reply.from_line(line) for line in store.read_lines(folder / _GENERATIONS)]
+
+
+STEERING = SteeringStage()
 
 
 def _say_what_is_long(target: str, planned: Sequence[records.Condition], readings: conditions.Readings) -> None:
     """Names the longest that is added, if it is longer than the residual stream: replies will hardly be sentences."""
     norm = readings.mean_norm[target]
-    added = [c for c in planned if not kinds.parse(c.kind).ablates]
-    if longest := max((c for c in added if abs(c.length) > norm[c.layer]), key=lambda c: abs(c.length), default=None):
+    added = (c for c in planned if not kinds.parse(c.kind).ablates and abs(c.length) > norm[c.layer])
+    if longest := max(added, key=lambda c: abs(c.length), default=None):
         share = abs(longest.length) / norm[longest.layer]
         say(f"  magnitude {longest.magnitude:g} adds {share:.3g} times the mean residual norm; see steering.unit")
 
 
 def _steer_model(
-    run: "Run", target: str, partial: Path, readings: conditions.Readings, asked: Sequence[records.Trace]
-) -> list[dict[str, Any]]:
-    """Replies of one model under all its conditions, as lines of generations.jsonl."""
-    e, spec = run.experiment, run.experiment.steering
-    config = run.architecture(target)
+    context: Context, target: str, partial: Path, readings: conditions.Readings, asked: Sequence[records.Trace]
+) -> list[records.Reply]:
+    """Replies of one model under all its conditions."""
+    e, spec = context.experiment, context.experiment.steering
+    config = context.architecture(target)
     built = conditions.Interventions(readings, config.n_layers, config.d_model, spec.span, e.seed)
     todo = [
         (condition, trace, sample)
@@ -60,70 +100,66 @@ def _steer_model(
     _say_what_is_long(target, [condition for condition, _, _ in todo], readings)
     rows = []
     for condition, trace, sample in todo:
-        ids, _ = run.for_role(target, prompts.prompt_ids(run.tokenizer, trace.problem, run.prompt))
+        ids = context.prompt_ids(target, trace.problem)
         key = generate.row_key(e.seed, trace.problem_id, sample)
         name = f"problem {trace.problem_id!r}, sample {sample}, {condition.name}"
         rows.append(generate.Row(ids, key, built.row(condition, key), name))
     sampling = generate.Sampling(spec.temperature, spec.top_p, spec.top_k)
-    replies = sample_rows(run, partial, target, rows, sampling, spec)
+    replies = sample_rows(context, partial, target, rows, sampling, spec)
     return [
-        {
-            "problem_id": trace.problem_id,
-            "category": trace.category,
-            "problem": trace.problem,
-            "sample": sample,
-            "model": e.model(target).path,
-            **dataclasses.asdict(condition),
-            "unit": spec.unit,
-            "span": spec.span,
-            "vector_hash": built.vector_hash(condition),
-            "seed": e.seed,
-            "ids": reply["ids"],
-            "text": reply["text"],
-            "finish_reason": reply["finish_reason"],
-        }
+        records.Reply(
+            problem_id=trace.problem_id,
+            category=trace.category,
+            problem=trace.problem,
+            sample=sample,
+            model=e.model(target).path,
+            condition=condition,
+            unit=spec.unit,
+            span=spec.span,
+            vector_hash=built.vector_hash(condition),
+            seed=e.seed,
+            ids=tuple(reply["ids"]),
+            text=reply["text"],
+            finish_reason=reply["finish_reason"],
+        )
         for (condition, trace, sample), reply in zip(todo, replies, strict=True)
     ]
 
 
-def load_readings(run: "Run") -> conditions.Readings:
+def load_readings(context: Context) -> conditions.Readings:
     """The vectors and norms that stage 3 wrote.
 
     Raises:
       ValueError: a vector that the sweep needs was not written, or does not fit the models.
     """
-    folder, e = run.folder("3-vectors"), run.experiment
-    summary = store.read_json(folder / "summary.json")
-    shapes = {role: (config.n_layers, config.d_model) for role in e.roles for config in [run.architecture(role)]}
+    folder, e = context.folder(VECTORS), context.experiment
+    summary = VECTORS.read_summary(folder)
+    shapes = {role: (config.n_layers, config.d_model) for role in e.roles for config in [context.architecture(role)]}
     found = {}
     for role in e.roles:
         for kind in conditions.needed_vectors(e):
-            file = folder / f"{role}.{kind}.safetensors"
-            if not file.exists():
-                known = sorted(path.name.split(".")[1] for path in folder.glob(f"{role}.*.safetensors"))
-                raise ValueError(f"steering.kinds: no {kind!r} vector of the {role} model was read; there are {known}")
-            found[role, kind] = vector = vectors.load(file)
+            found[role, kind] = vector = VECTORS.load(folder, role, kind)
             for target, shape in shapes.items():
                 if vector.directions.shape != shape:
                     raise ValueError(
-                        f"{file} has directions of shape {vector.directions.shape} (layers, width); "
-                        f"the {target} model takes {shape}"
+                        f"the {kind} vector of the {role} model has directions of shape {vector.directions.shape} "
+                        f"(layers, width); the {target} model takes {shape}"
                     )
     norms = {role: np.array(summary[role]["mean_norm"]) for role in e.roles}
-    for file, expected in run.inputs["4-steering"]["vector_files"].items():
+    for file, expected in context.inputs[SteeringStage.name]["vector_files"].items():
         if store.file_hash(inputs.data_path(file)) != expected:
             raise ValueError(f"{file} has changed since this run began; run it again")
     files = inputs.vector_files(e, max(n_layers for n_layers, _ in shapes.values()))
-    return conditions.Readings(found, norms, _offset_vectors(run, folder), files)
+    return conditions.Readings(found, norms, _offset_vectors(context, folder), files)
 
 
-def _offset_vectors(run: "Run", folder: Path) -> dict[tuple[str, str], vectors.SteeringVector]:
+def _offset_vectors(context: Context, folder: Path) -> dict[tuple[str, str], vectors.SteeringVector]:
     """Vectors of the offsets that are swept, out of the window sums of the model that they are added to."""
-    e = run.experiment
+    e = context.experiment
     windows = [window for window in map(e.vectors.window_at, e.steering.offsets) if window != e.vectors.window]
     if not windows:
         return {}
-    sums = extract.load_sums(folder / f"{e.author}.sums.safetensors")
+    sums = VECTORS.read_sums(folder, e.author)
     return {
         (e.author, records.window_name(window)): vectors.difference_of_means(
             sums, e.vectors.label, window, contrast=e.vectors.contrast, estimator=e.vectors.estimator

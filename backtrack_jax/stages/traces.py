@@ -1,9 +1,14 @@
-"""Stage 1: reasoning traces, imported or sampled."""
+"""Stage 1: reasoning traces, imported or sampled.
+
+traces.jsonl      the traces
+labelled.jsonl    labels as they came with imported chains
+"""
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from backtrack_jax import generate, inputs
 from backtrack_jax.config import Experiment
@@ -11,29 +16,69 @@ from backtrack_jax.data import records
 from backtrack_jax.files import store
 from backtrack_jax.files.console import say
 from backtrack_jax.intervention import no_intervention
-from backtrack_jax.models import prompts
+from backtrack_jax.stages import estimates
+from backtrack_jax.stages.base import Context, Stage, spec_values
 from backtrack_jax.stages.sampling import sample_rows
 
-if TYPE_CHECKING:
-    from backtrack_jax.pipeline import Run
+_TRACES, _LABELLED, _PARTIAL = "traces.jsonl", "labelled.jsonl", "replies.jsonl"
 
 
-def make_traces(run: "Run", folder: Path) -> None:
-    """Stage 1: imports traces, or samples them."""
-    spec = run.experiment.traces
-    if not spec.path:
-        sample_traces(run, folder)
-        return
-    path = inputs.data_path(spec.path)
-    if not records.is_released(path):
-        traces = inputs.spread(records.read_traces(path), spec.limit)
-    else:
-        pairs = inputs.spread(list(zip(*records.read_released(path), strict=True)), spec.limit)
-        lines = [json.dumps({"trace_id": trace.id, "annotated": text}) for trace, text in pairs]
-        store.write_text(folder / "labelled.jsonl", "\n".join(lines) + "\n")
-        traces = [trace for trace, _ in pairs]
-    records.write_jsonl(folder / "traces.jsonl", traces)
-    say(f"  {len(traces)} traces imported")
+class TracesStage(Stage):
+    """Imports traces, or samples them."""
+
+    name = "1-traces"
+    reads_vectors = False
+
+    def inputs(self, e: Experiment) -> dict[str, Any]:
+        """The file by content; or the sampling, the problems and the model that answers them.
+
+        The size of a batch is left out, so that a run that met the end of memory continues with smaller ones.
+        """
+        if e.traces.path:
+            # Of a folder what is read alone: results or a git repository in it would change it at every run.
+            path = inputs.data_path(e.traces.path)
+            files = {file.name if path.is_dir() else "": store.file_hash(file) for file in records.chain_files(path)}
+            return {"traces": {"file": store.fingerprint(files), "limit": e.traces.limit}}
+        asked = store.fingerprint({"problems": [dataclasses.asdict(problem) for problem in inputs.problems(e)]})
+        left_out = ("path", "stand_in", "problems", "limit", "batch_size")
+        sampling = spec_values(e.traces, *left_out) | {"problems": asked}
+        model = inputs.model_inputs(e, e.author)
+        return {"traces": sampling, "prompt": inputs.prompt_inputs(e), "model": model, "seed": e.seed}
+
+    def model_roles(self, e: Experiment) -> Sequence[str]:
+        """The model that writes the traces, where they are sampled."""
+        return () if e.traces.path else (e.author,)
+
+    def plan(self, context: Context) -> list[str]:
+        """What is imported, or what sampling takes."""
+        e, spec = context.experiment, context.experiment.traces
+        if spec.path:
+            return [f"import {inputs.data_path(spec.path)}"]
+        asked = inputs.problems(e)
+        prompt = max(estimates.prompt_tokens(e, problem.problem) for problem in asked)
+        rows = len(asked) * spec.samples
+        return estimates.sampling(e, e.author, rows, prompt, spec.max_new_tokens, spec.batch_size)
+
+    def run(self, context: Context, folder: Path) -> None:
+        """Imports or samples."""
+        if context.experiment.traces.path:
+            _import(context.experiment, folder)
+        else:
+            _sample(context, folder)
+
+    def read(self, folder: Path) -> list[records.Trace]:
+        """The traces in its folder."""
+        return records.read_traces(folder / _TRACES)
+
+    def read_labels(self, folder: Path) -> dict[str, str] | None:
+        """Trace id -> its chain with the labels that came with it; None where the traces came without."""
+        file = folder / _LABELLED
+        if not file.exists():
+            return None
+        return {line["trace_id"]: line["annotated"] for line in store.read_lines(file)}
+
+
+TRACES = TracesStage()
 
 
 def ids_at_source(e: Experiment) -> set[str]:
@@ -46,24 +91,37 @@ def ids_at_source(e: Experiment) -> set[str]:
     return {trace.id for trace in records.read_any_traces(inputs.data_path(e.traces.path))}
 
 
-def sample_traces(run: "Run", folder: Path) -> None:
-    """Samples the author's replies to the problems; a killed run goes on at the first missing batch."""
-    e, spec = run.experiment, run.experiment.traces
-    partial = folder / "replies.jsonl"
-    if not (folder / "traces.jsonl").exists():
+def _import(e: Experiment, folder: Path) -> None:
+    path = inputs.data_path(e.traces.path)
+    if not records.is_released(path):
+        traces = inputs.spread(records.read_traces(path), e.traces.limit)
+    else:
+        pairs = inputs.spread(list(zip(*records.read_released(path), strict=True)), e.traces.limit)
+        lines = [json.dumps({"trace_id": trace.id, "annotated": text}) for trace, text in pairs]
+        store.write_text(folder / _LABELLED, "\n".join(lines) + "\n")
+        traces = [trace for trace, _ in pairs]
+    records.write_jsonl(folder / _TRACES, traces)
+    say(f"  {len(traces)} traces imported")
+
+
+def _sample(context: Context, folder: Path) -> None:
+    """Samples the author's replies to the problems; a killed run resumes at the first missing batch."""
+    e, spec = context.experiment, context.experiment.traces
+    partial = folder / _PARTIAL
+    if not (folder / _TRACES).exists():
         asked = [(problem, sample) for problem in inputs.problems(e) for sample in range(spec.samples)]
-        config = run.architecture(e.author)
+        config = context.architecture(e.author)
         nothing = no_intervention(config.n_layers, config.d_model)
         rows = [
             generate.Row(
-                run.for_role(e.author, prompts.prompt_ids(run.tokenizer, problem.problem, run.prompt))[0],
+                context.prompt_ids(e.author, problem.problem),
                 generate.row_key(e.seed, problem.id, sample),
                 nothing,
                 f"problem {problem.id!r}, sample {sample}",
             )
             for problem, sample in asked
         ]
-        replies = sample_rows(run, partial, e.author, rows, generate.Sampling(spec.temperature, spec.top_p), spec)
+        replies = sample_rows(context, partial, e.author, rows, generate.Sampling(spec.temperature, spec.top_p), spec)
         traces = [
             records.Trace(
                 id=f"{problem.id}/{sample}",
@@ -77,5 +135,5 @@ def sample_traces(run: "Run", folder: Path) -> None:
             )
             for (problem, sample), reply in zip(asked, replies, strict=True)
         ]
-        records.write_jsonl(folder / "traces.jsonl", traces)
+        records.write_jsonl(folder / _TRACES, traces)
     partial.unlink(missing_ok=True)

@@ -1,64 +1,138 @@
-"""Stage 3: window sums of every model, and the vectors that follow from them."""
+"""Stage 3: window sums of every model, and the vectors that follow from them.
 
+{role}.sums.safetensors      window sums of every layer, window and label
+{role}.{label}.safetensors   difference-of-means vectors of every layer, and the overall mean
+summary.json                 labels, windows read and dropped, mean residual norms, cosines
+"""
+
+import dataclasses
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from backtrack_jax import conditions, extract, vectors
+from backtrack_jax import conditions, extract, inputs, vectors
+from backtrack_jax.config import Experiment
 from backtrack_jax.data import records
 from backtrack_jax.files import store
 from backtrack_jax.files.console import Progress, say
-from backtrack_jax.models import prompts
+from backtrack_jax.models.batching import bucket
+from backtrack_jax.stages import estimates
+from backtrack_jax.stages.annotations import read_pairs
+from backtrack_jax.stages.base import SHUFFLED, Context, Stage
 
-if TYPE_CHECKING:
-    from backtrack_jax.pipeline import Run
-
-_SHUFFLED = "shuffled"
+OVERALL_MEAN = "overall-mean"
+_SUMMARY = "summary.json"
 
 
-def read_vectors(run: "Run", folder: Path) -> None:
-    """Stage 3: window sums of every model, and from them the difference-of-means vectors of every layer."""
-    e = run.experiment
-    traces = records.read_traces(run.folder("1-traces") / "traces.jsonl")
-    annotated = records.read_annotations(run.folder("2-annotations") / "annotations.jsonl")
-    pairs = records.pair_annotations(traces, annotated)
-    found = sorted({section.label for _, annotation in pairs for section in annotation.sections})
-    wanted = {e.vectors.label} | (conditions.needed_labels(e) if "4-steering" in run.stages else set())
-    if e.vectors.contrast == "all" and found == [e.vectors.label]:
-        raise ValueError(
-            f"every section is labelled {found[0]!r}, so that D+ and D of vectors.contrast='all' are the same sections "
-            "and their difference is zero; expected sections with other labels too"
+class VectorsStage(Stage):
+    """Reads every model over the traces, and takes differences of means."""
+
+    name = "3-vectors"
+    format = 5
+
+    def inputs(self, e: Experiment) -> dict[str, Any]:
+        """What is read and how, and both models. Sums over traces can only be resumed in the same batches."""
+        models = {role: inputs.model_inputs(e, role) for role in e.roles}
+        return {"vectors": dataclasses.asdict(e.vectors), "models": models, "prompt": inputs.prompt_inputs(e)}
+
+    def model_roles(self, e: Experiment) -> Sequence[str]:
+        """All."""
+        return e.roles
+
+    def plan(self, context: Context) -> list[str]:
+        """Tokens read by every model, and the memory of a batch."""
+        e = context.experiment
+        lengths = estimates.trace_lengths(e)
+        longest = bucket(max(lengths))
+        lines = []
+        for role in e.roles:
+            lines.append(f"{role} model: {len(lengths)} traces, about {sum(lengths):,} tokens")
+            config = inputs.architecture(e.model(role).path)
+            if config is None:
+                lines.append(estimates.unknown_memory(e, role))
+                continue
+            windows = 1 + len(e.vectors.offsets)
+            parts, rows_at_once = e.model_parallel, -(-e.vectors.batch_size // e.data_parallel)
+            scores = config.n_heads // parts * longest**2 // 2  # half are never computed
+            width = longest * (2 * config.d_mlp // parts + 6 * config.d_model) + windows * 14 * config.d_model
+            held = estimates.gigabytes(4 * rows_at_once * (scores + width))
+            weights = estimates.weights(e, role, config)
+            lines.append(f"  {estimates.memory(e)}: weights {weights}, activations about {held}")
+        return lines
+
+    def run(self, context: Context, folder: Path) -> None:
+        """Window sums of every model, and from them the difference-of-means vectors of every layer."""
+        e = context.experiment
+        pairs = read_pairs(context)
+        found = sorted({section.label for _, annotation in pairs for section in annotation.sections})
+        steered = context.last != self.name  # a later stage needs the vectors that are added
+        wanted = {e.vectors.label} | (conditions.needed_labels(e) if steered else set())
+        if e.vectors.contrast == "all" and found == [e.vectors.label]:
+            raise ValueError(
+                f"every section is labelled {found[0]!r}, so that D+ and D of vectors.contrast='all' are the same "
+                "sections and their difference is zero; expected sections with other labels too"
+            )
+        if missing := sorted(wanted - set(found)):
+            raise ValueError(
+                f"no section is labelled {missing[0]!r}, which vectors.label or steering.kinds asks for; "
+                f"labels that occur: {', '.join(found) or 'none'}"
+            )
+        windows = [e.vectors.window, *map(e.vectors.window_at, e.vectors.offsets)]
+        plan = extract.WindowPlan(
+            labels=(*found, SHUFFLED),
+            groups={label: (label,) for label in (*found, SHUFFLED)}
+            | {"all": tuple(found), "rest": tuple(label for label in found if label != e.vectors.label)},
+            windows=tuple(dict.fromkeys(windows)),
+            layers=e.vectors.layers,
+            into_prompt=e.vectors.into_prompt,
         )
-    if missing := sorted(wanted - set(found)):
-        raise ValueError(
-            f"no section is labelled {missing[0]!r}, which vectors.label or steering.kinds asks for; "
-            f"labels that occur: {', '.join(found) or 'none'}"
-        )
-    windows = [e.vectors.window, *map(e.vectors.window_at, e.vectors.offsets)]
-    plan = extract.WindowPlan(
-        labels=(*found, _SHUFFLED),
-        groups={label: (label,) for label in (*found, _SHUFFLED)}
-        | {"all": tuple(found), "rest": tuple(label for label in found if label != e.vectors.label)},
-        windows=tuple(dict.fromkeys(windows)),
-        layers=e.vectors.layers,
-        into_prompt=e.vectors.into_prompt,
-    )
-    summary: dict[str, Any] = {"labels": found}
-    added = {_SHUFFLED} & set(e.steering.names) if "4-steering" in run.stages else set()
-    for role in e.roles:
-        sums = _sums_of_role(run, folder, role, pairs, plan, wanted | added | {e.vectors.contrast})
-        summary[role] = _write_vectors(run, folder, role, sums)
-    if len(e.roles) == 2:
-        base, reasoning = (vectors.load(folder / f"{role}.{e.vectors.label}.safetensors") for role in e.roles)
-        summary["cosine"] = vectors.cosine(base, reasoning).tolist()
-    store.write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+        summary: dict[str, Any] = {"labels": found}
+        added = {SHUFFLED} & set(e.steering.names) if steered else set()
+        for role in e.roles:
+            sums = _sums_of_role(context, folder, role, pairs, plan, wanted | added | {e.vectors.contrast})
+            summary[role] = _write_vectors(context, folder, role, sums)
+        if len(e.roles) == 2:
+            base, reasoning = (self.load(folder, role, e.vectors.label) for role in e.roles)
+            summary["cosine"] = vectors.cosine(base, reasoning).tolist()
+        store.write_text(folder / _SUMMARY, json.dumps(summary, indent=1) + "\n")
+
+    def read_summary(self, folder: Path) -> dict[str, Any]:
+        """Labels that were read; by role, windows read and dropped and mean residual norms; cosines of the models."""
+        return store.read_json(folder / _SUMMARY)
+
+    def read_sums(self, folder: Path, role: str) -> extract.WindowSums:
+        """Window sums of a model."""
+        return extract.load_sums(folder / _sums_name(role))
+
+    def has(self, folder: Path, role: str, kind: str) -> bool:
+        """Whether there is a vector of a label, or the overall mean."""
+        return (folder / _vector_name(role, kind)).exists()
+
+    def load(self, folder: Path, role: str, kind: str) -> vectors.SteeringVector:
+        """The vector of a label, or the overall mean; ValueError names those that were read."""
+        file = folder / _vector_name(role, kind)
+        if not file.exists():
+            known = sorted(path.name.split(".")[1] for path in folder.glob(_vector_name(role, "*")))
+            raise ValueError(f"steering.kinds: no {kind!r} vector of the {role} model was read; there are {known}")
+        return vectors.load(file)
+
+
+VECTORS = VectorsStage()
+
+
+def _sums_name(role: str) -> str:
+    return f"{role}.sums.safetensors"
+
+
+def _vector_name(role: str, kind: str) -> str:
+    return f"{role}.{kind}.safetensors"
 
 
 def _sums_of_role(
-    run: "Run",
+    context: Context,
     folder: Path,
     role: str,
     pairs: Sequence[tuple[records.Trace, records.Annotation]],
@@ -66,19 +140,19 @@ def _sums_of_role(
     wanted: Collection[str],
 ) -> extract.WindowSums:
     """Window sums of one model, saved on the way; ValueError if a wanted group has no window."""
-    e = run.experiment
-    file = folder / f"{role}.sums.safetensors"
+    e = context.experiment
+    file = folder / _sums_name(role)
     sums = extract.load_sums(file, plan) if file.exists() else None
     seen = len(sums.trace_ids) if sums else 0
     if sums and seen == len(pairs):
         return sums
     drawn = _drawn_sections([annotation for _, annotation in pairs], e.vectors.label)
-    traces = [token_trace(run, role, *pair, drawn=numbers) for pair, numbers in zip(pairs, drawn, strict=True)]
+    traces = [context.token_trace(role, *pair, drawn=numbers) for pair, numbers in zip(pairs, drawn, strict=True)]
     swept = {e.vectors.label, e.vectors.contrast}
     _require_windows(
         traces, plan, {e.vectors.window_at(o): swept for o in e.steering.offsets} | {plan.windows[0]: wanted}
     )
-    model = run.model(role)
+    model = context.model(role)
     length = {trace.id: len(trace.ids) for trace in traces}
     sums = sums or extract.WindowSums.zeros(plan, model.config.n_layers, model.config.d_model)
     saver = store.Saver(lambda: extract.save_sums(sums, file))
@@ -122,48 +196,15 @@ def _drawn_sections(annotated: Sequence[records.Annotation], label: str) -> list
     return drawn
 
 
-def token_trace(
-    run: "Run", role: str, trace: records.Trace, annotation: records.Annotation, drawn: Collection[int] = ()
-) -> extract.TokenTrace:
-    """A trace as the model of a role reads it, with each section's first token, those drawn under a second label."""
-    try:
-        encoded = prompts.encode_trace(run.tokenizer, trace.problem, trace.text, run.prompt, token_ids=trace.token_ids)
-    except ValueError as error:
-        raise ValueError(f"trace {trace.id!r}: {error}") from error
-    ids, index = run.for_role(role, encoded.ids)
-    places = [_first_token(trace.text, encoded, index, section) for section in annotation.sections]
-    placed = [(section.label, at) for section, at in zip(annotation.sections, places, strict=True)]
-    placed += [(_SHUFFLED, places[number]) for number in sorted(drawn)]
-    starts = [(label, at) for label, at in placed if at is not None]
-    reply_start = int(np.sum(index[: encoded.reply_start] >= 0))
-    return extract.TokenTrace(trace.id, ids, reply_start, starts)
-
-
-def _first_token(text: str, encoded: prompts.EncodedTrace, index: np.ndarray, section: records.Section) -> int | None:
-    """Position of a section's first token among those that a model reads; None if it reads none of the section.
-
-    A section may start with a marker that this model is not shown; it then starts with what follows the marker.
-    """
-    at = encoded.position_of_char(section.start)
-    if at is None:
-        return None
-    for token, (start, stop) in enumerate(encoded.spans[at - encoded.reply_start :], at):
-        if start >= section.stop:
-            break
-        if index[token] >= 0 and text[start:stop].strip():
-            return int(index[token])
-    return None
-
-
-def _write_vectors(run: "Run", folder: Path, role: str, sums: extract.WindowSums) -> dict[str, Any]:
+def _write_vectors(context: Context, folder: Path, role: str, sums: extract.WindowSums) -> dict[str, Any]:
     """Writes a vector for every label that was read, and the overall mean; returns counts and norms."""
-    spec = run.experiment.vectors
-    model = run.experiment.model(role)
+    spec = context.experiment.vectors
+    model = context.experiment.model(role)
     origin = {
         "role": role,
         "model": model.path,
         "revision": model.revision,
-        "inputs": store.fingerprint(run.inputs["3-vectors"]),
+        "inputs": store.fingerprint(context.inputs[VectorsStage.name]),
     }
     windows = {}
     for g, label in enumerate(sums.plan.groups):
@@ -174,10 +215,10 @@ def _write_vectors(run: "Run", folder: Path, role: str, sums: extract.WindowSums
         vector = vectors.difference_of_means(
             sums, label, spec.window, contrast=contrast, estimator=spec.estimator, provenance=origin
         )
-        vectors.save(vector, folder / f"{role}.{label}.safetensors")
+        vectors.save(vector, folder / _vector_name(role, label))
     mean = sums.mean("all", spec.window, spec.estimator).astype(np.float32)
-    vectors.save(vectors.SteeringVector(mean, origin | {"mean": "all"}), folder / f"{role}.overall-mean.safetensors")
-    layer = run.experiment.steering.main_layer
+    vectors.save(vectors.SteeringVector(mean, origin | {"mean": "all"}), folder / _vector_name(role, OVERALL_MEAN))
+    layer = context.experiment.steering.main_layer
     counts = ", ".join(f"{windows[name]['read']} of {name}" for name in (spec.label, "all"))
     say(f"  {role} model, windows read: {counts}; dropped: {windows['all']['dropped']}")
     say(f"  {role} model, mean residual norm at layer {layer}: {sums.mean_norm[layer]:.4g}")
