@@ -10,18 +10,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from backtrack_jax import kinds
 from backtrack_jax.config import (
-    CONTROLS,
     ESTIMATORS,
     JUDGES,
     REPLY_JUDGES,
     ROLES,
     UNITS,
-    VECTOR_SUFFIXES,
     Experiment,
     SteeringSpec,
     TraceSpec,
-    is_vector_file,
 )
 from backtrack_jax.data.records import LABELS, OTHER
 from backtrack_jax.judges import keyword
@@ -232,13 +230,8 @@ def _finite(value: object) -> bool:
 def _steering_faults(e: Experiment) -> list[str]:
     s, labels = e.steering, _labels(e)
     faults = [] if s.kinds else [_fault("steering.kinds", s.kinds, "at least one")]
-    for field, kinds in (("steering.kinds", s.kinds), ("steering.baselines", s.baselines)):
-        faults += _repeated(field, kinds)
-        for kind in kinds:
-            if not isinstance(kind, str):
-                faults.append(_fault(field, kind, "labels, controls and vector files, as text"))
-            elif labels and not is_vector_file(kind):
-                faults += _not_one_of(field, kind, (*labels, *CONTROLS, f"a file ({', '.join(VECTOR_SUFFIXES)})"))
+    for field, entries in (("steering.kinds", s.kinds), ("steering.baselines", s.baselines)):
+        faults += [*_kind_faults(field, entries, labels), *_repeated(field, entries)]
     faults += _not_one_of("steering.unit", s.unit, UNITS)
     faults += _not_one_of("steering.span", s.span, ("all", "prompt", "generated"))
     if not s.kind_layers or not _integers(s.kind_layers) or min(s.kind_layers) < 0:
@@ -253,6 +246,10 @@ def _steering_faults(e: Experiment) -> list[str]:
         if not any(magnitudes) or not all(map(_finite, magnitudes)):
             faults.append(_fault(f"steering.{field}", magnitudes, "finite numbers, at least one of them not 0"))
         faults += _repeated(f"steering.{field}", magnitudes)
+    ablated = [entry for entry in (*s.kinds, *s.baselines) if isinstance(entry, str) and entry.startswith(kinds.ABLATE)]
+    if ablated and any(_finite(magnitude) and abs(magnitude) > 1 for magnitude in s.magnitudes):
+        accepted = f"-1 to 1: of {ablated[0]!r} they are the share that is removed"
+        faults.append(_fault("steering.magnitudes", s.magnitudes, accepted))
     swept = s.offsets or s.layers
     if s.grid_limit < 0 or (swept and s.limit and s.grid_limit > s.limit):
         accepted = "at least 0" + (f", at most steering.limit={s.limit}" if s.limit else "")
@@ -260,6 +257,28 @@ def _steering_faults(e: Experiment) -> list[str]:
     if s.top_k < 0:
         faults.append(_fault("steering.top_k", s.top_k, "at least 0"))
     return faults + _sampling_faults("steering", s)
+
+
+def _kind_faults(field: str, entries: Sequence[object], labels: Sequence[str] | None) -> list[str]:
+    """Entries that say nothing, or name what is neither a control, a file nor one of the labels (None: any)."""
+    faults = []
+    for entry in entries:
+        if not isinstance(entry, str):
+            faults.append(_fault(field, entry, "labels, controls and vector files, as text"))
+            continue
+        try:
+            names = kinds.parse(entry).names
+        except ValueError as error:
+            faults.append(f"{field}: {error}")
+            continue
+        for name in names:
+            if labels and name not in (*labels, *kinds.CONTROLS) and not kinds.is_vector_file(name):
+                files = f"a file ({', '.join(kinds.VECTOR_SUFFIXES)})"
+                accepted = f"one of {', '.join((*labels, *kinds.CONTROLS, files))}"
+                faults.append(
+                    _fault(field, entry, accepted if name == entry else f"in the place of {name!r} {accepted}")
+                )
+    return faults
 
 
 def _analysis_faults(e: Experiment) -> list[str]:

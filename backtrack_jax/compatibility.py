@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from backtrack_jax.config import Experiment
 from backtrack_jax.files.paths import local_path
 from backtrack_jax.inputs import architecture, data_path, vector_files
+from backtrack_jax.kinds import parse
 from backtrack_jax.models import checkpoint
 from backtrack_jax.models.config import ModelConfig
 from backtrack_jax.models.sharding import check_parts
@@ -54,8 +55,10 @@ def _check_vector_files(e: Experiment, role: str, config: ModelConfig) -> None:
             raise ValueError(
                 f"{file} has directions of width {vector.directions.shape[1]}; the {role} model takes {config.d_model}"
             )
+        of_kinds = any(file in parse(kind).names for kind in e.steering.kinds)
         try:
-            vector.unit(e.steering.main_layer)
+            for layer in e.steering.kind_layers if of_kinds else (e.steering.main_layer,):
+                vector.unit(layer)
         except ValueError as error:
             raise ValueError(f"{file}: {error}, which is steering.layer") from error
 

@@ -1,27 +1,30 @@
-"""The conditions of a steering experiment, as rows of compiled batches: which model, what is added, how strongly."""
+"""The conditions of a steering experiment, as rows of compiled batches: which model, what is done, how strongly."""
 
 import dataclasses
 import functools
 import hashlib
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from backtrack_jax.config import CONTROLS, Experiment, is_vector_file
+from backtrack_jax.config import Experiment
 from backtrack_jax.data.records import UNSTEERED, Condition, window_name
 from backtrack_jax.generate import noise_key
 from backtrack_jax.intervention import (
     Intervention,
     Span,
+    ablate,
     add_vector,
     gaussian_noise,
     key_of,
     no_intervention,
     self_amplify,
 )
+from backtrack_jax.kinds import CONTROLS, is_vector_file, parse
 from backtrack_jax.vectors import SteeringVector
 
 
@@ -78,19 +81,20 @@ def _conditions(e: Experiment, scale: Callable[[str, str, str, int, str], float]
                 c = Condition(target, UNSTEERED, "", s.main_layer, "", 0.0, 0.0)
             made[c] = max(made.get(c, limit), limit) if limit and made.get(c, limit) else 0
 
-    def add_kind(target: str, kind: str, sources: Sequence[str]) -> None:
-        for source in sources if _has_source(kind) else ("",):
-            add(target, kind, source, s.main_layer, own if source else "", s.magnitudes, s.limit)
+    def add_kind(target: str, kind: str, sources: Sequence[str], layer: int) -> None:
+        for source in sources if parse(kind).read else ("",):
+            add(target, kind, source, layer, own if source else "", s.magnitudes, s.limit)
 
     own = window_name(e.vectors.window)
     grid, grid_limit = s.grid_magnitudes or s.magnitudes, s.grid_limit or s.limit
     for target in e.roles:
         for kind in s.kinds:
-            add_kind(target, kind, e.roles)
+            for layer in s.kind_layers:
+                add_kind(target, kind, e.roles, layer)
         if target != e.author:
             continue
         for kind in s.baselines:
-            add_kind(target, kind, (target,))
+            add_kind(target, kind, (target,), s.main_layer)
         for offset in s.offsets:
             add(
                 target,
@@ -107,15 +111,12 @@ def _conditions(e: Experiment, scale: Callable[[str, str, str, int, str], float]
     return made
 
 
-def _has_source(kind: str) -> bool:
-    """Whether a kind comes from a model's activations; what does not is run once per steered model."""
-    return kind not in ("noise", "self-amplification", "random") and not is_vector_file(kind)
-
-
 def _scale(
     experiment: Experiment, readings: Readings, target: str, kind: str, source: str, layer: int, window: str
 ) -> float:
     """Length of magnitude 1. A control without a source takes the target's own vector as its measure."""
+    if parse(kind).ablates:  # magnitudes are shares
+        return 1.0
     if experiment.steering.unit == "relative":
         return float(readings.mean_norm[target][layer])
     if experiment.steering.unit == "raw":
@@ -141,28 +142,46 @@ class Interventions:
         return dataclasses.replace(self._built[condition], key=noise_key(key))
 
     def _build(self, c: Condition) -> Intervention:
-        n_layers, d_model, span = self._n_layers, self._d_model, self._span
-        if c.kind == UNSTEERED:
-            return no_intervention(n_layers, d_model, span)
-        if c.kind == "noise":
-            return gaussian_noise(c.layer, c.length, key_of(0), n_layers=n_layers, d_model=d_model, span=span)
-        if c.kind == "self-amplification":
-            return self_amplify(c.layer, c.length, n_layers=n_layers, d_model=d_model, span=span)
-        if c.kind == "random":
-            direction = random_direction(self._seed, "random", d_model)
-        else:
-            direction = self._readings.vector(c.source, c.kind, c.window).unit(c.layer)
-        return add_vector(jnp.asarray(direction), c.layer, c.length, n_layers=n_layers, span=span)
+        n_layers, span = self._n_layers, self._span
+        if c.kind in _UNDIRECTED:
+            return _UNDIRECTED[c.kind](c, n_layers=n_layers, d_model=self._d_model, span=span)
+        direction = jnp.asarray(self._unit(c))
+        if parse(c.kind).ablates:
+            return ablate(direction, range(c.layer, n_layers), c.length, n_layers=n_layers, span=span)
+        return add_vector(direction, c.layer, c.length, n_layers=n_layers, span=span)
 
     def vector_hash(self, c: Condition) -> str:
-        """Hash of the float32 direction at the condition's layer as its file holds it; empty where there is none."""
-        if c.kind == "random":
-            direction = random_direction(self._seed, "random", self._d_model)
-        elif c.source or is_vector_file(c.kind):
-            direction = self._readings.vector(c.source, c.kind, c.window).at(c.layer)
-        else:
+        """Hash of the float32 direction at the condition's layer, empty where there is none.
+
+        Of a single direction as its file holds it, of a sum at norm 1.
+        """
+        if c.kind in _UNDIRECTED:
             return ""
+        names = parse(c.kind).names
+        direction = self._direction(c, names[0]) if len(names) == 1 else self._unit(c)
         return hashlib.sha256(np.ascontiguousarray(direction, "<f4").tobytes()).hexdigest()[:16]
+
+    def _unit(self, c: Condition) -> np.ndarray:
+        """The direction [D] float32 of a condition that has one, scaled to norm 1; ValueError if there is none."""
+        units = [(weight, self._unit_of(c, name)) for weight, name in parse(c.kind).parts]
+        if len(units) == 1:
+            return units[0][1]
+        summed = np.sum([weight * unit.astype(np.float64) for weight, unit in units], axis=0)
+        norm = np.linalg.norm(summed)
+        if norm < 1e-6 * sum(abs(weight) for weight, _ in units):
+            raise ValueError(f"steering.kinds={c.kind!r}: the sum is zero at layer {c.layer}, and so has no direction")
+        return (summed / norm).astype(np.float32)
+
+    def _unit_of(self, c: Condition, name: str) -> np.ndarray:
+        if name in _DRAWN:
+            return self._direction(c, name)
+        return self._readings.vector(c.source, name, c.window).unit(c.layer)
+
+    def _direction(self, c: Condition, name: str) -> np.ndarray:
+        """The direction [D] float32 of one name, as it was found."""
+        if name in _DRAWN:
+            return _DRAWN[name](self._seed, name, self._d_model)
+        return self._readings.vector(c.source, name, c.window).at(c.layer)
 
 
 def random_direction(seed: int, name: str, d_model: int) -> np.ndarray:
@@ -171,14 +190,35 @@ def random_direction(seed: int, name: str, d_model: int) -> np.ndarray:
     return (e / np.linalg.norm(e)).astype(np.float32)
 
 
+_DRAWN = {"random": random_direction}
+"""Controls that are a direction without being read: name -> its maker, of the run's seed, the name and the width."""
+
+
+def _unsteered(c: Condition, **sizes: Any) -> Intervention:
+    return no_intervention(**sizes)
+
+
+def _noise(c: Condition, **sizes: Any) -> Intervention:
+    return gaussian_noise(c.layer, c.length, key_of(0), **sizes)  # every row has a key of its own
+
+
+def _self_amplification(c: Condition, **sizes: Any) -> Intervention:
+    return self_amplify(c.layer, c.length, **sizes)
+
+
+_UNDIRECTED = {UNSTEERED: _unsteered, "noise": _noise, "self-amplification": _self_amplification}
+"""Kinds without a direction: name -> the row of a condition, of the model's sizes and the span."""
+
+
 def needed_vectors(experiment: Experiment) -> set[str]:
     """Names of the vectors that the sweep takes from stage 3."""
     raw = {experiment.vectors.label} if experiment.steering.unit == "raw" else set()
-    return needed_labels(experiment) | raw | ({"overall-mean", "shuffled"} & set(experiment.steering.all_kinds))
+    read = {name for name in experiment.steering.names if name in CONTROLS and CONTROLS[name].read}
+    return needed_labels(experiment) | raw | read
 
 
 def needed_labels(experiment: Experiment) -> set[str]:
-    """Labels whose vectors the sweeps add."""
+    """Labels whose vectors the sweeps need."""
     s = experiment.steering
     swept = {experiment.vectors.label} if s.offsets or s.layers else set()
-    return swept | {kind for kind in s.all_kinds if kind not in CONTROLS and not is_vector_file(kind)}
+    return swept | {name for name in s.names if name not in CONTROLS and not is_vector_file(name)}

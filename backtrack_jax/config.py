@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from backtrack_jax.data import records
 from backtrack_jax.files.paths import local_path
 from backtrack_jax.judges.openai.settings import OpenAISpec
+from backtrack_jax.kinds import is_vector_file, parse
 
 ROLES = ("base", "reasoning")
 ESTIMATORS = ("trace_mean", "token_mean")
 UNITS = ("absolute", "relative", "raw")
-CONTROLS = ("overall-mean", "noise", "self-amplification", "random", "shuffled")
-VECTOR_SUFFIXES = (".safetensors", ".npz", ".gguf", ".pt")
 REPLY_JUDGES = ("", "grammar", "openai")
 JUDGES = ("released", "keyword", "grammar", "openai", "import", "released-or-keyword", "released-or-openai")
 
@@ -142,22 +141,29 @@ class SteeringSpec:
     """Stage 4: sampling with the residual stream changed.
 
     Attributes:
-      kinds: what is added: a label's vector (D+ that label), or one of the controls `overall-mean`, `noise`,
-        `self-amplification`, `random` (one fixed random direction), `shuffled` (D+ drawn at random from all sections,
-        as many as there are of `vectors.label`), or a vector file that `vectors.load` reads, by its path. Each is added
-        to every model, from every model's activations (Fig. 3). At one magnitude all that come from one model's
-        activations are equally long, whatever the kind, and so are files, but for the unit `raw`.
-      layer: output of which block (0-based) is changed, and where the vector was read. Several, to add
-        every kind at each of them; figures, lens and probe are about the first. A single number is accepted too.
-      magnitudes: strengths; 0 is run once per model.
-      baselines: further kinds, added only to the model that writes the traces, from its own activations (Fig. 4).
+      kinds: what is done, one condition each. A label adds that label's vector (D+ of Eq. 3), and so does one of the
+        controls: `overall-mean`, `noise`, `self-amplification`, `random` (one fixed random direction), `shuffled` (D+
+        drawn at random from all sections, as many as there are of `vectors.label`), or a vector file that
+        `vectors.load` reads, by its path. `backtracking + 0.5 * deduction` adds a sum: each direction is scaled to norm
+        1, weighted and summed, and the sum is scaled to norm 1 again (signs stand between spaces, since labels have
+        hyphens). `ablate:` before either of them removes the component along the direction that would be added; see
+        `magnitudes`. Each is done to every model, with directions from every model's activations (Fig. 3). At one
+        magnitude all that come from one model's activations are equally long, whatever the kind, and so are files, but
+        for the unit `raw`.
+      layer: output of which block (0-based) is changed, and where the direction was read. An ablation changes the
+        outputs of the later blocks as well, which would else write the component anew. Several, to have every one of
+        `kinds` at each of them; `baselines` and `offsets` are at the first, and figures, lens and probe are about it. A
+        single number is accepted too.
+      magnitudes: strengths, in `unit`; negative ones go the other way, and 0 is run once per model. Of an ablation the
+        share of the component that is removed, whatever the unit: 1 removes it all, a negative one adds to it.
+      baselines: further kinds, done only to the model that writes the traces, from its own activations (Fig. 4).
       offsets: of `vectors.offsets`, those whose vectors are added to that model as well (Fig. 2).
       layers: blocks at which the vectors of `vectors.label` of every model are added to that model as well (Fig. B.1).
       grid_magnitudes: strengths at `offsets` and `layers`; empty for `magnitudes`.
       grid_limit: number of problems at `offsets` and `layers`, at most `limit`; 0 for `limit`.
       unit: `absolute`: length of what is added; `relative`: share of the steered model's mean residual norm at that
-        layer; `raw`: share of the norm that the difference of means of `vectors.label` was found with, or that a file's
-        vector has, so that 1 adds it as it is.
+        layer; `raw`: share of the norm that the difference of means of `vectors.label` was found with, or that the
+        vector of a kind which is a file has, so that 1 adds it as it is.
       span: `all` positions (paper), `prompt`, or `generated` ones.
       limit: number of problems, spread evenly over those of the traces; 0 takes all.
       samples: replies per problem and condition.
@@ -188,7 +194,7 @@ class SteeringSpec:
 
     @property
     def kind_layers(self) -> tuple[int, ...]:
-        """The blocks at which `kinds` are added."""
+        """The blocks at which `kinds` are done."""
         return (self.layer,) if isinstance(self.layer, int) else tuple(self.layer)
 
     @property
@@ -198,13 +204,18 @@ class SteeringSpec:
 
     @property
     def all_kinds(self) -> tuple[str, ...]:
-        """Everything that is added anywhere, once."""
+        """`kinds` and `baselines`, once."""
         return tuple(dict.fromkeys((*self.kinds, *self.baselines)))
 
     @property
     def vector_files(self) -> tuple[str, ...]:
-        """The kinds that are files."""
-        return tuple(kind for kind in self.all_kinds if is_vector_file(kind))
+        """The vector files that the kinds are made of."""
+        return tuple(name for name in self.names if is_vector_file(name))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The labels, controls and vector files that the kinds are made of, once."""
+        return tuple(dict.fromkeys(name for kind in self.all_kinds for name in parse(kind).names))
 
 
 @dataclasses.dataclass
@@ -299,8 +310,3 @@ class Experiment:
     def shown_vectors(self, labels: Sequence[str]) -> list[str]:
         """Kinds of vectors that traces are shaded by: the experiment's label first, then the other labels."""
         return [self.vectors.label, *(label for label in labels if label != self.vectors.label)]
-
-
-def is_vector_file(kind: str) -> bool:
-    """Whether a kind of `steering.kinds` names a file, by its suffix."""
-    return str(kind).endswith(VECTOR_SUFFIXES)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from backtrack_jax.intervention import Intervention, key_of, stack_rows
+from backtrack_jax.intervention import Intervention, key_of, stack_rows, with_same_terms
 from backtrack_jax.models.attention import PAD, KVCache
 from backtrack_jax.models.batching import batches, check_ids, left_pad
 from backtrack_jax.models.decoder import Decoder
@@ -95,8 +95,8 @@ def generate(
       The replies.
 
     Raises:
-      ValueError: if `max_new_tokens` is below 1, the sampling cannot be meant, or keys or intervention have other
-        shapes than these rows and this model.
+      ValueError: if `max_new_tokens` is below 1, the sampling is invalid, or keys or intervention have other shapes
+        than these rows and this model.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}, expected at least 1")
@@ -195,12 +195,13 @@ def generate_rows(
 ) -> Iterator[list[tuple[int, Completion]]]:
     """Samples all rows and yields, batch by batch, (row number, reply) pairs.
 
-    Rows of similar prompt length share a batch, and the last one is filled with copies of its last row, so that few
-    shapes are compiled. Batches of which all rows are in `done` are left out; the others are composed as if
-    nothing were done, so that an interrupted run repeats the very computation of an uninterrupted one.
+    Rows of similar prompt length share a batch, the last one is filled with copies of its last row, and every batch has
+    the kinds of terms that any row has, so that few programs are compiled. Batches of which all rows are in `done` are
+    left out; the others are composed as if nothing were done, so that an interrupted run repeats the very computation
+    of an uninterrupted one.
 
     Raises:
-      ValueError: names the row whose prompt is no prompt of this model, or what of the sampling cannot be meant.
+      ValueError: names the row whose prompt is invalid for this model, or the invalid value of the sampling.
       FloatingPointError: names the row whose logits are not finite.
     """
     sampling.check()
@@ -209,15 +210,16 @@ def generate_rows(
             raise ValueError(f"{field} has shape {jnp.shape(value)}, expected one number for all rows")
     for number, row in enumerate(rows):
         check_ids(row.prompt, model.config.vocab_size, row.name or f"row {number}")
+    interventions = with_same_terms([row.intervention for row in rows]) if rows else []
     for padded, members in batches([len(row.prompt) for row in rows], batch_size):
         if all(row in done for row in members):
             continue
-        filled = [rows[i] for i in members] + [rows[members[-1]]] * (batch_size - len(members))
-        ids, positions = left_pad([row.prompt for row in filled], padded)
-        keys, interventions = jnp.stack([row.key for row in filled]), stack_rows([row.intervention for row in filled])
+        filled = [*members, *[members[-1]] * (batch_size - len(members))]
+        ids, positions = left_pad([rows[i].prompt for i in filled], padded)
+        keys, stacked = jnp.stack([rows[i].key for i in filled]), stack_rows([interventions[i] for i in filled])
         out = compiled_generate(
             model,
-            *place_rows(model, (ids, positions, keys, interventions)),
+            *place_rows(model, (ids, positions, keys, stacked)),
             sampling,
             np.array(stop_ids, np.int32),
             max_new_tokens=max_new_tokens,

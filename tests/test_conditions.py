@@ -13,10 +13,11 @@ import tiny
 
 from backtrack_jax import conditions
 from backtrack_jax.conditions import Interventions, Readings
-from backtrack_jax.config import CONTROLS, UNITS, Experiment
+from backtrack_jax.config import UNITS, Experiment
 from backtrack_jax.data.records import UNSTEERED, Condition
 from backtrack_jax.generate import noise_key, row_key
-from backtrack_jax.intervention import Intervention
+from backtrack_jax.intervention import Ablate, Add, Amplify, Intervention, Noise
+from backtrack_jax.kinds import CONTROLS
 from backtrack_jax.vectors import SteeringVector
 
 L, D = 3, 8
@@ -38,7 +39,13 @@ def readings() -> Readings:
         for window in ("-1..-1", "0..0")
     }
     norms = {"base": np.array([2.0, 5.0, 7.0]), "reasoning": np.array([3.0, 11.0, 13.0])}
-    return Readings(vectors, norms, offsets)
+    return Readings(vectors, norms, offsets, {"mine.npz": SteeringVector(5 * rng.standard_normal((L, D)))})
+
+
+def term(row: Intervention, kind: type[Any]) -> Any:
+    """The one term that a row has, which is of that kind."""
+    assert [type(term) for term in row.terms] == [kind]
+    return row.terms[0]
 
 
 def experiment(**steering: object) -> Experiment:
@@ -102,7 +109,7 @@ def test_sweeps_over_offsets_and_layers(readings: Readings) -> None:
         if c.window not in ("", own):
             direction = readings.offsets["reasoning", c.window].directions[1]
             np.testing.assert_allclose(
-                np.asarray(built.row(c, row_key(0, "p", 0)).add)[1],
+                term(built.row(c, row_key(0, "p", 0)), Add).vector[1],
                 c.length * direction / np.linalg.norm(direction),
                 rtol=1e-5,
             )
@@ -155,16 +162,17 @@ def test_what_is_added_has_the_length_of_the_condition(readings: Readings) -> No
     """A vector of norm 3 or 8, normalised once: T27. Other layers are untouched."""
     e = experiment(unit="relative", magnitudes=(0.0, -0.5, 2.0))
     for c, row in rows(readings, e, row_key(0, "p", 0)):
+        if c.kind == UNSTEERED:
+            assert row.terms == ()
+            continue
+        found = term(row, {"noise": Noise, "self-amplification": Amplify}.get(c.kind, Add))
         others = [layer for layer in range(L) if layer != c.layer]
-        for field in ("add", "amplify", "noise", "ablate"):
-            assert not np.any(np.asarray(getattr(row, field))[others])
-        added = np.asarray(row.add)[c.layer]
+        assert not np.any(np.asarray(found.strength)[others])
         if c.kind in ("noise", "self-amplification"):
-            strength = {"noise": row.noise, "self-amplification": row.amplify}[c.kind][c.layer]
-            assert strength == pytest.approx(c.length, rel=1e-6) and not np.any(added)
-        else:
-            assert np.linalg.norm(added) == pytest.approx(abs(c.length), rel=1e-5)
-            assert not np.any(row.noise) and not np.any(row.amplify)
+            assert found.strength[c.layer] == pytest.approx(c.length, rel=1e-6)
+            continue
+        added = np.asarray(found.strength[c.layer] * found.vector[c.layer])
+        assert np.linalg.norm(added) == pytest.approx(abs(c.length), rel=1e-5)
         if c.source:
             direction = readings.vectors[c.source, c.kind].directions[c.layer]
             cosine = added @ direction / np.linalg.norm(direction) / c.length
@@ -174,7 +182,9 @@ def test_what_is_added_has_the_length_of_the_condition(readings: Readings) -> No
 def test_raw_adds_the_vector_as_it_was_found(readings: Readings) -> None:
     e = experiment(unit="raw", kinds=("backtracking",), magnitudes=(1.0,), layer=2)
     for c, row in rows(readings, e, row_key(0, "p", 0)):
-        np.testing.assert_allclose(row.add[2], readings.vectors[c.source, "backtracking"].directions[2], rtol=1e-5)
+        np.testing.assert_allclose(
+            term(row, Add).vector[2], readings.vectors[c.source, "backtracking"].directions[2], rtol=1e-5
+        )
 
 
 def test_raw_adds_the_vector_of_every_offset_as_it_was_found(readings: Readings) -> None:
@@ -182,7 +192,9 @@ def test_raw_adds_the_vector_of_every_offset_as_it_was_found(readings: Readings)
     of_offsets = [(c, row) for c, row in rows(readings, e, row_key(0, "p", 0)) if c.window in ("-1..-1", "0..0")]
     assert len(of_offsets) == 2
     for c, row in of_offsets:
-        np.testing.assert_allclose(row.add[2], readings.offsets["reasoning", c.window].directions[2], rtol=1e-5)
+        np.testing.assert_allclose(
+            term(row, Add).vector[2], readings.offsets["reasoning", c.window].directions[2], rtol=1e-5
+        )
 
 
 def test_what_is_added_twice_is_one_condition(readings: Readings) -> None:
@@ -196,8 +208,7 @@ def test_what_is_added_twice_is_one_condition(readings: Readings) -> None:
 def test_unsteered_is_no_intervention(readings: Readings) -> None:
     (c, row), *_ = rows(readings, experiment(), row_key(0, "p", 0))
     assert c.kind == UNSTEERED
-    for field in ("add", "amplify", "noise", "ablate", "direction"):
-        assert not np.any(np.asarray(getattr(row, field)))
+    assert row.terms == ()
 
 
 def test_noise_belongs_to_the_row_not_the_condition(readings: Readings) -> None:
@@ -212,7 +223,7 @@ def test_the_random_direction_is_fixed(readings: Readings) -> None:
     """One direction for all rows, magnitudes and models of a run; another seed gives another one."""
     e = experiment(kinds=("random",), magnitudes=(-4.0, 8.0))
     units = [
-        np.asarray(row.add[c.layer]) / c.length
+        np.asarray(term(row, Add).vector[c.layer]) / c.length
         for sample in range(2)
         for c, row in rows(readings, e, row_key(0, "p", sample))
     ]
@@ -237,6 +248,128 @@ def test_vector_hash_tells_vectors_apart(readings: Readings) -> None:
     assert one["deduction", "base"] == hashlib.sha256(direction.astype("<f4").tobytes()).hexdigest()[:16]
 
 
+def unit(vector: np.ndarray) -> np.ndarray:
+    return vector.astype(np.float64) / np.linalg.norm(vector.astype(np.float64))
+
+
+@pytest.mark.parametrize("unit_of_magnitudes", UNITS)
+def test_a_sum_is_of_unit_directions_and_as_long_as_any_kind(unit_of_magnitudes: str, readings: Readings) -> None:
+    """By hand: files and the random direction weigh as much as labels, whatever their norms."""
+    kind = "backtracking - 0.5 * deduction + 2e0*mine.npz + random"
+    e = experiment(unit=unit_of_magnitudes, kinds=(kind, "backtracking"), magnitudes=(-2.0, 3.0), layer=1)
+    lengths = {}
+    for c, row in rows(readings, e, row_key(0, "p", 0)):
+        lengths.setdefault((c.target, c.source, c.magnitude), set()).add(c.length)
+        if c.kind != kind:
+            continue
+        label, other = (unit(readings.vectors[c.source, name].directions[1]) for name in ("backtracking", "deduction"))
+        summed = label - 0.5 * other + 2 * unit(readings.files["mine.npz"].directions[1])
+        summed += conditions.random_direction(0, "random", D)
+        vector = np.asarray(term(row, Add).vector)
+        np.testing.assert_allclose(vector[1], c.length * summed / np.linalg.norm(summed), rtol=1e-5)
+        assert not np.any(vector[[0, 2]])
+    assert len(lengths) == 8 and all(len(of_kinds) == 1 for of_kinds in lengths.values())
+
+
+def test_a_sum_without_a_source_is_run_once_per_model(readings: Readings) -> None:
+    """And measured like other controls, also where a file alone is measured by its own norm."""
+    kinds = ("random - mine.npz", "mine.npz")
+    made = conditions.make(experiment(unit="raw", kinds=kinds, magnitudes=(1.0,), layer=2), readings)
+    assert [(c.target, c.kind, c.source, c.window) for c in made] == [
+        (target, kind, "", "") for target in ("base", "reasoning") for kind in kinds
+    ]
+    for c in made:
+        measure = readings.files["mine.npz"] if c.kind == "mine.npz" else readings.vectors[c.target, "backtracking"]
+        assert c.length == pytest.approx(np.linalg.norm(measure.directions[2]), rel=1e-6)
+
+
+def test_a_sum_of_nothing_is_refused(readings: Readings) -> None:
+    readings.vectors["base", "deduction"].directions[1] = 3 * readings.vectors["base", "backtracking"].directions[1]
+    e = experiment(kinds=("backtracking - deduction",), magnitudes=(1.0,), layer=1)
+    with pytest.raises(ValueError, match="'backtracking - deduction': the sum is zero at layer 1"):
+        rows(readings, e, row_key(0, "p", 0))
+
+
+@pytest.mark.parametrize("unit_of_magnitudes", UNITS)
+def test_an_ablation_removes_a_share_from_its_layer_on(unit_of_magnitudes: str, readings: Readings) -> None:
+    """In any unit, and along the very direction that the kind without `ablate:` adds."""
+    of_sum = "deduction + 0.5 * random"
+    kinds = ("ablate:backtracking", f"ablate: {of_sum}", "ablate:random", of_sum)
+    e = experiment(unit=unit_of_magnitudes, kinds=kinds, magnitudes=(0.0, -0.5, 1.0), layer=1)
+    added = {(c.target, c.source, c.kind): row for c, row in rows(readings, e, row_key(0, "p", 0)) if c.kind == of_sum}
+    counts: dict[str, int] = {}
+    for c, row in rows(readings, e, row_key(0, "p", 0)):
+        if not c.kind.startswith("ablate:"):
+            continue
+        counts[c.kind] = counts.get(c.kind, 0) + 1
+        found = term(row, Ablate)
+        assert c.length == c.magnitude
+        np.testing.assert_array_equal(found.strength, [0.0, c.magnitude, c.magnitude])
+        assert found.directions.shape == (L, 1, D)
+        if c.kind == "ablate:backtracking":
+            expected = unit(readings.vectors[c.source, "backtracking"].directions[1])
+        elif c.kind == "ablate:random":
+            expected = conditions.random_direction(0, "random", D)
+        else:
+            expected = unit(np.asarray(term(added[c.target, c.source, of_sum], Add).vector[1]))
+        for layer in (1, 2):  # the direction is that of the condition's layer, up to its sign
+            cosine = np.asarray(found.directions[layer, 0]) @ expected
+            assert abs(cosine) == pytest.approx(1, abs=1e-6)
+    assert counts == {kinds[0]: 8, kinds[1]: 8, kinds[2]: 4}
+
+
+def test_kinds_are_done_at_every_layer_and_baselines_at_the_first(readings: Readings) -> None:
+    """Each with the direction and the norms of its layer; unsteered once per model."""
+    e = experiment(
+        kinds=("backtracking", "noise"), baselines=("random",), magnitudes=(0.0, 2.0), unit="relative", layer=(2, 0)
+    )
+    made = conditions.make(e, readings)
+    assert [(c.target, c.kind, c.source, c.layer) for c in made] == [
+        ("base", UNSTEERED, "", 2),
+        *(("base", "backtracking", source, layer) for layer in (2, 0) for source in ("base", "reasoning")),
+        *(("base", "noise", "", layer) for layer in (2, 0)),
+        ("reasoning", UNSTEERED, "", 2),
+        *(("reasoning", "backtracking", source, layer) for layer in (2, 0) for source in ("base", "reasoning")),
+        *(("reasoning", "noise", "", layer) for layer in (2, 0)),
+        ("reasoning", "random", "", 2),
+    ]
+    for c, row in rows(readings, e, row_key(0, "p", 0)):
+        if c.kind == "backtracking":
+            assert c.length == pytest.approx(2 * readings.mean_norm[c.target][c.layer])
+            expected = c.length * unit(readings.vectors[c.source, c.kind].directions[c.layer])
+            np.testing.assert_allclose(term(row, Add).vector[c.layer], expected, rtol=1e-5)
+    raw = conditions.make(dataclasses.replace(e, steering=dataclasses.replace(e.steering, unit="raw")), readings)
+    for c in raw:
+        if c.magnitude:
+            vector = readings.vectors[c.source or c.target, "backtracking"].directions[c.layer]
+            assert c.length == pytest.approx(2 * np.linalg.norm(vector), rel=1e-6)
+    assert conditions.planned(e).values() and len(conditions.planned(e)) == len(made)
+
+
+def test_hash_of_a_sum_is_that_of_its_direction(readings: Readings) -> None:
+    built = Interventions(readings, L, D, "all", 0)
+    kinds = ("backtracking + deduction", "deduction + backtracking", "backtracking - deduction", "backtracking")
+    e = experiment(kinds=(*kinds, "ablate:backtracking", "ablate:backtracking - deduction"), magnitudes=(1.0,), layer=1)
+    made = [c for c in conditions.make(e, readings) if c.target == c.source == "base"]
+    hashes = {c.kind: built.vector_hash(c) for c in made}
+    assert hashes[kinds[0]] == hashes[kinds[1]]
+    assert hashes["backtracking"] == hashes["ablate:backtracking"]
+    assert hashes["backtracking - deduction"] == hashes["ablate:backtracking - deduction"]
+    assert len(set(hashes.values())) == 3
+    units = [unit(readings.vectors["base", name].directions[1]) for name in ("backtracking", "deduction")]
+    (sum_of_both,) = (c for c in made if c.kind == kinds[0])
+    added = np.asarray(term(built.row(sum_of_both, row_key(0, "p", 0)), Add).vector[1])
+    np.testing.assert_allclose(added, unit(units[0] + units[1]), rtol=1e-5)
+
+
+def test_every_control_can_be_done(readings: Readings) -> None:
+    """One row for each line of `kinds.CONTROLS`, with a hash where there is a direction."""
+    built = Interventions(readings, L, D, "all", 0)
+    for c in conditions.make(experiment(kinds=tuple(CONTROLS), magnitudes=(1.0,)), readings):
+        assert len(built.row(c, row_key(0, "p", 0)).terms) == 1
+        assert bool(c.source) == CONTROLS[c.kind].read and bool(built.vector_hash(c)) == CONTROLS[c.kind].directed
+
+
 def test_needed_vectors() -> None:
     e = experiment(kinds=("deduction", *CONTROLS))
     assert conditions.needed_vectors(e) == {"deduction", "overall-mean", "shuffled"}
@@ -244,6 +377,10 @@ def test_needed_vectors() -> None:
     e.steering.unit = "raw"  # lengths are measured by the experiment's own vector
     assert conditions.needed_vectors(e) == {"deduction", "overall-mean", "shuffled", "backtracking"}
     assert conditions.needed_vectors(experiment(kinds=("noise",), layers=(1,))) == {"backtracking"}
+    e = experiment(kinds=("deduction - shuffled + a/b.npz",), baselines=("ablate:initializing + random",))
+    assert conditions.needed_vectors(e) == {"deduction", "shuffled", "initializing"}
+    assert conditions.needed_labels(e) == {"deduction", "initializing"}
+    assert e.steering.vector_files == ("a/b.npz",)
 
 
 def test_a_vector_that_was_not_read_is_named(readings: Readings) -> None:

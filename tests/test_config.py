@@ -100,6 +100,12 @@ def set_field(e: Experiment, name: str, value: object) -> Experiment:
         ("steering.kinds", (1,)),
         ("steering.kinds", ([1],)),
         ("steering.kinds", ({1: 2},)),
+        ("steering.kinds", ("backtracking + deducton",)),
+        ("steering.kinds", ("backtracking + noise",)),
+        ("steering.kinds", ("2 * backtracking",)),
+        ("steering.baselines", ("backtracking -",)),
+        ("steering.layer", ()),
+        ("steering.layer", (1, 1)),
         ("steering.baselines", (None,)),
         ("steering.grid_limit", -1),
         ("steering.layer", -1),
@@ -225,6 +231,52 @@ def test_windows_that_no_sampled_reply_can_hold_are_refused(into_prompt: bool) -
         checks.check_windows(e)
     e.traces.path = tiny.CHAINS  # replies of any length
     checks.check_windows(e)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (
+            "backtracking + deducton",
+            "'backtracking + deducton', expected in the place of 'deducton' one of initializing",
+        ),
+        ("ablate:deducton", "'ablate:deducton', expected in the place of 'deducton' one of initializing, deduction"),
+        ("deducton", "'deducton', expected one of initializing, deduction, adding-knowledge"),
+        (
+            "backtracking +",
+            "'backtracking +' is not a name with an optional weight, expected a label, control or vector",
+        ),
+        ("backtracking - noise", "'backtracking - noise': 'noise' has no direction that could be summed or ablated"),
+    ],
+)
+def test_a_wrong_kind_is_told_what_there_is(entry: str, message: str) -> None:
+    e = tiny.get_config()
+    e.steering.baselines = (entry,)
+    with pytest.raises(ValueError) as error:
+        checks.check(e)
+    assert message in str(error.value) and str(error.value).splitlines()[1].startswith("  steering.baselines")
+
+
+def test_sums_and_ablations_are_kinds() -> None:
+    e = tiny.get_config()
+    e.steering.kinds = ("backtracking + 0.5 * deduction", "adding-knowledge - a/b.npz", "ablate:overall-mean + random")
+    e.steering.magnitudes = (0.0, -0.5, 1.0)
+    checks.check(e)
+    assert e.steering.vector_files == ("a/b.npz",)
+    assert e.steering.names == (
+        *("backtracking", "deduction", "adding-knowledge", "a/b.npz", "overall-mean", "random", "shuffled"),
+    )
+
+
+def test_magnitudes_of_an_ablation_are_shares() -> None:
+    e = tiny.get_config()
+    e.steering.baselines, e.steering.magnitudes = ("ablate:backtracking",), (0.0, 4.0)
+    with pytest.raises(
+        ValueError, match=r"steering.magnitudes=\(0.0, 4.0\), expected -1 to 1: of 'ablate:backtracking'"
+    ):
+        checks.check(e)
+    e.steering.grid_magnitudes, e.steering.magnitudes = (0.0, 8.0), (-1.0, 0.0, 1.0)  # the grid has no ablation
+    checks.check(e)
 
 
 def test_any_label_may_be_imported() -> None:

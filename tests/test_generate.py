@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,6 @@ import scipy.special
 import scipy.stats
 
 from backtrack_jax import generate as generate_module
-from backtrack_jax import intervention as intervention_module
 from backtrack_jax import sampling as sampling_module
 from backtrack_jax.generate import (
     Completion,
@@ -35,15 +34,17 @@ from backtrack_jax.generate import (
     sample,
 )
 from backtrack_jax.intervention import (
+    Add,
     Intervention,
     Span,
+    Term,
     ablate,
     add_vector,
     gaussian_noise,
-    intervene,
     no_intervention,
     self_amplify,
     stack_rows,
+    with_same_terms,
 )
 from backtrack_jax.models import checkpoint, ops
 from backtrack_jax.models.batching import batches, left_pad, right_pad
@@ -64,7 +65,7 @@ NEVER = (-1, -1)  # stop ids that no token has
 GREEDY = Sampling()
 PROMPTS = [np.random.default_rng(n).integers(0, V, n).tolist() for n in (5, 12, 1, 9, 7, 3)]
 VECTORS = unit_vectors(3, D)
-# Layer, magnitude, span by name, the same span in positions. The last one starts in the prompt and ends in the reply.
+# Layer, length, span by name, the same span in positions. The last one starts in the prompt and ends in the reply.
 CONDITIONS = [
     (1, 0.0, "all", (0, 99)),
     (0, 8.0, "all", (0, 99)),
@@ -76,8 +77,8 @@ CONDITIONS = [
 MODEL = tiny_llama()
 
 
-def steered(layer: int, magnitude: float, span: Span = "all") -> Intervention:
-    return add_vector(VECTORS[layer], layer, magnitude, n_layers=L, span=span)
+def steered(layer: int, length: float, span: Span = "all") -> Intervention:
+    return add_vector(VECTORS[layer], layer, length, n_layers=L, span=span)
 
 
 NOTHING = no_intervention(L, D)
@@ -88,7 +89,7 @@ NOISY = [
     gaussian_noise(0, 5.0, noise_key(KEYS[1]), n_layers=L, d_model=D, span="generated"),
     gaussian_noise(2, 9.0, noise_key(KEYS[2]), n_layers=L, d_model=D) + steered(1, 6.0),
     self_amplify(1, 15.0, n_layers=L, d_model=D),
-    ablate(VECTORS[1], n_layers=L),
+    ablate(VECTORS[1], n_layers=L) + steered(1, 4.0),
     gaussian_noise(1, 9.0, noise_key(KEYS[5]), n_layers=L, d_model=D, span=(2, 6)),
 ]
 
@@ -122,30 +123,38 @@ def run(
     return jax.device_get(out)
 
 
+Seen = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], None]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Recorded(Intervention):
+    """An intervention that tells, at run time, what it does to every block's output."""
+
+    seen: Seen = dataclasses.field(metadata={"static": True})
+
+    def apply(self, x: jax.Array, at_layer: tuple[Term, ...], layer: jax.Array, positions: jax.Array) -> jax.Array:
+        after = super().apply(x, at_layer, layer, positions)
+        jax.debug.callback(self.seen, layer, positions, x, after)
+        return after
+
+
 class Recorder:
-    """Runs `generate` and notes, at run time, every position that a pass changes and the logits of every step."""
+    """Runs `generate` and notes every position that a pass changes and the logits of every step."""
 
     def __init__(self) -> None:
-        self.changes: list[tuple] = []  # (layer, positions [B, T], changed [B, T]) of every pass through every block
-        self.steps: dict[int, np.ndarray] = {}  # step -> [B, V] float32
+        self.changes: list[tuple[int, np.ndarray, np.ndarray]] = []  # layer, positions [B, T], changed [B, T]
+        self.resid: dict[int, np.ndarray] = {}  # step -> [B, D] float32, what the step's token is sampled from
+        self._n_prompt = np.zeros(B, np.int32)
+        self._logits = jax.jit(MODEL.logits)
 
-        def spying_intervene(x, at_layer, layer, positions):
-            after = intervene(x, at_layer, layer, positions)
-            changed = jnp.any(x != after, axis=-1)
-            jax.debug.callback(lambda *seen: self.changes.append(jax.device_get(seen)), layer, positions, changed)
-            return after
-
-        def spying_sample(logits, sampling, keys, step):
-            jax.debug.callback(lambda at, seen: self.steps.update({int(at): np.array(seen)}), step, logits)
-            return sample(logits, sampling, keys, step)
-
-        def traced(*args):
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(intervention_module, "intervene", spying_intervene)
-                patch.setattr(generate_module, "sample", spying_sample)
-                return generate(*args, max_new_tokens=G)
-
-        self._compiled = jax.jit(traced)
+    def note(self, layer: jax.Array, positions: jax.Array, before: jax.Array, after: jax.Array) -> None:
+        """One block's output in one pass."""
+        at, resid = np.asarray(positions), np.asarray(after)
+        self.changes.append((int(layer), at, np.any(np.asarray(before) != resid, axis=-1)))
+        if int(layer) == L - 1:
+            step = int(np.max(np.max(at, axis=1) + 1 - self._n_prompt))
+            self.resid[step] = np.take_along_axis(resid, np.argmax(at, axis=1)[:, None, None], axis=1)[:, 0]
 
     def __call__(
         self,
@@ -154,13 +163,16 @@ class Recorder:
         stop_ids: Sequence[int] = NEVER,
         prompts: Sequence[Sequence[int]] = PROMPTS,
     ) -> np.ndarray:
-        """The replies' ids; `changes` and `steps` then hold what happened."""
+        """The replies' ids; `changes` and `resid` then hold what happened."""
         self.changes.clear()
-        self.steps.clear()
+        self.resid.clear()
+        self._n_prompt = np.array([len(prompt) for prompt in prompts])
+        rows = stack_rows(interventions)
+        recorded = Recorded(rows.terms, rows.span, rows.key, rows.n_layers, rows.d_model, self.note)
         ids, positions = left_pad(prompts, T)
         sampling = Sampling(jnp.array(temperature, jnp.float32))
         stop = np.array(stop_ids, np.int32)
-        out = self._compiled(MODEL, ids, positions, jnp.stack(KEYS), stack_rows(interventions), sampling, stop)
+        out = compiled_generate(MODEL, ids, positions, jnp.stack(KEYS), recorded, sampling, stop, max_new_tokens=G)
         jax.block_until_ready(out)
         jax.effects_barrier()
         return np.asarray(out.ids)
@@ -168,12 +180,12 @@ class Recorder:
     @property
     def logits(self) -> np.ndarray:
         """[steps, B, V] float32."""
-        return np.stack([self.steps[step] for step in range(len(self.steps))])
+        return np.asarray(self._logits(np.stack([self.resid[step] for step in range(len(self.resid))])))
 
     def changed_positions(self, row: int) -> list[tuple[int, int]]:
         """(layer, position) of every change to a row, sorted; twice where it was changed twice."""
         return sorted(
-            (int(layer), int(position))
+            (layer, int(position))
             for layer, positions, changed in self.changes
             for position in positions[row][changed[row]]
         )
@@ -203,7 +215,7 @@ def uncached_logits(replies: np.ndarray, interventions: Sequence[Intervention], 
     return np.stack([out[np.arange(B), lengths - 1 + step] for step in range(G)])
 
 
-def test_every_step_equals_torch_with_a_hook(recorder, reference):
+def test_every_step_equals_torch_with_a_hook(recorder: Recorder, reference: transformers.LlamaForCausalLM) -> None:
     """T12, T13: ragged prompts, six spans and magnitudes in one batch, each against a full pass of its row alone."""
     replies = recorder(STEERED)
     for row, (layer, magnitude, _, span) in enumerate(CONDITIONS):
@@ -215,7 +227,7 @@ def test_every_step_equals_torch_with_a_hook(recorder, reference):
         assert (shortfall < 1e-4).all(), "the reply is the most likely token of every step"
 
 
-def test_texts_vary_between_prompts_and_conditions():
+def test_texts_vary_between_prompts_and_conditions() -> None:
     """Otherwise the test above could hardly fail."""
     steered_replies, plain_replies = run(PROMPTS, STEERED).ids, run(PROMPTS, [NOTHING] * B).ids
     assert [np.array_equal(*pair) for pair in zip(steered_replies, plain_replies, strict=True)] == [True] + [False] * 5
@@ -224,7 +236,7 @@ def test_texts_vary_between_prompts_and_conditions():
 
 
 @pytest.mark.parametrize("magnitude", [0.0, 8.0])
-def test_greedy_equals_hugging_face_generate(reference, magnitude):
+def test_greedy_equals_hugging_face_generate(reference: Any, magnitude: float) -> None:
     prompts = PROMPTS[:3]
     ids, positions = left_pad(prompts, 12)
     with added(reference, 1, magnitude * np.asarray(VECTORS[1])):
@@ -241,7 +253,7 @@ def test_greedy_equals_hugging_face_generate(reference, magnitude):
 
 
 @pytest.mark.parametrize("interventions", [STEERED, NOISY], ids=["steered", "noisy"])
-def test_cached_decoding_equals_the_full_pass(recorder, interventions):
+def test_cached_decoding_equals_the_full_pass(recorder: Recorder, interventions: Sequence[Intervention]) -> None:
     """T12, also for noise, which is drawn by position, and for the interventions that depend on the activation."""
     replies = recorder(interventions, temperature=[0.0, 1.0] * 3)
     np.testing.assert_allclose(recorder.logits, uncached_logits(replies, interventions), atol=1e-4)
@@ -250,7 +262,7 @@ def test_cached_decoding_equals_the_full_pass(recorder, interventions):
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
-def test_16_bit_replies_are_those_of_the_full_pass(platform):
+def test_16_bit_replies_are_those_of_the_full_pass(platform: str) -> None:
     """Also in the form for accelerators, whose cache is of 16 bits."""
     model = jax.tree.map(lambda weight: weight.astype(jnp.bfloat16), MODEL)
     with ops.compiling_for(platform, 10**9):
@@ -261,7 +273,7 @@ def test_16_bit_replies_are_those_of_the_full_pass(platform):
     assert (rounded.max(-1) - chosen).max() < 0.05
 
 
-def test_blocks_one_by_one_or_under_a_scan_give_the_same_cached_decoding(monkeypatch):
+def test_blocks_one_by_one_or_under_a_scan_give_the_same_cached_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     ids, positions = map(jnp.asarray, left_pad(PROMPTS, T))
     replies = []
     for one_by_one in (True, False):
@@ -275,14 +287,14 @@ def test_blocks_one_by_one_or_under_a_scan_give_the_same_cached_decoding(monkeyp
     ("platform", "gigabytes", "expected"),
     [("cpu", 0, True), ("tpu", 90, False), ("gpu", 60, True), ("gpu", 36, False), ("gpu", 0, False)],
 )
-def test_a_gpu_runs_blocks_one_by_one_if_it_has_room(platform, gigabytes, expected):
+def test_a_gpu_runs_blocks_one_by_one_if_it_has_room(platform: str, gigabytes: int, expected: bool) -> None:
     """60 and 36: what JAX takes of 80 and 48. An 8B model's blocks are 14 GB."""
     blocks = jax.ShapeDtypeStruct((14 * 10**9 // 2,), jnp.bfloat16)
     with ops.compiling_for(platform, gigabytes * 10**9):
         assert ops.unstacks(blocks) == expected
 
 
-def test_every_pass_is_steered_inside_the_span_and_nowhere_else(recorder):
+def test_every_pass_is_steered_inside_the_span_and_nowhere_else(recorder: Recorder) -> None:
     """Each position once, in prefill or in its decode step: prompt + G - 1 passes; the last token is never an input."""
     recorder(STEERED)
     for row, (layer, magnitude, _, (start, stop)) in enumerate(CONDITIONS):
@@ -291,7 +303,7 @@ def test_every_pass_is_steered_inside_the_span_and_nowhere_else(recorder):
         assert recorder.changed_positions(row) == expected, f"row {row}"
 
 
-def test_generated_cannot_change_the_first_token_and_prompt_can(recorder):
+def test_generated_cannot_change_the_first_token_and_prompt_can(recorder: Recorder) -> None:
     """T13: generated position j is the pass whose input is generated token j."""
     plain = recorder([NOTHING] * B), recorder.logits
     generated = recorder([steered(1, 30.0, "generated")] * B), recorder.logits
@@ -303,22 +315,22 @@ def test_generated_cannot_change_the_first_token_and_prompt_can(recorder):
     assert (prompt[0][:, 0] != plain[0][:, 0]).any()
 
 
-def test_recording_changes_nothing(recorder):
+def test_recording_changes_nothing(recorder: Recorder) -> None:
     np.testing.assert_array_equal(recorder(STEERED), run(PROMPTS, STEERED).ids)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("interventions", [STEERED, NOISY], ids=["steered", "noisy"])
-def test_each_row_equals_the_same_row_alone(interventions, temperature):
+def test_each_row_equals_the_same_row_alone(interventions: Sequence[Intervention], temperature: float) -> None:
     """Complaint 1: without batch mates and with other padding (12 columns, not 64)."""
-    together = run(PROMPTS, interventions, Sampling(temperature))
+    together, rows = run(PROMPTS, interventions, Sampling(temperature)), with_same_terms(interventions)
     for row in range(B):
-        alone = run([PROMPTS[row]], [interventions[row]], Sampling(temperature), keys=[KEYS[row]], padded=12)
+        alone = run([PROMPTS[row]], [rows[row]], Sampling(temperature), keys=[KEYS[row]], padded=12)
         np.testing.assert_array_equal(alone.ids[0], together.ids[row], err_msg=f"row {row}")
 
 
 @pytest.mark.parametrize("interventions", [STEERED, NOISY], ids=["steered", "noisy"])
-def test_text_does_not_depend_on_batch_mates(interventions):
+def test_text_does_not_depend_on_batch_mates(interventions: Sequence[Intervention]) -> None:
     first = run(PROMPTS, interventions, Sampling(1.0))
     mates = run(
         [*PROMPTS[3:], *PROMPTS[:3]],
@@ -329,14 +341,14 @@ def test_text_does_not_depend_on_batch_mates(interventions):
     np.testing.assert_array_equal(mates.ids[3:], first.ids[:3])
 
 
-def test_noise_differs_between_samples_and_not_between_runs():
+def test_noise_differs_between_samples_and_not_between_runs() -> None:
     noisy = [gaussian_noise(1, 30.0, noise_key(key), n_layers=L, d_model=D) for key in KEYS]
     replies = run([PROMPTS[1]] * B, noisy).ids
     assert len({tuple(reply) for reply in replies.tolist()}) == B
     np.testing.assert_array_equal(run([PROMPTS[1]] * B, noisy).ids, replies)
 
 
-def test_a_reply_ends_at_its_first_stop_token():
+def test_a_reply_ends_at_its_first_stop_token() -> None:
     free = run(PROMPTS, STEERED)
     stops = [int(free.ids[3, 4]), int(free.ids[4, 0])]
     out = run(PROMPTS, STEERED, stop_ids=stops)
@@ -350,7 +362,7 @@ def test_a_reply_ends_at_its_first_stop_token():
     assert G in out.lengths, "later steps were made, and did not change what had ended"
 
 
-def test_a_stop_token_as_the_last_one_counts_as_stopped():
+def test_a_stop_token_as_the_last_one_counts_as_stopped() -> None:
     free = run(PROMPTS, STEERED)
     last = int(free.ids[0, -1])
     assert last not in free.ids[0, :-1]
@@ -358,16 +370,16 @@ def test_a_stop_token_as_the_last_one_counts_as_stopped():
     assert (out.lengths[0], bool(out.stopped[0])) == (G, True)
 
 
-def test_no_pass_is_made_after_the_last_row_has_stopped(recorder):
+def test_no_pass_is_made_after_the_last_row_has_stopped(recorder: Recorder) -> None:
     free = recorder([NOTHING] * B, prompts=[PROMPTS[0]] * B)
-    assert len(recorder.steps) == G
+    assert len(recorder.resid) == G
     step = next(step for step in range(2, G - 1) if free[0, step] not in free[0, :step])
     recorder([NOTHING] * B, prompts=[PROMPTS[0]] * B, stop_ids=[free[0, step], -1])
-    assert len(recorder.steps) == step + 1
+    assert len(recorder.resid) == step + 1
 
 
-def test_same_keys_same_text_and_other_keys_other_text():
-    def text(keys):
+def test_same_keys_same_text_and_other_keys_other_text() -> None:
+    def text(keys: Sequence[jax.Array]) -> list[list[int]]:
         return run([PROMPTS[1]] * B, [NOTHING] * B, Sampling(1.0), keys=keys).ids.tolist()
 
     first = text(KEYS)
@@ -380,7 +392,7 @@ def test_same_keys_same_text_and_other_keys_other_text():
     assert len({tuple(reply) for reply in replies}) == 3, "seed and problem enter the key"
 
 
-def test_conditions_meet_the_same_random_numbers():
+def test_conditions_meet_the_same_random_numbers() -> None:
     """Rows of one key draw alike whatever is done to them: here something is done only after the reply's end."""
     late = [steered(layer, magnitude, (50, 60)) for layer in range(L) for magnitude in (4.0, -4.0)]
     replies = run([PROMPTS[1]] * B, late, Sampling(1.0), keys=[KEYS[0]] * B).ids
@@ -388,7 +400,7 @@ def test_conditions_meet_the_same_random_numbers():
     np.testing.assert_array_equal(replies, run([PROMPTS[1]] * B, [NOTHING] * B, Sampling(1.0), keys=[KEYS[0]] * B).ids)
 
 
-def test_noise_and_sampling_use_different_keys():
+def test_noise_and_sampling_use_different_keys() -> None:
     fold = jax.vmap(jax.random.fold_in, (None, 0))
     of_steps, of_layers = (
         {tuple(data) for data in jax.random.key_data(keys).tolist()}
@@ -398,7 +410,7 @@ def test_noise_and_sampling_use_different_keys():
     assert not of_steps & of_layers
 
 
-def test_row_key_needs_no_order():
+def test_row_key_needs_no_order() -> None:
     keys = {(p, s): row_key(3, p, s) for p in ("a/1", "a/2", "b") for s in range(4)}
     again = {(p, s): row_key(3, p, s) for p in ("b", "a/2", "a/1") for s in reversed(range(4))}
     data = {name: tuple(jax.random.key_data(key).tolist()) for name, key in keys.items()}
@@ -406,7 +418,7 @@ def test_row_key_needs_no_order():
     assert len(set(data.values())) == len(data)
 
 
-def test_zero_strength_is_the_unsteered_program_to_the_bit():
+def test_zero_strength_is_the_unsteered_program_to_the_bit() -> None:
     """T29: `intervention=None` compiles another program; rows that change nothing give its bits and its text."""
     nothing = stack_rows([NOTHING, steered(2, 0.0), self_amplify(0, 0.0, n_layers=L, d_model=D)] * 2)
     ids, positions = right_pad(PROMPTS, 24)
@@ -418,43 +430,47 @@ def test_zero_strength_is_the_unsteered_program_to_the_bit():
     np.testing.assert_array_equal(unsteered.ids, zero.ids)
 
 
-def test_a_sweep_compiles_nothing():
-    """Complaints 9 and 15: vector, layer, magnitude, span, key, temperature, top-p, top-k and stop ids are values."""
+def test_a_sweep_compiles_nothing() -> None:
+    """Complaints 9 and 15: vector, layer, length, span, key, temperature, top-p, top-k and stop ids are values."""
     run(PROMPTS, STEERED)
+    run(PROMPTS, NOISY)
     compiled = n_programs()
     run(PROMPTS, [steered(i % L, 3.0 * i, (i, i + 4)) for i in range(B)], Sampling(0.7), keys=KEYS[::-1])
-    run(PROMPTS[::-1], NOISY, Sampling(0.6, 0.95, 20), stop_ids=[3, 4])
+    others = [self_amplify(0, -1.0, n_layers=L, d_model=D), ablate(VECTORS[2], [0], -0.5, n_layers=L), NOTHING]
+    run(PROMPTS[::-1], [*NOISY[1:4], *others], Sampling(0.6, 0.95, 20), stop_ids=[3, 4])
     run(PROMPTS, [add_vector(VECTORS[2] * 2, 0, m, n_layers=L, span="prompt") for m in range(B)])
     assert n_programs() == compiled
 
 
-def test_vmap_over_magnitudes_equals_rows():
-    magnitudes = np.array([0.0, 8.0, -20.0], np.float32)
+def test_vmap_over_lengths_equals_rows() -> None:
+    lengths = np.array([0.0, 8.0, -20.0], np.float32)
     ids, positions = map(jnp.array, left_pad(PROMPTS[:2], T))
     keys = jnp.stack(KEYS[:2])
 
     @jax.jit
     @jax.vmap
-    def sweep(magnitude):
-        row = add_vector(VECTORS[1], 1, magnitude, n_layers=L)
+    def sweep(length: jax.Array) -> Generated:
+        row = add_vector(VECTORS[1], 1, length=length, n_layers=L)
         both = stack_rows([row, row])
         return generate(MODEL, ids, positions, keys, both, Sampling(1.0), NEVER, max_new_tokens=G)
 
-    rows = run(PROMPTS[:2] * 3, [steered(1, m) for m in magnitudes for _ in range(2)], Sampling(1.0), keys=KEYS[:2] * 3)
-    swept = sweep(magnitudes)
+    rows = run(
+        PROMPTS[:2] * 3, [steered(1, length) for length in lengths for _ in range(2)], Sampling(1.0), keys=KEYS[:2] * 3
+    )
+    swept = sweep(lengths)
     np.testing.assert_array_equal(swept.ids.reshape(B, G), rows.ids)
     assert len({tuple(reply) for reply in rows.ids.tolist()}) == B
 
 
 @pytest.mark.parametrize("n", [0, -1])
-def test_no_token_at_all_is_refused(n):
+def test_no_token_at_all_is_refused(n: int) -> None:
     with pytest.raises(ValueError, match=f"max_new_tokens={n}, expected at least 1"):
         generate(MODEL, jnp.zeros((B, T), int), jnp.zeros((B, T), int), jnp.stack(KEYS), max_new_tokens=n)
 
 
-def test_a_row_without_finite_logits_stops_the_run(rows):
+def test_a_row_without_finite_logits_stops_the_run(rows: list[Row]) -> None:
     """Whatever is sampled from NaN is no reply, and may not even be a token."""
-    infinite = dataclasses.replace(NOTHING, add=jnp.full_like(NOTHING.add, jnp.inf))  # no constructor makes one
+    infinite = dataclasses.replace(NOTHING, terms=(Add(jnp.ones(L), jnp.full((L, D), jnp.inf)),))  # as none is built
     broken = [*rows[:2], dataclasses.replace(rows[2], intervention=infinite), *rows[3:]]
     for sampling in (GREEDY, Sampling(1.0), Sampling(1.0, top_p=0.9), Sampling(1.0, top_k=3)):
         with pytest.raises(FloatingPointError, match="row 2: "):
@@ -478,20 +494,22 @@ def test_a_row_without_finite_logits_stops_the_run(rows):
         ({"prompt": []}, "row 1 has no token"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_before_anything_is_sampled(rows, changed, message):
+def test_invalid_values_are_refused_before_anything_is_sampled(
+    rows: list[Row], changed: dict[str, Any], message: str
+) -> None:
     if "prompt" in changed:
         rows = [rows[0], dataclasses.replace(rows[1], prompt=changed.pop("prompt"))]
     with pytest.raises(ValueError, match=message):
         replies_of(rows, **changed)
 
 
-def test_there_is_a_key_for_every_row():
+def test_there_is_a_key_for_every_row() -> None:
     with pytest.raises(ValueError, match=r"keys have shape \(\), expected one for each of 6 rows"):
         compiled_generate(MODEL, *left_pad(PROMPTS, T), KEYS[0], max_new_tokens=G)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0)])
-def test_padding_may_stand_behind_the_prompts(sampling):
+def test_padding_may_stand_behind_the_prompts(sampling: Sampling) -> None:
     """An answer to the padding behind a prompt would look like one to the prompt."""
     expected = run(PROMPTS, STEERED, sampling)
     ids, positions = right_pad(PROMPTS, T)
@@ -511,9 +529,9 @@ def test_padding_may_stand_behind_the_prompts(sampling):
     ],
     ids=["vector of width 1", "another depth", "too few rows", "a single row"],
 )
-def test_an_intervention_of_other_shapes_is_refused(interventions, shape):
+def test_an_intervention_of_other_shapes_is_refused(interventions: Intervention, shape: tuple[int, ...]) -> None:
     ids, positions = left_pad(PROMPTS, T)
-    with pytest.raises(ValueError, match=re.escape(f"`add` has shape {shape}, expected (rows, layers, width) = ")):
+    with pytest.raises(ValueError, match=re.escape(f"has shape {shape}, expected (rows, layers, width) = ")):
         compiled_generate(MODEL, ids, positions, jnp.stack(KEYS), interventions, max_new_tokens=2)
 
 
@@ -558,7 +576,7 @@ def draw_by_hand(logits: np.ndarray, temperature: float, top_p: float, top_k: in
     raise AssertionError("more rounds than numbers")
 
 
-def test_every_sampled_token_by_hand(recorder):
+def test_every_sampled_token_by_hand(recorder: Recorder) -> None:
     """Step 0 to G - 1 draw with `fold_in(row key, step)`; rows at temperature 0 are greedy beside sampled ones."""
     temperature = [0.0, 1.0, 0.7, 0.0, 1.3, 1.0]
     replies = recorder(STEERED, temperature)
@@ -571,7 +589,7 @@ def test_every_sampled_token_by_hand(recorder):
         assert replies[row, step] == expected, (row, step)
 
 
-def test_filtered_samples_by_hand():
+def test_filtered_samples_by_hand() -> None:
     rng = np.random.default_rng(0)
     logits = (3 * rng.normal(size=(N, V))).astype(np.float32)
     temperature = rng.uniform(0.3, 2, N)
@@ -585,7 +603,7 @@ def test_filtered_samples_by_hand():
 
 @pytest.mark.parametrize("top_k", [0, 1, 2, 17, V - 1, V, V + 5])
 @pytest.mark.parametrize("top_p", [1.0, 0.999, 0.9, 0.5, 0.01])
-def test_filtered_samples_follow_the_distribution_of_hugging_face(top_k, top_p):
+def test_filtered_samples_follow_the_distribution_of_hugging_face(top_k: int, top_p: float) -> None:
     """4,000 draws: none outside the tokens kept by its warpers, and Pearson's chi-square against their softmax."""
     logits = 2 * torch.randn((1, V), generator=torch.Generator().manual_seed(top_k))
     kept = logits
@@ -618,13 +636,13 @@ def settings_of_rows(*settings: float) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("top_p", [0.0, 1e-30])
-def test_top_p_of_nothing_keeps_the_most_likely_token(top_p):
+def test_top_p_of_nothing_keeps_the_most_likely_token(top_p: float) -> None:
     logits = np.asarray(jax.random.normal(jax.random.key(0), (N, V)))
     tokens = draw(logits, *settings_of_rows(1.0, top_p, 0), step=0)
     np.testing.assert_array_equal(tokens, np.argmax(logits, axis=-1))
 
 
-def test_samples_follow_the_softmax():
+def test_samples_follow_the_softmax() -> None:
     """Pearson's chi-square over 20,000 draws with fixed keys; the bound tells a temperature of 1.07 from 1."""
     logits = 1.5 * np.random.default_rng(1).normal(size=V)
     everywhere = np.ones(N)
@@ -642,7 +660,7 @@ def test_samples_follow_the_softmax():
 
 
 @pytest.mark.parametrize("size", [5, 128, 300])
-def test_tokens_of_no_weight_are_never_drawn(size):
+def test_tokens_of_no_weight_are_never_drawn(size: int) -> None:
     """Also at the ends of the unit interval and where whole blocks, first and last ones among them, are empty."""
     rng = np.random.default_rng(size)
     weights = rng.exponential(size=(64, size)).astype(np.float32) * (rng.random((64, size)) < 0.05)
@@ -659,7 +677,7 @@ def test_tokens_of_no_weight_are_never_drawn(size):
 # Many rows
 
 
-def test_batches_hold_every_row_once_in_few_shapes():
+def test_batches_hold_every_row_once_in_few_shapes() -> None:
     lengths = [70, 3, 64, 1, 65, 130, 9, 128, 12]
     groups = batches(lengths, batch_size=2)
     assert groups == [(192, [5]), (128, [8, 0]), (128, [4, 7]), (64, [1, 2]), (64, [3, 6])]
@@ -675,12 +693,14 @@ def rows() -> list[Row]:
     return [Row(prompt, row_key(0, "rows", i), steered(1, 3.0 * i)) for i, prompt in enumerate(prompts)]
 
 
-def replies_of(rows: Sequence[Row], **changes) -> list[list[tuple[int, Completion]]]:
+def replies_of(rows: Sequence[Row], **changes: Any) -> list[list[tuple[int, Completion]]]:
     settings = {"sampling": GREEDY, "stop_ids": NEVER, "max_new_tokens": G, "batch_size": B} | changes
     return list(generate_rows(MODEL, rows, **settings))
 
 
-def test_generate_rows_yields_every_row_under_its_number(rows, reference):
+def test_generate_rows_yields_every_row_under_its_number(
+    rows: list[Row], reference: transformers.LlamaForCausalLM
+) -> None:
     yielded = replies_of(rows)
     assert [[number for number, _ in batch] for batch in yielded] == [[0, 1, 2, 3, 4, 5], [6, 7, 8]]
     for number, reply in (pair for batch in yielded for pair in batch):
@@ -691,14 +711,24 @@ def test_generate_rows_yields_every_row_under_its_number(rows, reference):
         assert (logits.max(-1) - logits[np.arange(G), list(reply.ids)] < 1e-4).all(), f"row {number}"
 
 
-def test_generate_rows_keeps_shapes_few_and_rows_in_their_place(monkeypatch):
+def test_generate_rows_keeps_shapes_few_and_rows_in_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts of several buckets, on a stand-in for the model that replies with the prompt's length and last token."""
     shapes = []
 
-    def echo(model, ids, positions, keys, intervention, sampling, stop_ids, *, max_new_tokens):
+    def echo(
+        model: Decoder,
+        ids: np.ndarray,
+        positions: np.ndarray,
+        keys: jax.Array,
+        intervention: Intervention,
+        sampling: Sampling,
+        stop_ids: np.ndarray,
+        *,
+        max_new_tokens: int,
+    ) -> Generated:
         shapes.append(ids.shape)
         assert positions.shape == ids.shape
-        assert keys.shape == intervention.add.shape[:1] == ids.shape[:1]
+        assert keys.shape == intervention.shape[:1] == ids.shape[:1]
         lengths = positions.max(1) + 1
         replies = np.stack([lengths, ids[:, -1], jax.random.key_data(keys)[:, -1] % 1000], axis=1)
         yes = jnp.ones(len(ids), bool)
@@ -716,14 +746,14 @@ def test_generate_rows_keeps_shapes_few_and_rows_in_their_place(monkeypatch):
         assert reply == Completion((lengths[number], lengths[number] % V, key), "stop")
 
 
-def test_generate_rows_does_not_depend_on_order(rows):
+def test_generate_rows_does_not_depend_on_order(rows: list[Row]) -> None:
     order = np.random.default_rng(0).permutation(len(rows))
     first = dict(pair for batch in replies_of(rows, sampling=Sampling(1.0)) for pair in batch)
     again = dict(pair for batch in replies_of([rows[i] for i in order], sampling=Sampling(1.0)) for pair in batch)
     assert {int(order[number]): reply for number, reply in again.items()} == first
 
 
-def test_generate_rows_reports_stops(rows):
+def test_generate_rows_reports_stops(rows: list[Row]) -> None:
     free = dict(pair for batch in replies_of(rows) for pair in batch)
     stop = free[3].ids[2]
     stopped = dict(pair for batch in replies_of(rows, stop_ids=(stop, -1)) for pair in batch)
@@ -735,7 +765,7 @@ def test_generate_rows_reports_stops(rows):
     assert dataclasses.astuple(stopped[3])[0][-1] == stop
 
 
-def test_generate_rows_compiles_one_program_per_shape(rows):
+def test_generate_rows_compiles_one_program_per_shape(rows: list[Row]) -> None:
     replies_of(rows)
     compiled = n_programs()
     replies_of(rows[::-1], sampling=Sampling(0.3, 0.5, 7))
@@ -743,7 +773,19 @@ def test_generate_rows_compiles_one_program_per_shape(rows):
     assert n_programs() == compiled
 
 
-def test_texts_are_the_replies_of_every_prompt_under_every_intervention():
+def test_generate_rows_compiles_one_program_for_the_kinds_that_any_row_has(rows: list[Row]) -> None:
+    """Though neither batch has all of them; and what a row says does not depend on the others' kinds."""
+    done = [self_amplify(1, 15.0, n_layers=L, d_model=D), ablate(VECTORS, n_layers=L), ablate(VECTORS[0], n_layers=L)]
+    mixed = [dataclasses.replace(row, intervention=done[n % 3]) for n, row in enumerate(rows)]
+    mixed[-1] = rows[-1]
+    compiled = n_programs()
+    replies = dict(pair for batch in replies_of(mixed) for pair in batch)
+    assert n_programs() == compiled + 1
+    alone = dict(pair for batch in replies_of(mixed[::3]) for pair in batch)
+    assert [replies[n] for n in range(0, len(rows), 3)] == [alone[n] for n in range(3)]
+
+
+def test_texts_are_the_replies_of_every_prompt_under_every_intervention() -> None:
     """On the shipped model, since it has words."""
     path = checkpoint.resolve("package:backtrack_jax/organism/reasoning")
     model, tokenizer = checkpoint.load(str(path), dtype="float32"), Tokenizer.load(path)
@@ -760,7 +802,7 @@ def test_texts_are_the_replies_of_every_prompt_under_every_intervention():
     assert len(set(expected)) > 2
 
 
-def test_a_row_is_the_same_where_numbers_are_64_bit_by_default():
+def test_a_row_is_the_same_where_numbers_are_64_bit_by_default() -> None:
     script = """
 import jax, jax.numpy as jnp
 from backtrack_jax.generate import Sampling, generate_text
@@ -782,7 +824,7 @@ print(generate_text(model, tokenizer, [prompt], [noise], max_new_tokens=12, samp
     assert texts[0] == texts[1] and len(texts[0]) > 20
 
 
-def test_texts_of_a_few_more_rows_compile_nothing_new():
+def test_texts_of_a_few_more_rows_compile_nothing_new() -> None:
     path = checkpoint.resolve("package:backtrack_jax/organism/reasoning")
     model, tokenizer = checkpoint.load(str(path), dtype="float32"), Tokenizer.load(path)
     nothing = no_intervention(model.config.n_layers, model.config.d_model)
@@ -793,7 +835,7 @@ def test_texts_of_a_few_more_rows_compile_nothing_new():
     assert n_programs() == before
 
 
-def test_texts_have_noise_of_their_own_for_every_prompt_seed_and_key():
+def test_texts_have_noise_of_their_own_for_every_prompt_seed_and_key() -> None:
     path = checkpoint.resolve("package:backtrack_jax/organism/reasoning")
     model, tokenizer = checkpoint.load(str(path), dtype="float32"), Tokenizer.load(path)
     sizes: Any = {"n_layers": model.config.n_layers, "d_model": model.config.d_model}

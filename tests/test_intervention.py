@@ -17,17 +17,24 @@ import torch
 import transformers
 from helpers import hf_llama, relative_error, save
 
-from backtrack_jax import generate
+from backtrack_jax import generate, intervention
 from backtrack_jax.intervention import (
     END,
     PROMPT_END,
+    TERMS,
+    Ablate,
+    Add,
+    Amplify,
     Intervention,
+    Noise,
+    Term,
     ablate,
     add_vector,
     gaussian_noise,
     no_intervention,
     self_amplify,
     stack_rows,
+    with_same_terms,
 )
 from backtrack_jax.models import checkpoint
 from backtrack_jax.models.batching import left_pad
@@ -41,7 +48,14 @@ SIZES: Any = {"n_layers": L, "d_model": D}
 IDS = np.random.default_rng(0).integers(0, 131, (B, T)).astype(np.int32)
 POSITIONS = np.tile(np.arange(T, dtype=np.int32), (B, 1))
 VECTOR = jax.random.normal(jax.random.key(1), (D,))
+OTHERS = jax.random.normal(jax.random.key(2), (2, D))
 NOTHING = no_intervention(**SIZES)
+
+
+def has(intervention: Intervention, kind: type[Any]) -> Any:
+    """The term of a kind, which is there."""
+    (term,) = (term for term in intervention.terms if isinstance(term, kind))
+    return term
 
 
 def anything(value: Any) -> Any:
@@ -76,8 +90,19 @@ def test_no_strength_is_the_plain_program_to_the_bit():
         add_vector(0 * VECTOR, 1, 7.0, n_layers=L),
         self_amplify(1, 0.0, **SIZES),
         gaussian_noise(1, 0.0, jax.random.key(0), **SIZES),
+        ablate(VECTOR, share=0.0, n_layers=L),
     ]
     np.testing.assert_array_equal(states(zeros), states(None))
+
+
+def test_other_rows_of_a_batch_stay_as_they_are_to_the_bit():
+    """Whatever kinds of terms their batch mates have, and though these may be infinite."""
+    infinite = add_vector(VECTOR, 1, 2.0, n_layers=L)
+    infinite = dataclasses.replace(infinite, terms=(Add(has(infinite, Add).strength, jnp.full((L, D), jnp.inf)),))
+    mates = [infinite, self_amplify(1, 3.0, **SIZES), gaussian_noise(1, 2.0, jax.random.key(0), **SIZES)]
+    steered = states([*mates, ablate(OTHERS, n_layers=L), NOTHING])
+    np.testing.assert_array_equal(steered[:, 4:], states(None)[:, 4:])
+    assert not np.isfinite(steered[1, 0]).any()
 
 
 def test_added_vector_changes_its_layer_by_exactly_that_and_none_before():
@@ -145,45 +170,94 @@ def edited(reference: transformers.LlamaForCausalLM, layers: range, edit: Edit, 
         handle.remove()
 
 
-def test_torch_with_a_hook_gives_the_same_logits():
+def projected(x: torch.Tensor, *directions: torch.Tensor) -> torch.Tensor:
+    """The component of x in the span of some directions, by the pseudoinverse."""
+    basis = torch.stack(directions).double()
+    return (x.double() @ torch.linalg.pinv(basis) @ basis).float()
+
+
+V, W1, W2 = (torch.tensor(np.asarray(vector)) for vector in (VECTOR, *OTHERS))
+AT: Any = {"n_layers": L, "span": (3, 9)}
+
+
+def own(x: torch.Tensor) -> torch.Tensor:
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+HOOKED: dict[str, tuple[Intervention, range, Edit]] = {
+    "add": (add_vector(VECTOR, 0, 4.0, **AT), range(0, 1), lambda x: x + 4 * V),
+    "subtract": (add_vector(VECTOR, 2, -4.0, **AT), range(2, 3), lambda x: x - 4 * V),
+    "add twice": (
+        add_vector(VECTOR, 1, 4.0, **AT) + add_vector(OTHERS[0], 1, -2.0, **AT) + add_vector(OTHERS[1], 1, 1.0, **AT),
+        range(1, 2),
+        lambda x: x + 4 * V - 2 * W1 + W2,
+    ),
+    "amplify": (self_amplify(1, 3.0, d_model=D, **AT), range(1, 2), lambda x: x + 3 * own(x)),
+    "shrink": (self_amplify(1, -3.0, d_model=D, **AT), range(1, 2), lambda x: x - 3 * own(x)),
+    "ablate everywhere": (ablate(3 * VECTOR, **AT), range(L), lambda x: x - projected(x, V)),
+    "ablate one layer": (ablate(VECTOR, [1, 1], **AT), range(1, 2), lambda x: x - projected(x, V)),
+    "ablate half": (ablate(VECTOR, [1], 0.5, **AT), range(1, 2), lambda x: x - 0.5 * projected(x, V)),
+    "add to the component": (ablate(VECTOR, [1], -1.0, **AT), range(1, 2), lambda x: x + projected(x, V)),
+    "ablate three": (
+        ablate(jnp.stack([VECTOR, *OTHERS]), [1, 2], **AT),
+        range(1, 3),
+        lambda x: x - projected(x, V, W1, W2),
+    ),
+    "ablations in one layer": (
+        ablate(VECTOR, [1], **AT) + ablate(OTHERS, [1], **AT),
+        range(1, 2),
+        lambda x: x - projected(x, V, W1, W2),
+    ),
+    "an ablation beside an addition": (
+        add_vector(VECTOR, 1, 4.0, **AT) + ablate(VECTOR, [1], **AT),
+        range(1, 2),
+        lambda x: x + 4 * V - projected(x, V),
+    ),
+    "all but noise": (
+        ablate(OTHERS[0], [1], **AT) + self_amplify(1, 3.0, d_model=D, **AT) + add_vector(VECTOR, 1, 4.0, **AT),
+        range(1, 2),
+        lambda x: x + 4 * V + 3 * own(x) - projected(x, W1),
+    ),
+}
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["kinds of the row alone", "all kinds"])
+def test_torch_with_a_hook_gives_the_same_logits(together: bool):
+    """Each sum of terms, in a batch that has its kinds alone and in one that has all of them."""
     reference, model = models()
-    v = torch.tensor(np.asarray(VECTOR))
-    unit = v / v.norm()
-    span = range(3, 9)
-    bounds = (span.start, span.stop)
-    conditions: list[tuple[Intervention, range, Edit]] = [
-        (add_vector(VECTOR, 0, 4.0, n_layers=L, span=bounds), range(0, 1), lambda x: x + 4 * v),
-        (add_vector(VECTOR, 2, -4.0, n_layers=L, span=bounds), range(2, 3), lambda x: x - 4 * v),
-        (
-            self_amplify(1, 3.0, span=bounds, **SIZES),
-            range(1, 2),
-            lambda x: x + 3 * x / x.norm(dim=-1, keepdim=True),
-        ),
-        (ablate(3 * VECTOR, n_layers=L, span=bounds), range(L), lambda x: x - (x @ unit)[..., None] * unit),
-        (ablate(VECTOR, [1, 1], n_layers=L, span=bounds), range(1, 2), lambda x: x - (x @ unit)[..., None] * unit),
-        (
-            add_vector(VECTOR, 1, 4.0, n_layers=L, span=bounds) + self_amplify(1, 3.0, span=bounds, **SIZES),
-            range(1, 2),
-            lambda x: x + 4 * v + 3 * x / x.norm(dim=-1, keepdim=True),
-        ),
-    ]
-    out = states([row for row, _, _ in conditions])
-    logits = np.asarray(jax.jit(model.logits)(out[-1]))
-    for row, (_, layers, edit) in enumerate(conditions):
-        with edited(reference, layers, edit, span), torch.no_grad():
-            expected = reference(torch.tensor(IDS[row : row + 1]), use_cache=False).logits[0]
-        assert relative_error(logits[row], expected) < TOLERANCE
-    with torch.no_grad():
-        plain = reference(torch.tensor(IDS), use_cache=False).logits
-    assert all(relative_error(logits[row], plain[row]) > 0.01 for row in range(len(conditions)))
+    noisy = gaussian_noise(1, 2.0, jax.random.key(0), **SIZES)
+    for first in range(0, len(HOOKED), B - 1) if together else range(len(HOOKED)):
+        some = list(HOOKED.items())[first : first + B - 1] if together else list(HOOKED.items())[first : first + 1]
+        out = states([*(row for _, (row, _, _) in some), *[noisy] * together])
+        logits = np.asarray(jax.jit(model.logits)(out[-1]))
+        for row, (name, (_, layers, edit)) in enumerate(some):
+            ids = torch.tensor(IDS[row : row + 1])
+            with edited(reference, layers, edit, range(3, 9)), torch.no_grad():
+                expected = reference(ids, use_cache=False).logits[0]
+            with torch.no_grad():
+                plain = reference(ids, use_cache=False).logits[0]
+            assert relative_error(logits[row], expected) < TOLERANCE, name
+            assert relative_error(logits[row], plain) > 0.01, name
 
 
 def test_ablated_stream_has_no_component_left():
-    steered = states([ablate(VECTOR, n_layers=L)])
-    unit = np.asarray(VECTOR / jnp.linalg.norm(VECTOR))
-    sizes = np.linalg.norm(steered[:, 0], axis=-1)
-    assert np.max(np.abs(steered[:, 0] @ unit) / sizes) < 1e-6
-    assert np.median(np.abs(steered[:, 1] @ unit) / sizes) > 1e-3
+    steered = states([ablate(VECTOR, n_layers=L), ablate(jnp.stack([VECTOR, *OTHERS, VECTOR - OTHERS[0]]), n_layers=L)])
+    sizes = np.linalg.norm(steered, axis=-1)
+    for direction, row in ((VECTOR, 0), *((direction, 1) for direction in (VECTOR, *OTHERS))):
+        unit = np.asarray(direction / jnp.linalg.norm(direction))
+        assert np.max(np.abs(steered[:, row] @ unit) / sizes[:, row]) < 1e-6
+        assert np.median(np.abs(steered[:, 2] @ unit) / sizes[:, 2]) > 1e-3
+
+
+@pytest.mark.parametrize("norm", [1e-15, 1e-7, 1.0, 1e15])
+def test_activations_of_any_norm_are_amplified_by_the_length(norm: float):
+    """However short, and not at all where there is no direction."""
+    x = norm * jnp.stack([VECTOR, jnp.zeros(D)])[None] / jnp.linalg.norm(VECTOR)
+    row = stack_rows([self_amplify(1, 3.0, **SIZES)])
+    at_layer = jax.tree.map(lambda leaf: leaf[1], row.at_layers())
+    after = row.apply(x, at_layer, jnp.int32(1), jnp.array([[4, 5]]))
+    np.testing.assert_allclose(after[0, 0], (norm + 3.0) * VECTOR / np.linalg.norm(VECTOR), rtol=1e-6)
+    np.testing.assert_array_equal(after[0, 1], np.zeros(D))
 
 
 def noise(rows: list[Intervention], layer: int = 1) -> np.ndarray:
@@ -210,6 +284,8 @@ def test_noise_depends_on_key_layer_and_position_and_on_nothing_else():
     np.testing.assert_allclose(moved[4], first[0], atol=1e-5)  # another row, other batch mates, other text
     assert relative_error(first[1], first[0]) > 1
     assert relative_error(noise([gaussian_noise(2, 5.0, key, **SIZES)], layer=2)[0], first[0]) > 1
+    mirrored = noise([gaussian_noise(1, -5.0, key, **SIZES)])
+    np.testing.assert_allclose(mirrored[0], -first[0], atol=1e-5)
     shifted = states([row], IDS, POSITIONS + 3)[1] - states([NOTHING], IDS, POSITIONS + 3)[1]
     np.testing.assert_allclose(shifted[0, : T - 3], first[0, 3:], atol=1e-5)
 
@@ -220,7 +296,11 @@ PLUS = add_vector(VECTOR, 1, 2.0, n_layers=L)
 @pytest.mark.parametrize(
     ("left", "right", "message"),
     [
-        (ablate(VECTOR, [0, 1], n_layers=L), ablate(VECTOR, n_layers=L), r"both operands ablate in layers \[0, 1\]"),
+        (
+            ablate(VECTOR, [0, 1], n_layers=L),
+            ablate(OTHERS[0], share=0.5, n_layers=L),
+            "the operands ablate the shares 1 and 0.5 in layer 0",
+        ),
         (PLUS, self_amplify(1, 2.0, span=(2, 5), **SIZES), r"the operands have the spans .*\[2, 5\]"),
         (NOTHING, add_vector(VECTOR, 1, 2.0, n_layers=L, span="generated"), r"the operands have the spans .*\[-1, "),
         (PLUS, gaussian_noise(1, 2.0, jax.random.key(1), **SIZES), r"expected the noise on the left, or the same key"),
@@ -234,37 +314,141 @@ def test_a_sum_that_is_not_both_changes_is_refused(left, right, message):
     with pytest.raises(ValueError, match=message):
         operator.add(stack_rows([PLUS, left]), stack_rows([PLUS, right]))
     with pytest.raises(ValueError, match=message):
-        jax.jit(lambda x: (left + right).add + x)(0.0)
+        jax.jit(lambda x: (left + right).span + x)(0)
+
+
+def test_ablations_that_are_traced_are_not_summed():
+    """Whether their directions are orthogonal is not known; all of them in one ablation are made so."""
+    message = r"both operands ablate, and their values are traced; `ablate` takes several directions"
+    with pytest.raises(ValueError, match=message):
+        jax.jit(lambda v: (ablate(v, n_layers=L) + ablate(OTHERS, n_layers=L)).span)(VECTOR)
+    three = jnp.stack([1e30 * VECTOR, *OTHERS])
+    traced, concrete = (
+        has(f(three), Ablate) for f in (jax.jit(lambda v: ablate(v, n_layers=L)), lambda v: ablate(v, n_layers=L))
+    )
+    projections = [np.einsum("lrd,lre->lde", term.directions, term.directions) for term in (traced, concrete)]
+    np.testing.assert_allclose(*projections, atol=1e-6)
 
 
 def test_a_sum_is_both_changes():
     """Whatever span and key a right operand without a change has; noise of one key in two layers; traced values."""
     quiet = no_intervention(**SIZES, span="generated", key=jax.random.key(2, impl="rbg"))
     early, late = (ablate(VECTOR, [layer], n_layers=L) for layer in (0, 2))
-    np.testing.assert_array_equal((early + late + quiet).direction, ablate(VECTOR, [0, 2], n_layers=L).direction)
+    jax.tree.map(np.testing.assert_array_equal, (early + late + quiet).terms, ablate(VECTOR, [0, 2], n_layers=L).terms)
+    assert (quiet + NOTHING).terms == ()
     noisy, noisier = (gaussian_noise(layer, 2.0, jax.random.key(1), **SIZES) for layer in (0, 2))
     batch = stack_rows([PLUS, noisy]) + stack_rows([early, noisier])
-    np.testing.assert_array_equal(batch.noise, [[0, 0, 0], [2, 0, 2]])
-    np.testing.assert_array_equal(batch.ablate, [[1, 0, 0], [0, 0, 0]])
-    swept = jax.jit(jax.vmap(lambda magnitude: PLUS + add_vector(VECTOR, 2, magnitude, n_layers=L)))(jnp.ones(2))
-    np.testing.assert_array_equal(swept.add, jnp.stack([jnp.array([[0.0], [2.0], [1.0]]) * VECTOR] * 2))
+    np.testing.assert_array_equal(has(batch, Noise).strength, [[0, 0, 0], [2, 0, 2]])
+    np.testing.assert_array_equal(has(batch, Ablate).strength, [[1, 0, 0], [0, 0, 0]])
+    np.testing.assert_array_equal(has(batch, Add).strength, [[0, 1, 0], [0, 0, 0]])
+    twice = has(self_amplify(1, 2.0, **SIZES) + self_amplify(1, 0.5, **SIZES) + self_amplify(2, 1.0, **SIZES), Amplify)
+    np.testing.assert_array_equal(twice.strength, [0, 2.5, 1])
+    swept = jax.jit(jax.vmap(lambda length: PLUS + add_vector(VECTOR, 2, length, n_layers=L)))(jnp.ones(2))
+    np.testing.assert_array_equal(has(swept, Add).vector, jnp.stack([jnp.array([[0.0], [2.0], [1.0]]) * VECTOR] * 2))
+    np.testing.assert_array_equal(has(swept, Add).strength, [[0, 1, 1]] * 2)
 
 
-def test_layer_magnitude_and_vector_are_traced():
+def test_the_same_direction_twice_is_ablated_once():
+    """Dependent directions span no more than one of them; the rank is that of the largest layer."""
+    both = ablate(VECTOR, n_layers=L) + ablate(-2 * VECTOR, [1], n_layers=L)
+    np.testing.assert_array_equal(has(both, Ablate).directions, has(ablate(VECTOR, n_layers=L), Ablate).directions)
+    term = has(ablate(VECTOR, n_layers=L) + ablate(jnp.stack([OTHERS[0], VECTOR]), [1], n_layers=L), Ablate)
+    assert term.directions.shape == (L, 2, D)
+    gram = np.einsum("lrd,lsd->lrs", term.directions, term.directions)
+    np.testing.assert_allclose(gram, [np.diag([1, layer == 1]) for layer in range(L)], atol=1e-6)
+
+
+def test_a_batch_has_the_kinds_that_its_rows_have_and_no_others():
+    """What no row has costs nothing; ranks are filled up."""
+    rows = [PLUS, self_amplify(1, 2.0, **SIZES), NOTHING]
+    assert [type(term) for term in stack_rows(rows).terms] == [Add, Amplify]
+    assert stack_rows([NOTHING, NOTHING]).terms == ()
+    noisy = gaussian_noise(1, 2.0, jax.random.key(1), **SIZES)
+    ablations = [ablate(OTHERS, n_layers=L), noisy + ablate(VECTOR, n_layers=L) + PLUS]
+    batch = stack_rows([*ablations, *rows])
+    assert tuple(type(term) for term in batch.terms) == TERMS == (Add, Amplify, Ablate, Noise)
+    assert {leaf.shape[:2] for leaf in jax.tree.leaves(batch.terms)} == {(5, L)}
+    assert has(batch, Ablate).directions.shape == (5, L, 2, D)
+    same = with_same_terms(rows)
+    assert stack_rows(same[:1]).terms[1].strength.shape == (1, L)
+    assert with_same_terms(same)[0].terms[0] is same[0].terms[0] is PLUS.terms[0], "arrays are not copied"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Clamp(Term):
+    """A term that this package does not have: sets the component along u to a value."""
+
+    u: jax.Array
+    value: jax.Array
+
+    def delta(self, x: jax.Array, layer: jax.Array, positions: jax.Array, key: jax.Array) -> jax.Array:
+        component = jnp.sum(x * self.u[:, None], axis=-1)
+        return (self.strength[:, None] * (self.value[:, None] - component))[..., None] * self.u[:, None]
+
+
+def test_a_new_term_is_a_class_and_a_line(monkeypatch: pytest.MonkeyPatch):
+    """Through sums, batches and decoding with a cache; and it cannot be left out, whatever its strength is called."""
+    unit = VECTOR / jnp.linalg.norm(VECTOR)
+    here = jnp.eye(L)[1]
+    term = Clamp(here, jnp.outer(here, unit), 7.0 * here)
+    row = dataclasses.replace(NOTHING, terms=(term,))
+    for meets_it in (lambda: stack_rows([row, PLUS]), lambda: row + PLUS):
+        with pytest.raises(ValueError, match="Clamp is not in TERMS, which has Add, Amplify, Ablate, Noise"):
+            meets_it()
+    monkeypatch.setattr(intervention, "TERMS", (*TERMS, Clamp))
+    steered = states([row, PLUS, row + PLUS])
+    np.testing.assert_allclose(steered[1, 0] @ unit, np.full(T, 7.0), rtol=1e-5)
+    np.testing.assert_array_equal(steered[:, 1], states([NOTHING, PLUS])[:, 1])
+    np.testing.assert_allclose(steered[1, 2] @ unit, np.full(T, 7.0 + 2 * jnp.linalg.norm(VECTOR)), rtol=1e-5)
+    with pytest.raises(ValueError, match="both operands have a term Clamp, of which a row has one"):
+        operator.add(row, row)
+    model, ids, positions = models()[1], jnp.asarray(IDS[:2]), jnp.asarray(POSITIONS[:2])
+    replies = [
+        generate.compiled_generate(
+            model, ids, positions, jax.random.split(jax.random.key(0)), rows, max_new_tokens=4
+        ).ids
+        for rows in (stack_rows([row, NOTHING]), stack_rows([NOTHING, NOTHING]))
+    ]
+    full = jnp.concatenate([ids, replies[0]], axis=1)[:, :-1]
+    out = model(full, jnp.tile(jnp.arange(T + 3), (2, 1)), intervention=stack_rows([row, NOTHING]))
+    np.testing.assert_array_equal(replies[0], jnp.argmax(model.logits(out.resid), axis=-1)[:, T - 1 :])
+    assert (replies[0] != replies[1]).any(axis=1).tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        ((Add(jnp.ones((B, L)), jnp.ones((B, L, 1))),), rf"Add.delta has shape \({B}, 1, 1\), expected"),
+        (
+            (Amplify(jnp.ones((1, L))),),
+            rf"Amplify has an array of shape \(1, 3\), expected \(rows, layers\) = \({B}, 3\)",
+        ),
+        ((Ablate(jnp.ones((B, L)), jnp.ones((L, 1, D))),), r"Ablate has an array of shape \(3, 1, \d+\), expected"),
+    ],
+)
+def test_terms_of_other_shapes_are_refused(terms: tuple[Term, ...], message: str):
+    """They would spread over dimensions, rows or layers."""
+    rows = dataclasses.replace(stack_rows([NOTHING] * B), terms=terms)
+    with pytest.raises(ValueError, match=message):
+        models()[1](jnp.asarray(IDS), jnp.asarray(POSITIONS), intervention=rows)
+
+
+def test_layer_length_and_vector_are_traced():
     """A sweep over all of them traces once, under jit as under vmap."""
     traces = []
 
     @jax.jit
-    def sweep(layer: jax.Array, magnitude: jax.Array, vector: jax.Array) -> jax.Array:
+    def sweep(layer: jax.Array, lengths: jax.Array, vector: jax.Array) -> jax.Array:
         traces.append(1)
-        row = jax.vmap(lambda m: add_vector(vector, layer, m, n_layers=L))(magnitude)
-        return row.add
+        row = jax.vmap(lambda length: add_vector(vector, layer, length=length, n_layers=L))(lengths)
+        return has(row, Add).vector
 
     for layer in range(L):
-        magnitudes = jnp.array([1.0, 2.0]) + layer
-        added = sweep(jnp.array(layer), magnitudes, VECTOR * (layer + 1))
+        lengths = jnp.array([1.0, 2.0]) + layer
+        added = sweep(jnp.array(layer), lengths, VECTOR * (layer + 1))
         expected = np.zeros((2, L, D))
-        expected[:, layer] = np.outer(magnitudes, VECTOR * (layer + 1))
+        expected[:, layer] = np.outer(lengths, VECTOR * (layer + 1))
         np.testing.assert_allclose(added, expected, rtol=1e-6)
     assert len(traces) == 1
 
@@ -303,7 +487,7 @@ def test_a_layer_that_is_not_there_is_refused(layer, kind):
     concrete = kind(layer)
     for compiled in (lambda f: f, jax.jit):
         with pytest.raises(ValueError, match=rf"layer={layer} is outside 0..2"):
-            compiled(lambda magnitude: add_vector(VECTOR, concrete, magnitude, n_layers=L))(1.0)
+            compiled(lambda length: add_vector(VECTOR, concrete, length, n_layers=L))(1.0)
     with pytest.raises(ValueError, match=rf"layer={layer} is outside 0..2"):
         ablate(VECTOR, [0, concrete], n_layers=L)
 
@@ -325,10 +509,11 @@ def test_a_vector_of_another_shape_is_refused(vector):
     [
         (
             lambda: add_vector(VECTOR, 1, anything(np.ones(D)), n_layers=L),
-            r"magnitude has shape \(\d+,\), expected one number",
+            r"length has shape \(\d+,\), expected one number",
         ),
-        (lambda: self_amplify(1, anything(np.ones(L)), **SIZES), r"magnitude has shape \(3,\), expected one number"),
-        (lambda: gaussian_noise(1, np.nan, jax.random.key(0), **SIZES), "magnitude=nan, expected a finite number"),
+        (lambda: self_amplify(1, anything(np.ones(L)), **SIZES), r"length has shape \(3,\), expected one number"),
+        (lambda: ablate(VECTOR, share=np.inf, n_layers=L), "share=inf, expected a finite number"),
+        (lambda: gaussian_noise(1, np.nan, jax.random.key(0), **SIZES), "length=nan, expected a finite number"),
         (lambda: add_vector(VECTOR * np.inf, 1, 1.0, n_layers=L), "the vector is not finite"),
         (lambda: add_vector(VECTOR, anything("1"), 1.0, n_layers=L), "layer='1' is outside 0..2"),
         (lambda: add_vector(VECTOR, anything([0, 1]), 1.0, n_layers=L), r"layer=\[0, 1\] is outside 0..2"),
@@ -348,15 +533,18 @@ def test_what_would_broadcast_or_spread_is_refused(make, message):
 
 @pytest.mark.parametrize("length", [1e-30, 1.0, 1e30])
 def test_the_direction_of_an_ablation_may_have_any_length(length):
-    row = ablate(length * VECTOR, n_layers=L)
-    np.testing.assert_allclose(row.direction[1], VECTOR / np.linalg.norm(VECTOR), rtol=1e-5)
+    term = has(ablate(length * VECTOR, n_layers=L), Ablate)
+    np.testing.assert_allclose(term.directions[1, 0], VECTOR / np.linalg.norm(VECTOR), rtol=1e-5)
 
 
 STRENGTHS = {
     "add": lambda strength: add_vector(VECTOR, 1, strength, n_layers=L),
     "amplify": lambda strength: self_amplify(1, strength, **SIZES),
     "noise": lambda strength: gaussian_noise(1, strength, jax.random.key(3), **SIZES),
-    "ablate": lambda strength: dataclasses.replace(ablate(VECTOR, [1], n_layers=L), ablate=strength * jnp.eye(L)[1]),
+    "ablate": lambda strength: ablate(VECTOR, [1], strength, n_layers=L),
+    "share of an addition": lambda strength: dataclasses.replace(
+        NOTHING, terms=(Add(strength * jnp.eye(L)[1], jnp.tile(VECTOR, (L, 1))),)
+    ),
 }
 
 
@@ -385,3 +573,7 @@ def test_an_ablation_of_nothing_is_refused() -> None:
         ablate(jnp.zeros(4), [0], n_layers=2)
     with pytest.raises(ValueError, match=r"layers=\[\], expected at least one"):
         ablate(jnp.ones(4), [], n_layers=2)
+    with pytest.raises(ValueError, match="the direction is zero"):
+        ablate(jnp.eye(4)[:2] * jnp.array([[1.0], [0.0]]), [0], n_layers=2)
+    with pytest.raises(ValueError, match=r"expected \[d_model\] or \[R, d_model\]"):
+        ablate(jnp.ones((1, 2, 4)), n_layers=2)

@@ -233,6 +233,9 @@ def test_a_mistake_ends_in_a_message(
         ("layers=2", (2,)),
         ("layers=[0, 2]", (0, 2)),
         ("magnitudes=0,0.3", (0, 0.3)),
+        ("magnitudes=-0.5,1", (-0.5, 1)),
+        ("kinds=noise,backtracking - 0.5 * deduction", ("noise", "backtracking - 0.5 * deduction")),
+        ("kinds=ablate:backtracking", ("ablate:backtracking",)),
     ],
 )
 def test_lists_on_the_command_line(command: Callable[..., tuple[str, str]], written: str, read: object) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 from backtrack_jax.data import jsonl
 from backtrack_jax.data.jsonl import Fields
+from backtrack_jax.kinds import CONTROLS
 
 LABELS = ("initializing", "deduction", "adding-knowledge", "example-testing", "uncertainty-estimation", "backtracking")
 """The labels of the paper, in the order of its annotation prompt."""
@@ -23,11 +24,8 @@ LABELS = ("initializing", "deduction", "adding-knowledge", "example-testing", "u
 OTHER = "other"
 """Label that a judge with one question (is this backtracking?) gives sections that are not; see `judges.keyword`."""
 
-RESERVED_LABELS = (
-    *("all", "rest", "shuffled", "overall-mean", "sums"),
-    *("noise", "random", "self-amplification", "unsteered"),
-)
-"""Names of vectors and groups of sections that stage 3 makes itself; no label may have them."""
+RESERVED_LABELS = ("all", "rest", "sums", "unsteered", *CONTROLS)
+"""Names of groups of sections, files of stage 3 and conditions; no label may have them."""
 
 FINISH_REASONS = ("stop", "length")
 """Why a reply ended: a stop id was sampled, or the limit of new tokens was reached. None means that it is not known."""
@@ -139,12 +137,13 @@ class Condition:
 
     Attributes:
         target: role of the model that is steered.
-        kind: what is added: a label, a control, a vector file's path, or `unsteered`.
+        kind: what is done: an entry of `steering.kinds` (`kinds.parse`), or `unsteered`.
         source: role of the model whose activations the direction comes from; empty where there is none.
-        layer: block whose output is changed, 0-based, and where the direction was read.
+        layer: block whose output is changed, 0-based, and where the direction was read; of an ablation the first block.
         window: offsets that the direction was read at, as `window_name` writes them; empty where there is no source.
         magnitude: as in the config, in its unit.
-        length: norm of what is added, in the residual stream's own scale, with the magnitude's sign.
+        length: norm of what is added, in the residual stream's own scale, with the magnitude's sign; of an ablation
+            the share of the component that is removed.
     """
 
     target: str

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from backtrack_jax import conditions, generate, inputs, vectors
+from backtrack_jax import conditions, generate, inputs, kinds, vectors
 from backtrack_jax.config import Experiment
 from backtrack_jax.data import records
 from backtrack_jax.files import store
@@ -77,7 +77,8 @@ STEERING = SteeringStage()
 def _say_what_is_long(target: str, planned: Sequence[records.Condition], readings: conditions.Readings) -> None:
     """Names the longest that is added, if it is longer than the residual stream: replies will hardly be sentences."""
     norm = readings.mean_norm[target]
-    if longest := max((c for c in planned if abs(c.length) > norm[c.layer]), key=lambda c: abs(c.length), default=None):
+    added = (c for c in planned if not kinds.parse(c.kind).ablates and abs(c.length) > norm[c.layer])
+    if longest := max(added, key=lambda c: abs(c.length), default=None):
         share = abs(longest.length) / norm[longest.layer]
         say(f"  magnitude {longest.magnitude:g} adds {share:.3g} times the mean residual norm; see steering.unit")
 

@@ -90,7 +90,7 @@ class VectorsStage(Stage):
             into_prompt=e.vectors.into_prompt,
         )
         summary: dict[str, Any] = {"labels": found}
-        added = {SHUFFLED} & set(e.steering.all_kinds) if steered else set()
+        added = {SHUFFLED} & set(e.steering.names) if steered else set()
         for role in e.roles:
             sums = _sums_of_role(context, folder, role, pairs, plan, wanted | added | {e.vectors.contrast})
             summary[role] = _write_vectors(context, folder, role, sums)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from backtrack_jax.config import CONTROLS
 from backtrack_jax.data.records import (
     Annotation,
     Note,
@@ -22,6 +21,7 @@ from backtrack_jax.data.records import (
     read_traces,
     write_jsonl,
 )
+from backtrack_jax.kinds import CONTROLS
 
 PROBLEM = {"id": "logic_1", "category": "logic", "problem": "Is 7 prime?"}
 TRACE = {"id": "logic_1/0", "problem_id": "logic_1", "category": "logic", "problem": "Is 7 prime?", "text": "Yes."}

@@ -1,0 +1,94 @@
+"""Entries of `steering.kinds`: what they say, what is wrong with them, and a run of some."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+
+from backtrack_jax import kinds, pipeline
+from backtrack_jax.data.records import LABELS
+from backtrack_jax.report import results
+
+
+@pytest.mark.parametrize(
+    ("entry", "parts"),
+    [
+        *((name, ((1.0, name),)) for name in (*LABELS, *kinds.CONTROLS)),
+        ("vectors/my file.npz", ((1.0, "vectors/my file.npz"),)),
+        ("a+b", ((1.0, "a+b"),)),  # a label of somebody's, as long as no spaces are around the sign
+        ("backtracking + deduction", ((1.0, "backtracking"), (1.0, "deduction"))),
+        ("backtracking\t-  adding-knowledge", ((1.0, "backtracking"), (-1.0, "adding-knowledge"))),
+        ("backtracking + 0.5 * deduction", ((1.0, "backtracking"), (0.5, "deduction"))),
+        ("backtracking - .5*deduction", ((1.0, "backtracking"), (-0.5, "deduction"))),
+        ("-2 * random + 1e-3 * v/w.gguf - -1 * shuffled", ((-2.0, "random"), (1e-3, "v/w.gguf"), (1.0, "shuffled"))),
+        ("2 * overall-mean - random", ((2.0, "overall-mean"), (-1.0, "random"))),
+    ],
+)
+def test_what_an_entry_says(entry: str, parts: tuple[tuple[float, str], ...]) -> None:
+    assert kinds.parse(entry) == kinds.Kind(parts)
+    assert kinds.parse(entry).names == tuple(name for _, name in parts)
+    if kinds.parse(entry).directed:
+        assert kinds.parse(f"ablate:{entry}") == kinds.parse(f"ablate: {entry}") == kinds.Kind(parts, ablates=True)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("", "'' is not a name with an optional weight, expected a label, control or vector file, a sum of them such"),
+        ("ablate:", "'' is not a name"),
+        ("backtracking +", "'backtracking +' is not a name"),
+        ("- backtracking", "'- backtracking' is not a name"),
+        ("backtracking + + deduction", "'+ deduction' is not a name"),
+        ("x * backtracking + deduction", "'x * backtracking' is not a name"),
+        ("0.5 *", "'0.5 *' is not a name"),
+        ("backtracking + 2 * 3 * deduction", "'2 * 3 * deduction' is not a name"),
+        ("backtracking + ablate:deduction", "'ablate:deduction' is not a name"),
+        ("ablate:ablate:deduction", "'ablate:deduction' is not a name"),
+        ("backtracking + 0 * deduction", "'0 * deduction' has the weight 0, expected a finite number other than 0"),
+        ("backtracking + 1e999 * deduction", "'1e999 * deduction' has the weight inf"),
+        ("backtracking - backtracking", "'backtracking - backtracking' has a name twice, expected every name once"),
+        ("2 * backtracking", "'2 * backtracking' weights a single name, which steering.magnitudes do"),
+        ("1 * backtracking", "weights a single name"),
+        ("backtracking + noise", "'noise' has no direction that could be summed or ablated"),
+        ("self-amplification - backtracking", "'self-amplification' has no direction"),
+        ("ablate:noise", "'noise' has no direction"),
+    ],
+)
+def test_an_entry_that_says_nothing(entry: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        kinds.parse(entry)
+
+
+def test_a_file_is_known_by_its_suffix() -> None:
+    assert all(kinds.is_vector_file(f"v{suffix}") for suffix in (".safetensors", ".npz", ".gguf", ".pt"))
+    assert not any(map(kinds.is_vector_file, ("npz", "v.npy", "random + v.npz", "ablate:v.npz")))
+
+
+def test_a_run_of_sums_and_ablations_at_two_layers(finished: Path) -> None:
+    """Other texts for every kind and layer; tables hold all of them, curves those of the first layer."""
+    e = tiny.get_config()
+    e.steering.kinds = ("backtracking", "shuffled - 0.5 * deduction", "ablate:backtracking", "self-amplification")
+    e.steering.layer, e.steering.magnitudes = (2, 1), (0.0, -1.0, 1.0)
+    e.steering.limit, e.steering.samples, e.steering.unit = 2, 1, "relative"
+    e.steering.baselines, e.steering.offsets, e.steering.layers = ("ablate:deduction + random",), (), ()
+    pipeline.Run(e).run()
+    lines = [json.loads(line) for line in (finished / "4-steering" / "generations.jsonl").read_text().splitlines()]
+    texts: dict[tuple[str, ...], list[list[int]]] = {}
+    for line in lines:
+        cell = tuple(str(line[name]) for name in ("target", "kind", "source", "layer", "magnitude"))
+        texts.setdefault(cell, []).append(line["ids"])
+    # For each model 3 kinds of 2 sources and one of none, at 2 layers, each way; unsteered; on one model a baseline.
+    assert len(texts) == 2 * (7 * 2 * 2 + 1) + 2
+    assert {len(replies) for replies in texts.values()} == {2}
+    steered = [replies for cell, replies in texts.items() if cell[1] != "unsteered"]
+    assert len({json.dumps(replies) for replies in steered}) > 0.8 * len(steered)
+    shares = {(line["magnitude"], line["length"]) for line in lines if line["kind"].startswith("ablate:")}
+    assert shares == {(-1.0, -1.0), (1.0, 1.0)}
+    read = results.read(e, finished)
+    assert [(row["magnitude"], row["layer"]) for row in read.cells("base", e.steering.kinds[1], "reasoning")] == [
+        *((-1.0, 2), (0.0, 2), (1.0, 2)),
+    ]
+    assert {row["layer"] for row in read.tables["rates"] if row["kind"] == e.steering.kinds[2]} == {1, 2}
+    assert e.steering.kinds[1] in (finished / "6-report" / "fig4_baselines.csv").read_text()
