@@ -10,19 +10,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from backtrack_jax import kinds
+from backtrack_jax import kinds, labelling
 from backtrack_jax.config import (
     ESTIMATORS,
-    JUDGES,
-    REPLY_JUDGES,
     ROLES,
     UNITS,
     Experiment,
     SteeringSpec,
     TraceSpec,
 )
-from backtrack_jax.data.records import LABELS, OTHER
-from backtrack_jax.judges import keyword
+from backtrack_jax.judges.base import Judge, trace_judge
 
 
 def check(experiment: Experiment) -> None:
@@ -158,27 +155,20 @@ def _source_faults(e: Experiment) -> list[str]:
 
 
 def _judge_faults(e: Experiment) -> list[str]:
-    faults = _not_one_of("annotations.judge", e.annotations.judge, JUDGES)
-    if e.judge == "keyword":
-        faults += _not_one_of("annotations.variant", e.annotations.variant, keyword.VARIANTS)
-    if e.judge != "import" and e.annotations.path:
-        accepted = "nothing, or annotations.judge='import', which alone reads it"
+    faults = _not_one_of("annotations.judge", e.annotations.judge, labelling.trace_judges())
+    of_traces = _judge(trace_judge(e))
+    of_replies = _judge(e.analysis.judge) if e.analysis.judge in labelling.reply_judges() else None
+    if e.annotations.path and of_traces and not of_traces.reads_path:
+        readers = " or ".join(repr(judge.name) for judge in labelling.JUDGES if judge.reads_path)
+        accepted = f"nothing, or annotations.judge={readers}, which alone reads it"
         faults.append(_fault("annotations.path", e.annotations.path, accepted))
-    if e.judge == "import" and not e.annotations.path:
-        faults.append(_fault("annotations.path", "", "a .jsonl of annotations, for annotations.judge='import'"))
-    if e.judge == "released" and not e.traces.path:
-        faults.append("annotations.judge='released' needs traces.path: sampled traces come without labels")
-    if "openai" in (e.judge, e.analysis.judge):
-        spec = e.annotations.openai
-        for field, least in (("votes", 1), ("reask", 0)):
-            if getattr(spec, field) < least:
-                faults.append(_fault(f"annotations.openai.{field}", getattr(spec, field), f"at least {least}"))
-        for make in (spec.prompt, spec.settings):
-            try:
-                make()
-            except ValueError as error:
-                faults.append(f"annotations.openai: {error}")
-    return faults
+    of_both = [fault for judge in (of_traces, of_replies) if judge for fault in judge.faults(e)]
+    return [*faults, *dict.fromkeys(of_both)]
+
+
+def _judge(name: str) -> Judge | None:
+    """The judge of a name, None where there is none, which is a fault of its own."""
+    return next((judge for judge in labelling.JUDGES if judge.name == name), None)
 
 
 def _sampling_faults(name: str, spec: TraceSpec | SteeringSpec) -> list[str]:
@@ -196,8 +186,8 @@ def _sampling_faults(name: str, spec: TraceSpec | SteeringSpec) -> list[str]:
 
 def _labels(e: Experiment) -> Sequence[str] | None:
     """Labels that the judge gives traces of which vectors are read; None where it may give any."""
-    given = {"released": LABELS, "openai": LABELS, "keyword": ("backtracking", OTHER), "grammar": (*LABELS, OTHER)}
-    return given.get(e.for_vectors().judge)
+    judge = _judge(trace_judge(e.for_vectors()))
+    return judge.labels if judge else None
 
 
 def _vector_faults(e: Experiment) -> list[str]:
@@ -283,7 +273,7 @@ def _kind_faults(field: str, entries: Sequence[object], labels: Sequence[str] | 
 
 def _analysis_faults(e: Experiment) -> list[str]:
     a = e.analysis
-    faults = _not_one_of("analysis.judge", a.judge, REPLY_JUDGES)
+    faults = _not_one_of("analysis.judge", a.judge, labelling.reply_judges())
     if not a.keywords or not all(isinstance(word, str) and word and word == word.casefold() for word in a.keywords):
         faults.append(_fault("analysis.keywords", a.keywords, "lower-case words"))
     if not a.horizons or not _integers(a.horizons) or min(a.horizons) < 1:

@@ -1,22 +1,18 @@
 """An experiment as typed, unfrozen dataclasses, so that `--config.steering.layer=9` works and a misspelt name stops.
 
 Strings are empty and numbers 0 where a field does not apply; every field says so. Types and documentation only, and
-nothing here imports JAX, so that reading a config is instant: `checks` says what may stand in them.
+nothing but the standard library is imported here, so that reading a config is instant: `checks` says what may stand in
+them.
 """
 
 import dataclasses
 from collections.abc import Sequence
 
-from backtrack_jax.data import records
-from backtrack_jax.files.paths import local_path
-from backtrack_jax.judges.openai.settings import OpenAISpec
 from backtrack_jax.kinds import is_vector_file, parse
 
 ROLES = ("base", "reasoning")
 ESTIMATORS = ("trace_mean", "token_mean")
 UNITS = ("absolute", "relative", "raw")
-REPLY_JUDGES = ("", "grammar", "openai")
-JUDGES = ("released", "keyword", "grammar", "openai", "import", "released-or-keyword", "released-or-openai")
 
 
 @dataclasses.dataclass
@@ -85,14 +81,77 @@ class TraceSpec:
 
 
 @dataclasses.dataclass
+class OpenAISpec:
+    """The online judge: any OpenAI-compatible endpoint, what every request asks of it, and the limits.
+
+    Attributes:
+      model: name at the endpoint; a dated snapshot gives the same labels next month, an alias may not.
+      base_url: of the API, version included. Answers are kept by what was asked, not by address: for another server
+        that gives its model the same name, name another `ledger`.
+      key_variable: environment variable that holds the key, which is read from nowhere else.
+      format: of the answers: `sentences` (numbered, answered by JSON) or `inline` (the paper's; five times as long).
+      backtracking: definition of backtracking in the instructions, see `judges.openai.prompts.BACKTRACKING`.
+      response_format: how `sentences` asks for JSON: `json_schema`, `json_object` or `none`.
+      votes: answers per trace. Of several, the sections are kept that more than half of them have (same label, same
+        first character); each ends where the first of these answers ends it.
+      reask: how often an unusable answer is asked for again. Each of these is paid, and has a place in the ledger.
+      temperature: of the judge; below 0 it is left out of the request, for models that refuse it.
+      seed: of the judge, the number of the vote is added; below 0 it is left out.
+      max_tokens: limit of an answer; 0 leaves it out.
+      extra_body: JSON object of more fields of the request, e.g. `{"reasoning_effort": "low"}`; empty for none.
+      concurrency: calls at the same time.
+      request_timeout: seconds for one attempt, from connecting to the last byte.
+      call_timeout: seconds for one call, all its attempts and pauses together; no attempt starts later.
+      run_timeout: seconds after which no new call starts, in each stage of a run; 0 for no limit.
+      max_retries: attempts after the first.
+      backoff: seconds before the first retry, doubled for each further one; half of it is random.
+      max_backoff: limit of that doubling in seconds; Retry-After may ask for more.
+      input_price: US dollars per million tokens of prompts; 0 where prices are not known, then no cost is given.
+      cached_price: the same for tokens that the provider served from its prefix cache; 0 takes `input_price`.
+      output_price: the same for tokens of answers.
+      max_cost: US dollars after which no new call starts, in each stage of a run that asks the judge; needs the prices.
+        Calls in flight can exceed it. 0 for no limit.
+      ledger: file of the answers that were paid for; empty for `judge-ledger.jsonl` in `workdir`, shared by all runs.
+      allow_unanswered: whether the stage may end with calls that got no answer after all retries. Their traces are
+        counted as failed then; else the run stops, and the same command asks for these alone.
+    """
+
+    model: str = "gpt-4o-2024-08-06"
+    base_url: str = "https://api.openai.com/v1"
+    key_variable: str = "OPENAI_API_KEY"
+    format: str = "sentences"
+    backtracking: str = "revise"
+    response_format: str = "json_schema"
+    votes: int = 1
+    reask: int = 0
+    temperature: float = 0.0
+    seed: int = 0
+    max_tokens: int = 4096
+    extra_body: str = ""
+    concurrency: int = 32
+    request_timeout: float = 120.0
+    call_timeout: float = 900.0
+    run_timeout: float = 0.0
+    max_retries: int = 8
+    backoff: float = 1.0
+    max_backoff: float = 60.0
+    input_price: float = 0.0
+    cached_price: float = 0.0
+    output_price: float = 0.0
+    max_cost: float = 0.0
+    ledger: str = ""
+    allow_unanswered: bool = False
+
+
+@dataclasses.dataclass
 class AnnotationSpec:
     """Stage 2: who labels the sections of a trace.
 
     Attributes:
       judge: `released` (the labels that came with the traces), `keyword` (offline), `grammar` (exact, for traces of the
-        small pair), `openai` (a language model behind an endpoint) or `import` (a file). `released-or-keyword` and
-        `released-or-openai`: the labels that came with the traces where they are chains in the released format, the
-        judge where they are sampled or come without labels.
+        small pair), `openai` (a language model behind an endpoint) or `import` (a file). `released-or-keyword`,
+        `released-or-grammar` and `released-or-openai`: the labels that came with the traces where they are chains in
+        the released format, the judge where they are sampled or come without labels. `labelling` lists the judges.
       variant: of the keyword judge, see `judges.keyword`.
       path: for `import`, a JSONL of annotations with character spans.
       openai: the judge `openai`.
@@ -294,13 +353,6 @@ class Experiment:
         """The experiment as a run that reads vectors sees it: with `traces.stand_in` where traces would be sampled."""
         path = self.traces.path or self.traces.stand_in
         return dataclasses.replace(self, traces=dataclasses.replace(self.traces, path=path))
-
-    @property
-    def judge(self) -> str:
-        """Who labels the traces, `released-or-...` resolved: `released`, `keyword`, `openai` or `import`."""
-        first, _, otherwise = self.annotations.judge.partition("-or-")
-        labelled = self.traces.path and records.is_released(local_path(self.traces.path))
-        return otherwise if otherwise and not labelled else first
 
     @property
     def tokenizer_path(self) -> str:

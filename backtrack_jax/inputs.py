@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -10,21 +9,13 @@ import numpy as np
 from backtrack_jax import vectors
 from backtrack_jax.config import Experiment
 from backtrack_jax.data import records
-from backtrack_jax.data.problems import shipped_problems
+from backtrack_jax.data.problems import problems_at
 from backtrack_jax.files import store
-from backtrack_jax.files.paths import local_path
+from backtrack_jax.files.paths import data_path, local_path
 from backtrack_jax.models import checkpoint, families
 from backtrack_jax.models.config import ModelConfig
 
 _T = TypeVar("_T")
-
-
-def data_path(path: str) -> Path:
-    """A file or folder of data, possibly inside an installed package; FileNotFoundError if there is none."""
-    found = local_path(path)
-    if not found.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder")
-    return found
 
 
 def weights_id(path: str) -> str:
@@ -45,8 +36,7 @@ def architecture(path: str) -> ModelConfig | None:
 
 def problems(e: Experiment) -> list[records.Problem]:
     """The problems that the author of sampled traces is asked."""
-    read = records.read_problems(data_path(e.traces.problems)) if e.traces.problems else shipped_problems()
-    return spread(read, e.traces.limit)
+    return spread(problems_at(e.traces.problems), e.traces.limit)
 
 
 def spread(items: Sequence[_T], limit: int) -> list[_T]:

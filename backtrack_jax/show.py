@@ -14,7 +14,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from backtrack_jax import pipeline
+from backtrack_jax import labelling, pipeline
 from backtrack_jax.checks import check
 from backtrack_jax.data import records
 from backtrack_jax.extract import TokenTrace, read_positions
@@ -78,7 +78,7 @@ def _annotated(run: pipeline.Run) -> list[tuple[records.Trace, records.Annotatio
             there = store.read_inputs(run.context.folder(TRACES)) is not None
             other = f"; those in {run.workdir} are of another config: give the overrides of that run" if there else ""
             raise ValueError(f"the traces of this config are sampled; run it with --stages=1,2 first{other}")
-        if run.experiment.judge == "openai":
+        if labelling.judge_of(run.experiment).paid:
             raise ValueError("the labels of this config are paid for; run it with --stages=1,2 first")
         with tempfile.TemporaryDirectory() as folder:
             run.context.workdir = Path(folder)

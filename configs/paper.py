@@ -24,12 +24,12 @@ from backtrack_jax.config import (
     AnnotationSpec,
     Experiment,
     ModelSpec,
+    OpenAISpec,
     PromptSpec,
     SteeringSpec,
     TraceSpec,
     VectorSpec,
 )
-from backtrack_jax.judges.openai.settings import OpenAISpec
 
 
 def get_config() -> Experiment:

@@ -15,10 +15,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from backtrack_jax.config import OpenAISpec
 from backtrack_jax.data.records import Trace
 from backtrack_jax.judges.openai.judge import label_traces
-from backtrack_jax.judges.openai.prompts import JudgePrompt
-from backtrack_jax.judges.openai.settings import ChatSettings
 
 SERVER = Path(__file__).resolve().parents[1] / "tests" / "judges" / "fault_server.py"
 
@@ -47,16 +46,16 @@ def benchmark_judge(latency: float = 0.1, concurrency: int = 32, n_calls: int = 
         ) as server,
     ):
         assert server.stdin is not None and server.stdout is not None
-        settings = ChatSettings(base_url=server.stdout.readline().strip(), key_variable="BENCHMARK_JUDGE_KEY")
+        spec = OpenAISpec(base_url=server.stdout.readline().strip(), key_variable="BENCHMARK_JUDGE_KEY")
 
-        def seconds_per_call(run: list[Trace], settings: ChatSettings, name: str) -> float:
+        def seconds_per_call(run: list[Trace], spec: OpenAISpec, name: str) -> float:
             began = time.perf_counter()
-            label_traces(run, JudgePrompt(), settings, Path(folder) / name, on_done=lambda labelled, meter: None)
+            label_traces(run, spec, Path(folder) / name, on_done=lambda labelled, meter: None)
             return (time.perf_counter() - began) / len(run)
 
-        seconds_per_call(traces[:concurrency], replace(settings, concurrency=concurrency), "warm-up")
-        one = seconds_per_call(traces[: max(1, n_calls // 8)], replace(settings, concurrency=1), "one")
-        many = seconds_per_call(traces, replace(settings, concurrency=concurrency), "many")
+        seconds_per_call(traces[:concurrency], replace(spec, concurrency=concurrency), "warm-up")
+        one = seconds_per_call(traces[: max(1, n_calls // 8)], replace(spec, concurrency=1), "one")
+        many = seconds_per_call(traces, replace(spec, concurrency=concurrency), "many")
         server.stdin.close()
     return {
         "latency_s": latency,

@@ -5,12 +5,12 @@
         --base_url=http://localhost:8000/v1
     python -m backtrack_jax.run --config=configs/paper.py --config.traces.problems=problems.jsonl
 
-The endpoint is set by the same names as that of the online judge (`--max_cost=2`; see `judges.settings.OpenAISpec`);
+The endpoint is set by the same names as that of the online judge (`--max_cost=2`; see `config.OpenAISpec`);
 its key is read from the environment. Every answer that was paid for is kept in a ledger beside the output: a killed or
-stopped run goes on with the same command, and more problems of a category cost only the additional calls.
+stopped run resumes with the same command, and more problems of a category cost only the additional calls.
 
-A problem is taken if it shares no run of eight words with a shipped one or with one taken before. Ids go on behind
-those of the shipped problems, so that both files can be joined.
+A problem is taken if it shares no run of eight words with a shipped one or with one taken before. Ids continue
+from those of the shipped problems, so that both files can be joined.
 """
 
 import asyncio
@@ -25,13 +25,15 @@ from typing import Any
 
 from absl import app, flags
 
+from backtrack_jax.config import OpenAISpec
 from backtrack_jax.data.problems import CATEGORIES, shipped_problems
 from backtrack_jax.data.records import Problem, write_jsonl
 from backtrack_jax.files.console import Progress, say
+from backtrack_jax.judges.openai import settings
 from backtrack_jax.judges.openai.client import ChatClient
 from backtrack_jax.judges.openai.judge import CHARACTERS_PER_TOKEN
 from backtrack_jax.judges.openai.ledger import Entry, Ledger, content_key, read_entries
-from backtrack_jax.judges.openai.settings import CallFailed, ChatSettings, JudgeStopped, OpenAISpec
+from backtrack_jax.judges.openai.settings import CallFailed, JudgeStopped
 
 PER_CALL = 10
 RUN_OF_WORDS = 8  # two problems that share so many words in a row are variants of each other
@@ -99,15 +101,15 @@ def main(argv: Sequence[str]) -> None:
     spec = OpenAISpec(**{name: flag.value for name, flag in ENDPOINT.items()})
     ledger = Path(spec.ledger).expanduser() if spec.ledger else out.with_suffix(".ledger.jsonl")
     try:
-        settings = spec.settings()
+        settings.check(spec)
         if FLAGS.dry_run:
-            print(estimate(settings, categories, FLAGS.per_category, ledger))
+            print(estimate(spec, categories, FLAGS.per_category, ledger))
             return
-        writer = asyncio.run(write(settings, categories, FLAGS.per_category, ledger))
+        writer = asyncio.run(write(spec, categories, FLAGS.per_category, ledger))
     except (ValueError, OSError, JudgeStopped) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on where this run was")
+        sys.exit("stopped; the same command resumes where this run left off")
     problems = writer.problems()
     missing = ", ".join(f"{n} of {name}" for name, n in writer.missing.items() if n > 0)
     refused = ", ".join(f"{count} {reason}" for reason, count in writer.refused.items()) or "none"
@@ -192,7 +194,7 @@ def problems_in(entry: Entry) -> list[str] | str:
     return found if isinstance(found, list) and all(isinstance(text, str) for text in found) else "unusable answer"
 
 
-def request(settings: ChatSettings, category: str, number: int) -> dict[str, Any]:
+def request(spec: OpenAISpec, category: str, number: int) -> dict[str, Any]:
     """The request for set `number` of a category."""
     kind = f"Category: {category.replace('_', ' ')} ({KINDS[category]})."
     question = (
@@ -200,7 +202,7 @@ def request(settings: ChatSettings, category: str, number: int) -> dict[str, Any
     )
     messages = [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": question}]
     schema = {"name": "problems", "strict": True, "schema": SCHEMA}
-    return settings.request(messages, number, response_format={"type": "json_schema", "json_schema": schema})
+    return settings.request(spec, messages, number, response_format={"type": "json_schema", "json_schema": schema})
 
 
 def sets_for(n: int) -> int:
@@ -208,7 +210,7 @@ def sets_for(n: int) -> int:
     return -(-n // PER_CALL)
 
 
-async def write(settings: ChatSettings, categories: Sequence[str], per_category: int, ledger_path: Path) -> Writer:
+async def write(spec: OpenAISpec, categories: Sequence[str], per_category: int, ledger_path: Path) -> Writer:
     """Asks until every category has its problems, or has had `_SPARE_SETS` more sets than they need.
 
     Raises:
@@ -219,13 +221,13 @@ async def write(settings: ChatSettings, categories: Sequence[str], per_category:
     most = sets_for(per_category) + _SPARE_SETS
     with (
         Ledger(ledger_path) as ledger,
-        Progress(f"asking {settings.model}", len(categories) * per_category) as progress,
+        Progress(f"asking {spec.model}", len(categories) * per_category) as progress,
     ):
-        async with ChatClient(settings, ledger) as client:
+        async with ChatClient(spec, ledger) as client:
             while todo := _next_sets(writer.missing, asked, most):
                 before, tokens = sum(map(len, writer.taken.values())), client.meter.completion_tokens
                 answers = await asyncio.gather(
-                    *(client.complete(request(settings, *one), one[1], category=one[0]) for one in todo),
+                    *(client.complete(request(spec, *one), one[1], category=one[0]) for one in todo),
                     return_exceptions=True,
                 )
                 for (category, _), answer in zip(todo, answers, strict=True):
@@ -250,14 +252,14 @@ def _next_sets(missing: dict[str, int], asked: dict[str, int], most: int) -> lis
     ]
 
 
-def estimate(settings: ChatSettings, categories: Sequence[str], per_category: int, ledger_path: Path) -> str:
+def estimate(spec: OpenAISpec, categories: Sequence[str], per_category: int, ledger_path: Path) -> str:
     """Calls, tokens and cost, if all that is written can be used."""
     known = read_entries(ledger_path)
-    todo = [(request(settings, name, n), n) for name in categories for n in range(sets_for(per_category))]
+    todo = [(request(spec, name, n), n) for name in categories for n in range(sets_for(per_category))]
     new = [body for body, number in todo if content_key(body, number) not in known]
     prompt = round(sum(len(m["content"]) for body in new for m in body["messages"]) / CHARACTERS_PER_TOKEN)
     answers = len(new) * PER_CALL * _TOKENS_PER_PROBLEM
-    cost = settings.cost(prompt, answers)
+    cost = settings.cost_of(spec, prompt, answers)
     return (
         f"{len(new)} calls to pay, {len(todo) - len(new)} in the ledger; about {prompt:,} tokens of prompts and "
         f"{answers:,} of answers; "

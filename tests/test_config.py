@@ -14,6 +14,7 @@ import tiny
 
 from backtrack_jax import checks, config
 from backtrack_jax.config import Experiment
+from backtrack_jax.judges.base import trace_judge
 
 ROOT = Path(__file__).parents[1]
 SPECS = [kind for _, kind in inspect.getmembers(config, inspect.isclass) if dataclasses.is_dataclass(kind)]
@@ -45,9 +46,21 @@ def test_shipped_configs_can_run(path: Path) -> None:
     assert f"--config=configs/{path.name}" in docstring and "Hardware" in docstring
 
 
-def test_reading_and_checking_a_config_needs_no_jax() -> None:
-    code = "import sys, configs.smollm2, backtrack_jax.checks as c; c.check(configs.smollm2.get_config())"
-    code += "; print([name for name in sys.modules if name == 'jax'])"
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("import configs.paper; configs.paper.get_config()", "jax tokenizers gguf openai numpy"),
+        (
+            "import configs.paper, backtrack_jax.checks; backtrack_jax.checks.check(configs.paper.get_config())",
+            "jax tokenizers gguf openai",
+        ),
+    ],
+    ids=["reading", "checking"],
+)
+def test_a_config_is_read_and_checked_without(code: str, absent: str) -> None:
+    code = (
+        f"import sys, {code.removeprefix('import ')}; print([name for name in sys.modules if name in {absent.split()}])"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 
@@ -340,7 +353,7 @@ def test_chains_inside_a_package_are_known_as_such(
     monkeypatch.syspath_prepend(tmp_path)
     e = Experiment()
     e.traces.path, e.annotations.judge = "package:chains_of_mine/c.jsonl", "released-or-keyword"
-    assert e.judge == judge
+    assert trace_judge(e) == judge
 
 
 def test_a_limit_of_a_sweep_that_is_not_made_does_not_matter() -> None:

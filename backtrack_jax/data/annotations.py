@@ -283,7 +283,7 @@ class _FoldedText:
         position = self.folded.find(folded) if folded else -1
         while position >= 0:
             start, stop = self._unfold(position), self._unfold(position + len(folded) - 1) + 1
-            whole = not (_inside_word(self.original, start) or _inside_word(self.original, stop))
+            whole = not (_splits_word(self.original, start) or _splits_word(self.original, stop))
             spans.append(_Span(start, stop, 2 * whole + (self.original[start:stop] == text), len(folded)))
             position = self.folded.find(folded, position + 1)
         return spans
@@ -293,7 +293,8 @@ class _FoldedText:
         return self.original_starts[word] + position - self.folded_starts[word]
 
 
-def _inside_word(text: str, position: int) -> bool:
+def _splits_word(text: str, position: int) -> bool:
+    """Whether a position is between two letters or digits, of any script."""
     return 0 < position < len(text) and text[position - 1].isalnum() and text[position].isalnum()
 
 

@@ -3,6 +3,7 @@
 from importlib import resources
 
 from backtrack_jax.data.records import Problem, read_problems
+from backtrack_jax.files.paths import data_path
 
 CATEGORIES = (
     "math_logic",
@@ -17,6 +18,11 @@ CATEGORIES = (
     "scientific",
 )
 """The categories of the paper, in its order."""
+
+
+def problems_at(path: str) -> list[Problem]:
+    """The problems of a file, those that ship with the package if none is named; errors of `read_problems`."""
+    return read_problems(data_path(path)) if path else shipped_problems()
 
 
 def shipped_problems() -> list[Problem]:

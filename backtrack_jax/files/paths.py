@@ -21,6 +21,14 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     return _inside_package(path) if path.startswith(_PACKAGE) else Path(path).expanduser()
 
 
+def data_path(path: str) -> Path:
+    """A file or folder of data, possibly inside an installed package; FileNotFoundError if there is none."""
+    found = local_path(path)
+    if not found.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    return found
+
+
 def _inside_package(address: str) -> Path:
     package, _, file = address.removeprefix(_PACKAGE).partition("/")
     try:

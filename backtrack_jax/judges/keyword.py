@@ -4,11 +4,41 @@ Against the labels of an LLM this is a weak judge (the paper's Table C.1: F1 of 
 costs nothing, and what it calls backtracking is known exactly.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
+from backtrack_jax.config import Experiment
 from backtrack_jax.data.records import OTHER, Annotation, Section, Trace
 from backtrack_jax.data.text import KEYWORDS, reasoning_end, split_sentences, split_words
+from backtrack_jax.judges.base import Judge
 
 VARIANTS = ("wait_hmm", "wait", "substring")
 """`wait_hmm`: whole words {wait, hmm}, Eq. 1. `wait`: the whole word wait. `substring`: "wait" or "hmm" anywhere."""
+
+
+class KeywordJudge(Judge):
+    """Labels sentences by the keywords of `annotations.variant`. Replies are measured by keywords anyway."""
+
+    name = "keyword"
+    labels = ("backtracking", OTHER)
+    on_replies = False
+
+    def faults(self, e: Experiment) -> list[str]:
+        """An unknown variant."""
+        if (variant := e.annotations.variant) in VARIANTS:
+            return []
+        return [f"annotations.variant={variant!r}, expected one of {', '.join(VARIANTS)}"]
+
+    def inputs(self, e: Experiment) -> dict[str, Any]:
+        """The variant."""
+        return {"variant": e.annotations.variant}
+
+    def annotate(self, e: Experiment, traces: Sequence[Trace]) -> list[Annotation]:
+        """Labels every sentence, see the function `annotate`."""
+        return [annotate(trace, e.annotations.variant) for trace in traces]
+
+
+JUDGE = KeywordJudge()
 
 
 def annotate(trace: Trace, variant: str = "wait_hmm") -> Annotation:

@@ -1,10 +1,33 @@
 """The grammar judge: exact labels of the small pair's sentences, and which sentences fit its grammar at all."""
 
-from backtrack_jax.data.records import OTHER, Annotation, Section, Trace
+from collections.abc import Sequence
+
+from backtrack_jax.config import Experiment
+from backtrack_jax.data.records import LABELS, OTHER, Annotation, Section, Trace
 from backtrack_jax.data.text import reasoning_end, split_sentences
+from backtrack_jax.judges.base import Judge
 from backtrack_jax.organism.grammar import label_of, may_go_on
 
-NAME = "grammar"
+
+class GrammarJudge(Judge):
+    """Labels sentences exactly, in texts of the small pair."""
+
+    name = "grammar"
+    labels = (*LABELS, OTHER)
+
+    def annotate(self, e: Experiment, traces: Sequence[Trace]) -> list[Annotation]:
+        """Labels every sentence, see the function `annotate`; ValueError where no text has one of the small pair's."""
+        del e
+        annotated = [annotate(trace) for trace in traces]
+        if not any(section.label != OTHER for annotation in annotated for section in annotation.sections):
+            raise ValueError(
+                f"judge='grammar': no sentence of {len(traces)} texts is one of the small pair's, and it knows no "
+                "others; expected another judge, such as 'keyword' or 'openai'"
+            )
+        return annotated
+
+
+JUDGE = GrammarJudge()
 
 
 def annotate(trace: Trace) -> Annotation:
@@ -19,7 +42,7 @@ def annotate(trace: Trace) -> Annotation:
     text = trace.text[: reasoning_end(trace.text)]
     spans = split_sentences(text)
     return Annotation(
-        trace.id, NAME, tuple(Section(label_of(text[start:stop]) or OTHER, start, stop) for start, stop in spans)
+        trace.id, JUDGE.name, tuple(Section(label_of(text[start:stop]) or OTHER, start, stop) for start, stop in spans)
     )
 
 

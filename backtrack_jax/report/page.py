@@ -15,6 +15,7 @@ import markupsafe
 from plotly.offline import get_plotlyjs
 
 from backtrack_jax.data.records import UNSTEERED
+from backtrack_jax.judges.base import trace_judge
 from backtrack_jax.report import interactive
 from backtrack_jax.report.plots import Plot
 from backtrack_jax.report.reference import comparison, highest, settings
@@ -95,7 +96,7 @@ def _judges(r: Results) -> list[dict[str, str]]:
     """Table C.1, on the traces and on the steered replies, as far as there is another judge than the keywords."""
     rows = []
     for table, judge, where in (
-        ("agreement", r.experiment.judge, "traces"),
+        ("agreement", trace_judge(r.experiment), "traces"),
         ("judge_agreement", r.experiment.analysis.judge, "replies, by magnitude"),
     ):
         for row in r.tables.get(table, []):

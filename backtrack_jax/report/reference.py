@@ -7,6 +7,7 @@ from importlib import resources
 from typing import Any
 
 from backtrack_jax.data.records import UNSTEERED, window_name
+from backtrack_jax.judges.base import trace_judge
 from backtrack_jax.report.results import Results, Rows
 
 LABEL = "backtracking"
@@ -78,7 +79,7 @@ def settings(r: Results) -> list[dict[str, str]]:
         "base model": e.base.path if "base" in e.roles else "-",
         "reasoning model": e.reasoning.path if "reasoning" in e.roles else "-",
         "layers": len(r.vectors[r.author]["mean_norm"]),
-        "labels by": e.annotations.openai.model if e.judge == "openai" else e.judge,
+        "labels by": e.annotations.openai.model if trace_judge(e) == "openai" else trace_judge(e),
         "label of the vector": e.vectors.label,
         "vector read at layer": e.steering.main_layer,
         "window": list(e.vectors.window),

@@ -18,9 +18,10 @@ from backtrack_jax.files import store, tables
 from backtrack_jax.files.console import Progress, say
 from backtrack_jax.inputs import spread
 from backtrack_jax.judges import keyword
+from backtrack_jax.judges.base import trace_judge
 from backtrack_jax.models.batching import bucket
 from backtrack_jax.stages import estimates
-from backtrack_jax.stages.annotations import ANNOTATIONS, settle_gaps
+from backtrack_jax.stages.annotations import ANNOTATIONS
 from backtrack_jax.stages.base import Context, Settled, Stage, spec_values
 from backtrack_jax.stages.steering import STEERING
 from backtrack_jax.stages.traces import TRACES
@@ -35,19 +36,22 @@ class AnalysisStage(Stage):
 
     def inputs(self, e: Experiment) -> dict[str, Any]:
         """What is measured, and what a judge of replies depends on."""
-        return {"analysis": spec_values(e.analysis, "batch_size"), "judge": labelling.judge_inputs(e, e.analysis.judge)}
+        judge = labelling.judge_of_replies(e)
+        return {"analysis": spec_values(e.analysis, "batch_size"), "judge": judge.inputs(e) if judge else {}}
 
     def settle(self, e: Experiment, own: dict[str, Any], found: Settled) -> dict[str, Any]:
         """As for the labels of traces."""
-        return settle_gaps(e, e.analysis.judge, own, found, "judged.jsonl")
+        judge = labelling.judge_of_replies(e)
+        return judge.settle(e, own, found, "judged.jsonl") if judge else own
 
     def model_roles(self, e: Experiment) -> Sequence[str]:
         """All."""
         return e.roles
 
     def prepare(self, context: Context) -> None:
-        """Key and ledger of the online judge, where it labels replies."""
-        labelling.prepare(context.experiment, context.experiment.analysis.judge)
+        """What the judge of replies needs, such as a key."""
+        if judge := labelling.judge_of_replies(context.experiment):
+            judge.prepare(context.experiment)
 
     def check(self, context: Context) -> None:
         """Keywords that no token contains."""
@@ -150,9 +154,10 @@ def _judge_replies(
     The table is of the model that writes the traces, unsteered and under its own vector at the experiment's layer.
     """
     e = context.experiment
-    if not e.analysis.judge:
+    judge = labelling.judge_of_replies(e)
+    if judge is None:
         return [None] * len(lines)
-    found = labelling.judged(e, e.analysis.judge, traces)
+    found = judge.annotate(e, traces)
     records.write_jsonl(folder / "judged.jsonl", found)
     own = (e.vectors.label, e.author, e.steering.main_layer, window_name(e.vectors.window))
     kept = [
@@ -470,7 +475,7 @@ def _windows(sums: dict[str, extract.WindowSums]) -> Rows:
 
 def _agreement(context: Context, traces: Sequence[records.Trace], annotated: Sequence[records.Annotation]) -> Rows:
     """Table C.1 on the traces: the keyword judge against the labels of the run, where these are another judge's."""
-    if context.experiment.judge == "keyword" or context.experiment.vectors.label != "backtracking":
+    if trace_judge(context.experiment) == keyword.JUDGE.name or context.experiment.vectors.label != "backtracking":
         return []
     found = agreement.agreement(traces, annotated, [keyword.annotate(trace) for trace in traces], unit="sentence")
     say(f"  keyword judge against the labels: F1 {100 * found[0].f1.value:.1f} %")
@@ -520,12 +525,13 @@ def _analysis(context: Context) -> list[str]:
 
 
 def _judged_replies(context: Context, rows: Mapping[str, int]) -> list[str]:
-    """What labelling the steered replies costs, where the online judge does it."""
+    """What labelling the steered replies takes."""
     e = context.experiment
-    if e.analysis.judge != "openai":
+    judge = labelling.judge_of_replies(e)
+    if judge is None:
         return []
     if folder := context.finished(STEERING):
         lines = [reply.line() for reply in STEERING.read(folder)]
-        return labelling.asking(e, agreement.reply_traces(lines)[0])
+        return judge.plan(e, agreement.reply_traces(lines)[0])
     standing = records.Problem("-", "-", "X" * estimates.CHARACTERS_PER_TOKEN * estimates.longest_prompt(e))
-    return labelling.asking_unsampled(e, [(standing, 0)] * sum(rows.values()), e.steering.max_new_tokens)
+    return estimates.judging(e, judge, [(standing, 0)] * sum(rows.values()), e.steering.max_new_tokens)

@@ -1,6 +1,6 @@
 """Rows, tokens and memory that a plan speaks of: estimates, from the config and the traces, without a model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 
@@ -8,6 +8,7 @@ from backtrack_jax import conditions
 from backtrack_jax.config import Experiment
 from backtrack_jax.data import records
 from backtrack_jax.inputs import architecture, data_path, problems, spread
+from backtrack_jax.judges.base import Judge
 from backtrack_jax.models import ops
 from backtrack_jax.models.batching import bucket
 from backtrack_jax.models.config import ModelConfig
@@ -15,6 +16,7 @@ from backtrack_jax.models.config import ModelConfig
 CHARACTERS_PER_TOKEN = 4
 """Of English text, for estimates only."""
 
+_CHARACTERS_PER_SENTENCE = 69  # measured on the released chains
 _MARKER_TOKENS = 16  # of a prompt, around system text and problem
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -63,6 +65,27 @@ def steered_rows(e: Experiment) -> dict[str, int]:
         role: e.steering.samples * sum(min(asked, limit or asked) for c, limit in cells.items() if c.target == role)
         for role in e.roles
     }
+
+
+def judging(e: Experiment, judge: Judge, asked: Sequence[tuple[records.Problem, int]], tokens: int) -> list[str]:
+    """What a judge's plan would be of replies that are not sampled yet: each as long as it can be, in usual sentences.
+
+    Args:
+      e: the experiment.
+      judge: who is to label them.
+      asked: problem and number of the sample, of every reply.
+      tokens: of a reply, at most.
+    """
+    n = round(tokens * CHARACTERS_PER_TOKEN / _CHARACTERS_PER_SENTENCE)
+    sentence = "X" * (_CHARACTERS_PER_SENTENCE - 2) + ". "
+    texts = [f"{i} {sample} {sentence * n}" for i, (_, sample) in enumerate(asked)]
+    traces = [
+        records.Trace(f"{problem.id}-{i}/{sample}", problem.id, problem.category, problem.problem, texts[i], sample)
+        for i, (problem, sample) in enumerate(asked)
+    ]
+    lines = judge.plan(e, traces)
+    assumed = f"as if every reply were {tokens} tokens of reasoning, the most it can be:"
+    return [lines[0], assumed, *lines[1:]] if lines else []
 
 
 def sampling(e: Experiment, role: str, rows: int, prompt_tokens: int, new_tokens: int, batch_size: int) -> list[str]:

@@ -81,16 +81,6 @@ class TracesStage(Stage):
 TRACES = TracesStage()
 
 
-def ids_at_source(e: Experiment) -> set[str]:
-    """Ids of all traces that `traces.limit` takes from, those that it leaves out too."""
-    if not e.traces.path:
-        unlimited = dataclasses.replace(e, traces=dataclasses.replace(e.traces, limit=0))
-        return {
-            f"{problem.id}/{sample}" for problem in inputs.problems(unlimited) for sample in range(e.traces.samples)
-        }
-    return {trace.id for trace in records.read_any_traces(inputs.data_path(e.traces.path))}
-
-
 def _import(e: Experiment, folder: Path) -> None:
     path = inputs.data_path(e.traces.path)
     if not records.is_released(path):

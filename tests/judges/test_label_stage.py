@@ -20,19 +20,20 @@ from fault_server import FaultServer
 
 from backtrack_jax import checks, pipeline, plan
 from backtrack_jax.analysis import agreement
-from backtrack_jax.config import Experiment
+from backtrack_jax.config import Experiment, OpenAISpec
 from backtrack_jax.data import records
 from backtrack_jax.data.annotations import Reason
 from backtrack_jax.data.records import FAILED
 from backtrack_jax.data.text import reasoning_end, split_sentences
 from backtrack_jax.files import store, tables
-from backtrack_jax.judges import keyword
+from backtrack_jax.judges import imported, keyword
+from backtrack_jax.judges.base import trace_judge
 from backtrack_jax.judges.openai.judge import label_traces
 from backtrack_jax.judges.openai.ledger import read_entries
 from backtrack_jax.judges.openai.prompts import JudgePrompt
-from backtrack_jax.judges.openai.settings import ChatSettings, JudgeStopped, OpenAISpec
-from backtrack_jax.stages import annotations as stage
+from backtrack_jax.judges.openai.settings import JudgeStopped, request
 from backtrack_jax.stages.analysis import ANALYSIS
+from backtrack_jax.stages.annotations import ANNOTATIONS
 
 TINY = Path(tiny.__file__)
 KEY = "sk-test-0123456789"
@@ -81,7 +82,7 @@ def made(server: FaultServer, **changes: Any) -> pipeline.Run:
 
 
 def labelled(made: pipeline.Run) -> bool:
-    return made.done(stage.ANNOTATIONS)
+    return made.done(ANNOTATIONS)
 
 
 def annotations() -> list[records.Annotation]:
@@ -137,8 +138,8 @@ def test_the_table_by_strength_of_steered_replies(server: FaultServer, tiny_run:
     records.write_jsonl("replies.jsonl", traces)
     assert records.read_traces("replies.jsonl") == traces and len(traces) > 50
     by_llm: list[records.Annotation] = []
-    settings = experiment(server.base_url).annotations.openai.settings()
-    label_traces(traces, JudgePrompt(), settings, LEDGER, on_done=lambda done, _: by_llm.append(done.annotation))
+    spec = experiment(server.base_url).annotations.openai
+    label_traces(traces, spec, LEDGER, on_done=lambda done, _: by_llm.append(done.annotation))
     by_keyword = [keyword.annotate(trace) for trace in traces]
     rows = agreement.agreement(traces, by_llm, by_keyword, unit="sentence", groups=strengths)
     assert [row.group for row in rows] == ["all", *dict.fromkeys(strengths.values())] and "0" in strengths.values()
@@ -270,10 +271,10 @@ def no_endpoint() -> str:
     ("fault", "message"),
     [
         ("wrong_key", "refuses the key in the environment variable OPENAI_API_KEY"),
-        ("unknown_model", "knows no model 'judge-1'"),
+        ("unknown_model", "has no model 'judge-1'"),
         ("quota", "out of money or over its quota"),
         ("max_cost", r"max_cost of \$0.0004 is reached"),
-        ("run_timeout", "run_timeout of 1 s is over"),
+        ("run_timeout", "run_timeout of 1 s has passed"),
     ],
 )
 def test_a_stop_keeps_what_was_paid_and_the_same_command_goes_on(server: FaultServer, fault: str, message: str) -> None:
@@ -318,7 +319,9 @@ def test_the_command_says_in_one_message_what_to_do(server: FaultServer) -> None
     server.plan = lambda content, attempt: "wrong_key"
     done = command(*flags_of(server.base_url))
     assert done.returncode == 1 and "Traceback" not in done.stderr and KEY not in done.stderr + done.stdout
-    assert re.search(r"^error: .*refuses the key.*the same command again to go on \[0 of 12", done.stderr, re.MULTILINE)
+    assert re.search(
+        r"^error: .*refuses the key.*the same command again to resume \[0 of 12", done.stderr, re.MULTILINE
+    )
 
 
 def test_sigkill_at_a_random_moment_pays_again_for_nothing_but_calls_in_flight(server: FaultServer) -> None:
@@ -421,13 +424,11 @@ def test_settings_that_cannot_run_are_named_before_anything_is_done(changes: dic
     assert len(str(error.value).splitlines()) == 2
 
 
-def test_the_spec_becomes_the_settings_of_the_same_names() -> None:
-    assert OpenAISpec().settings() == ChatSettings() and OpenAISpec().prompt() == JudgePrompt()
-    left_out = OpenAISpec(temperature=-1.0, seed=-1, max_tokens=0, extra_body='{"reasoning_effort": "low"}').settings()
-    assert (left_out.temperature, left_out.seed, left_out.max_tokens) == (None, None, None)
-    assert left_out.request([]) == {"model": left_out.model, "messages": [], "reasoning_effort": "low"}
-    limits = OpenAISpec(run_timeout=5.0, input_price=2.5, output_price=10.0, max_cost=3.0).settings()
-    assert (limits.run_timeout, limits.max_cost, limits.cached_price) == (5.0, 3.0, None)
+def test_numbers_below_their_range_are_left_out_of_the_request() -> None:
+    spec = OpenAISpec(temperature=-1.0, seed=-1, max_tokens=0, extra_body='{"reasoning_effort": "low"}')
+    assert request(spec, [], 3) == {"model": spec.model, "messages": [], "reasoning_effort": "low"}
+    given = {"temperature": 0.0, "seed": 3, "max_tokens": 4096}
+    assert request(OpenAISpec(), [], 3) == {"model": spec.model, "messages": [], **given}
 
 
 @pytest.mark.parametrize(
@@ -443,7 +444,7 @@ def test_the_spec_becomes_the_settings_of_the_same_names() -> None:
 def test_released_or_asks_the_judge_only_where_no_labels_came(judge: str, path: str, resolved: str) -> None:
     e = tiny.get_config()
     e.annotations.judge, e.traces.path = judge, path
-    assert e.judge == resolved
+    assert trace_judge(e) == resolved
 
 
 def test_a_run_that_reads_vectors_takes_the_stand_in() -> None:
@@ -455,8 +456,8 @@ def test_a_run_that_reads_vectors_takes_the_stand_in() -> None:
         pipeline.Run(e, ("1-traces", "2-annotations")),
         pipeline.Run(e, ("1-traces", "2-annotations", "3-vectors")),
     )
-    assert (alone.experiment.traces.path, alone.experiment.judge) == ("", "keyword")
-    assert (whole.experiment.traces.path, whole.experiment.judge) == (tiny.CHAINS, "released")
+    assert (alone.experiment.traces.path, trace_judge(alone.experiment)) == ("", "keyword")
+    assert (whole.experiment.traces.path, trace_judge(whole.experiment)) == (tiny.CHAINS, "released")
     assert alone.inputs["1-traces"] != whole.inputs["1-traces"] and e.traces.path == ""
     e.traces.path = "other.json"
     assert e.for_vectors().traces.path == "other.json"
@@ -513,13 +514,13 @@ def test_the_plan_estimates_the_judging_of_replies(server: FaultServer, monkeypa
     assert not RESULTS.exists()
 
 
-def imported(tmp_path: Path, trace: records.Trace, *sections: records.Section) -> records.Annotation:
+def labels_of_a_file(tmp_path: Path, trace: records.Trace, *sections: records.Section) -> records.Annotation:
     """What stage 2 makes of imported labels of one trace, with a note on each of them."""
     notes = tuple(records.Note("fuzzy", index) for index in range(len(sections)))
     records.write_jsonl(tmp_path / "mine.jsonl", [records.Annotation(trace.id, "me", sections, (), notes)])
     e = tiny.get_config()
     e.annotations.judge, e.annotations.path = "import", str(tmp_path / "mine.jsonl")
-    (annotation,) = stage._imported(e, [trace])
+    (annotation,) = imported.JUDGE.annotate(e, [trace])
     return annotation
 
 
@@ -528,11 +529,11 @@ def test_imported_sections_behind_the_reasoning_are_counted_as_rejected(tmp_path
     trace = records.Trace("p/0", "p", "c", "q", text)
     first, late = text.index("Wait"), text.rindex("Wait")
     kept, behind = (records.Section("backtracking", start, start + 5) for start in (first, late))
-    annotation = imported(tmp_path, trace, kept, behind)
+    annotation = labels_of_a_file(tmp_path, trace, kept, behind)
     assert annotation.sections == (kept,) and annotation.notes == (records.Note("fuzzy", 0),)
     assert annotation.rejected == (records.Rejection(Reason.AFTER_END, "backtracking", "Wait."),)
     with pytest.raises(ValueError, match="not a span of its text"):
-        imported(tmp_path, trace, records.Section("backtracking", late, len(text) + 1))
+        labels_of_a_file(tmp_path, trace, records.Section("backtracking", late, len(text) + 1))
 
 
 def test_imported_spans_that_count_bytes_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -540,8 +541,8 @@ def test_imported_spans_that_count_bytes_are_warned_of(tmp_path: Path, capsys: p
     trace = records.Trace("p/0", "p", "c", "q", text)
     start, chinese = text.index("Wait"), text.index("\u597d")
     in_bytes = len(text[:start].encode())
-    imported(tmp_path, trace, *(records.Section("backtracking", n, n + 1) for n in (0, in_bytes, chinese)))
+    labels_of_a_file(tmp_path, trace, *(records.Section("backtracking", n, n + 1) for n in (0, in_bytes, chinese)))
     said = capsys.readouterr().err
     assert "1 of 3 sections start inside a word; spans count characters, not bytes" in said
-    imported(tmp_path, trace, *(records.Section("backtracking", n, n + 1) for n in (0, start, chinese)))
+    labels_of_a_file(tmp_path, trace, *(records.Section("backtracking", n, n + 1) for n in (0, start, chinese)))
     assert "inside a word" not in capsys.readouterr().err

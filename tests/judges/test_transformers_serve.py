@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from backtrack_jax.config import OpenAISpec
 from backtrack_jax.data.records import Annotation, Trace, failure, pair_annotations
 from backtrack_jax.judges.openai.judge import label_traces
 from backtrack_jax.judges.openai.ledger import read_entries
-from backtrack_jax.judges.openai.prompts import JudgePrompt
-from backtrack_jax.judges.openai.settings import ChatSettings, JudgeStopped
+from backtrack_jax.judges.openai.settings import JudgeStopped
 from backtrack_jax.models import checkpoint
 from backtrack_jax.models.tokenizer import Tokenizer
 
@@ -77,20 +77,20 @@ def wait_for(url: str, server: subprocess.Popen, log: Path, seconds: float = 600
 def test_a_small_model_answers_and_every_trace_ends_labelled_or_failed(served, tmp_path, monkeypatch, format_):
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     base_url, model = served
-    settings = ChatSettings(model=model, base_url=base_url, max_tokens=48, concurrency=3, request_timeout=300.0)
+    quick = {"max_tokens": 48, "concurrency": 3, "request_timeout": 300.0}
+    spec = OpenAISpec(model=model, base_url=base_url, format=format_, **quick)
     done: list[Annotation] = []
 
-    def run(settings: ChatSettings):
+    def run(spec: OpenAISpec):
         done.clear()
         return label_traces(
             TRACES,
-            JudgePrompt(format_),
-            settings,
+            spec,
             tmp_path / "ledger.jsonl",
             on_done=lambda labelled, _: done.append(labelled.annotation),
         )
 
-    meter = run(settings)
+    meter = run(spec)
     assert (meter.paid, meter.failed) == (3, {}) and meter.without_usage == 0
     assert meter.prompt_tokens > 3 * 200 and 3 <= meter.completion_tokens <= 3 * 48
     pair_annotations(TRACES, done)
@@ -100,7 +100,7 @@ def test_a_small_model_answers_and_every_trace_ends_labelled_or_failed(served, t
     assert all(entry["answer"] and entry["finish_reason"] in ("stop", "length") for entry in entries)
     assert {entry["model"].partition("@")[0] for entry in entries} == {model}
     first = list(done)
-    assert run(settings).paid == 0 and sorted(done, key=str) == sorted(first, key=str)
+    assert run(spec).paid == 0 and sorted(done, key=str) == sorted(first, key=str)
     with pytest.raises(JudgeStopped, match="not the address of a chat completions API"):
-        run(replace(settings, base_url=base_url.removesuffix("/v1"), seed=1))
-    assert run(replace(settings, model="another")).failed == {"bad_request": 3}
+        run(replace(spec, base_url=base_url.removesuffix("/v1"), seed=1))
+    assert run(replace(spec, model="another")).failed == {"bad_request": 3}

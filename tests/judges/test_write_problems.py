@@ -147,7 +147,7 @@ def test_sigkill_pays_again_for_nothing_but_calls_in_flight(server: FaultServer,
 
 @pytest.mark.parametrize(
     ("fault", "message"),
-    [("wrong_key", "refuses the key"), ("unknown_model", "knows no model 'writer-1'"), ("quota", "out of money")],
+    [("wrong_key", "refuses the key"), ("unknown_model", "has no model 'writer-1'"), ("quota", "out of money")],
 )
 def test_a_stop_keeps_what_was_paid(server: FaultServer, out: Path, fault: str, message: str) -> None:
     server.plan = lambda content, attempt: fault if server.paid.total() >= 2 else None

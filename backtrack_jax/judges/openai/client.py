@@ -20,8 +20,9 @@ from typing import Any
 
 import openai
 
+from backtrack_jax.config import OpenAISpec
 from backtrack_jax.judges.openai.ledger import Entry, Ledger, content_key
-from backtrack_jax.judges.openai.settings import CallFailed, CallFault, ChatSettings, JudgeStopped, Meter, read_key
+from backtrack_jax.judges.openai.settings import CallFailed, CallFault, JudgeStopped, Meter, check, read_key
 
 _SHORTEST_SECRET = 16
 _CONNECT_ATTEMPTS = 3
@@ -40,22 +41,24 @@ class ChatClient:
     """An open connection to the endpoint. Use it as an asynchronous context manager.
 
     Args:
-        settings: endpoint and limits.
+        spec: endpoint and limits.
         ledger: where paid calls are looked up and recorded.
 
     Raises:
+        ValueError: an endpoint or limit that cannot be meant.
         JudgeStopped: the key is not set, or cannot be one.
     """
 
-    def __init__(self, settings: ChatSettings, ledger: Ledger) -> None:
-        self.settings = settings
-        self.meter = Meter(settings)
+    def __init__(self, spec: OpenAISpec, ledger: Ledger) -> None:
+        check(spec)
+        self.spec = spec
+        self.meter = Meter(spec)
         self._ledger = ledger
-        self._key = read_key(settings)
+        self._key = read_key(spec)
         self._client = openai.AsyncOpenAI(
-            api_key=self._key, base_url=settings.base_url, max_retries=0, timeout=settings.request_timeout
+            api_key=self._key, base_url=spec.base_url, max_retries=0, timeout=spec.request_timeout
         )
-        self._places = asyncio.Semaphore(settings.concurrency)
+        self._places = asyncio.Semaphore(spec.concurrency)
         self._stop = asyncio.Event()
         self._stopped: JudgeStopped | None = None
         self._reached = False  # whether the endpoint has ever answered
@@ -74,7 +77,7 @@ class ChatClient:
         """One call, answered from the ledger or by the endpoint.
 
         Args:
-            request: body of the request, see `ChatSettings.request`.
+            request: body of the request, see `settings.request`.
             vote: number of the answer among several to the same request; part of the key.
             about: more to record beside the answer, e.g. the hash of the prompt.
 
@@ -122,8 +125,8 @@ class ChatClient:
         }
 
     async def _attempts(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        settings = self.settings
-        deadline = time.monotonic() + settings.call_timeout
+        spec = self.spec
+        deadline = time.monotonic() + spec.call_timeout
         attempt = 0
         while True:
             await self._wait(self._resume_at - time.monotonic())
@@ -133,9 +136,9 @@ class ChatClient:
             except _Retry as fault:
                 if fault.fault == CallFault.UNREACHABLE and not self._reached and attempt + 1 >= _CONNECT_ATTEMPTS:
                     raise self._stop_all(self._unreachable(fault)) from None
-                backoff = min(settings.backoff * 2**attempt, settings.max_backoff) * random.uniform(0.5, 1.0)
+                backoff = min(spec.backoff * 2**attempt, spec.max_backoff) * random.uniform(0.5, 1.0)
                 wait = fault.wait + backoff
-                if attempt == settings.max_retries or time.monotonic() + wait > deadline:
+                if attempt == spec.max_retries or time.monotonic() + wait > deadline:
                     raise CallFailed(fault.fault, f"{fault} ({attempt + 1} attempts)") from None
                 self._resume_at = max(self._resume_at, time.monotonic() + fault.wait)
             except JudgeStopped as error:
@@ -163,19 +166,17 @@ class ChatClient:
                 return
 
     def _check_limits(self) -> None:
-        settings = self.settings
+        spec = self.spec
         if self._stopped is not None:
             raise self._stopped
-        again = "run the same command again to go on"
-        if settings.run_timeout is not None and time.monotonic() - self._started_at > settings.run_timeout:
-            why = f"the judge's run_timeout of {settings.run_timeout:g} s is over ({self.meter}); {again}"
-        elif settings.max_cost is not None and (self.meter.cost or 0.0) >= settings.max_cost:
+        again = "run the same command again to resume"
+        if spec.run_timeout and time.monotonic() - self._started_at > spec.run_timeout:
+            why = f"the judge's run_timeout of {spec.run_timeout:g} s has passed ({self.meter}); {again}"
+        elif spec.max_cost and (self.meter.cost or 0.0) >= spec.max_cost:
+            why = f"the judge's max_cost of ${spec.max_cost:g} is reached ({self.meter}); {again}, for as much again"
+        elif spec.max_cost and self.meter.without_usage:
             why = (
-                f"the judge's max_cost of ${settings.max_cost:g} is reached ({self.meter}); {again}, for as much again"
-            )
-        elif settings.max_cost is not None and self.meter.without_usage:
-            why = (
-                f"the judge's max_cost cannot be kept: {settings.base_url} answers without counts of tokens "
+                f"the judge's max_cost cannot be enforced: {spec.base_url} answers without counts of tokens "
                 f"({self.meter}). Set max_cost to 0 and {again}"
             )
         else:
@@ -186,7 +187,7 @@ class ChatClient:
         """One request; the parsed body of a chat completion, or `_Retry`, `CallFailed`, `JudgeStopped`."""
         extra = {name: value for name, value in request.items() if name not in ("model", "messages")}
         try:
-            async with asyncio.timeout(self.settings.request_timeout):
+            async with asyncio.timeout(self.spec.request_timeout):
                 response = await self._client.chat.completions.with_raw_response.create(
                     model=request["model"], messages=request["messages"], extra_body=extra
                 )
@@ -220,7 +221,7 @@ class ChatClient:
         if cause in ("ConnectError", "ConnectTimeout"):
             return _Retry(CallFault.UNREACHABLE, str(error.__cause__) or cause)
         if isinstance(error, TimeoutError | openai.APITimeoutError):
-            return _Retry(CallFault.TIMED_OUT, f"no answer within {self.settings.request_timeout:g} s")
+            return _Retry(CallFault.TIMED_OUT, f"no answer within {self.spec.request_timeout:g} s")
         return _Retry(CallFault.DISCONNECTED, self._redact(f"{error} {error.__cause__ or ''}"))
 
     def _classify_body(self, body: dict[str, Any], response: Any, text: str) -> Exception:
@@ -233,13 +234,13 @@ class ChatClient:
 
     def _unreachable(self, fault: _Retry) -> JudgeStopped:
         return JudgeStopped(
-            f"the judge's endpoint {self.settings.base_url} cannot be reached ({fault}). Check base_url, and that the "
+            f"the judge's endpoint {self.spec.base_url} cannot be reached ({fault}). Check base_url, and that the "
             "server runs"
         )
 
     def _classify_status(self, error: openai.APIStatusError, status: int, detail: str) -> Exception:
-        url, model = self.settings.base_url, self.settings.model
-        again = "what was paid for is kept: run the same command again to go on"
+        url, model = self.spec.base_url, self.spec.model
+        again = "what was paid for is kept: run the same command again to resume"
         if status == 402 or {str(error.code), str(error.type)} & {"insufficient_quota", "billing_hard_limit_reached"}:
             return JudgeStopped(
                 f"the account at {url} is out of money or over its quota ({detail}). Add credit or raise the limit; "
@@ -248,21 +249,21 @@ class ChatClient:
         # 403 is a key without rights, or a text that a filter refuses: where anything was ever answered, the latter.
         if status == 401 or (status == 403 and not len(self._ledger)):
             return JudgeStopped(
-                f"{url} refuses the key in the environment variable {self.settings.key_variable} ({detail}). Set it to "
+                f"{url} refuses the key in the environment variable {self.spec.key_variable} ({detail}). Set it to "
                 f"a key that may use the model {model!r}; {again}"
             )
         if status == 403:
             return CallFailed(CallFault.FORBIDDEN, detail)
         if status == 404:
             return JudgeStopped(
-                f"{url} knows no model {model!r}, or is not the address of a chat completions API, which most often "
+                f"{url} has no model {model!r}, or is not the address of a chat completions API, which most often "
                 f"ends in /v1 ({detail}). Check model and base_url; {again}"
             )
         if status in (408, 409, 429) or status >= 500:
             fault = CallFault.RATE_LIMITED if status == 429 else CallFault.SERVER_ERROR
             return _Retry(fault, detail, _retry_after(error.response.headers))
         parameter = str(error.param).partition(".")[0]
-        if parameter in ChatSettings.__dataclass_fields__ or parameter == "response_format":
+        if parameter in OpenAISpec.__dataclass_fields__:
             return JudgeStopped(
                 f"{url} does not accept the judge's {parameter} ({detail}). Change it or leave it out; {again}"
             )

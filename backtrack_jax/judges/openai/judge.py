@@ -1,9 +1,9 @@
 """The online judge: an LLM behind any OpenAI-compatible endpoint labels the sentences of traces (step 3 of the paper).
 
-Every trace ends in one of two states: labelled, or failed with a reason (`prompts.failure`). There is no default label:
+Every trace ends in one of two states: labelled, or failed with a reason (`records.failure`). There is no default label:
 an answer that cannot be used is a failure that is counted, and its raw text stays in the ledger.
 
-    meter = label_traces(traces, JudgePrompt(), ChatSettings(), folder / "ledger.jsonl", on_done=write_line)
+    meter = label_traces(traces, OpenAISpec(model=...), folder / "ledger.jsonl", on_done=write_line)
 """
 
 import asyncio
@@ -14,13 +14,14 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from backtrack_jax.config import OpenAISpec
 from backtrack_jax.data.annotations import Reason
 from backtrack_jax.data.records import FAILED, Annotation, Rejection, Section, Trace, failure
 from backtrack_jax.data.text import sentence_spans
 from backtrack_jax.judges.openai.client import ChatClient
 from backtrack_jax.judges.openai.ledger import Ledger, content_key, read_entries
 from backtrack_jax.judges.openai.prompts import JudgePrompt
-from backtrack_jax.judges.openai.settings import CallFailed, ChatSettings, JudgeStopped, Meter
+from backtrack_jax.judges.openai.settings import CallFailed, JudgeStopped, Meter, cost_of, request
 
 # Measured with the tokenizer of Llama-3.1 on the released chains; providers differ by some percent.
 CHARACTERS_PER_TOKEN = 3.8
@@ -51,7 +52,7 @@ class Labelled:
     """What the judge made of one trace.
 
     Attributes:
-        annotation: the result: sections, or a failure (see `prompts.failure`).
+        annotation: the result: sections, or a failure (see `records.failure`).
         votes: the single answers; one, equal to `annotation`, unless several votes were asked for.
     """
 
@@ -89,64 +90,40 @@ class Estimate:
         )
 
 
-def judge_name(prompt: JudgePrompt, settings: ChatSettings, votes: int = 1) -> str:
+def judge_name(spec: OpenAISpec) -> str:
     """Name of the judge in its annotations: model, format, version of the prompt, votes."""
-    name = f"openai:{settings.model}:{prompt.format}:{prompt.hash}"
-    return name if votes == 1 else f"{name}:{votes}votes"
+    name = f"openai:{spec.model}:{spec.format}:{JudgePrompt.of(spec).hash}"
+    return name if spec.votes == 1 else f"{name}:{spec.votes}votes"
 
 
-def label_traces(
-    traces: Sequence[Trace],
-    prompt: JudgePrompt,
-    settings: ChatSettings,
-    ledger_path: Path | str,
-    *,
-    votes: int = 1,
-    reask: int = 0,
-    on_done: OnDone,
-) -> Meter:
+def label_traces(traces: Sequence[Trace], spec: OpenAISpec, ledger_path: Path | str, *, on_done: OnDone) -> Meter:
     """Labels traces. Blocks; in a notebook `await label(...)` instead, with the same arguments.
 
     Args:
         traces: what is to be labelled, up to `annotations.reasoning_end`. A trace without a sentence is labelled with
             no sections, without a call.
-        prompt: the question.
-        settings: the endpoint and the limits.
-        ledger_path: the ledger; what it holds is not asked again.
-        votes: answers per trace. Of several, the sections are kept that more than half of them have (same label, same
-            first character); each ends where the first of these answers ends it.
-        reask: how often an unusable answer is asked for again. Each of these is paid, and has a place in the ledger.
+        spec: the question, the endpoint and the limits.
+        ledger_path: the ledger; what it holds is not asked again. `spec.ledger` is not read.
         on_done: receives each trace when it is done.
 
     Returns:
         The meter of the run.
 
     Raises:
-        ValueError: votes or reask out of range.
+        ValueError: a value of the spec that cannot be meant.
         JudgeStopped: no call can succeed, or a limit was reached; the message says what to do. `on_done` had all traces
             that were done until then.
     """
-    return asyncio.run(
-        label(traces, prompt, settings, ledger_path, votes=votes, reask=reask, on_done=on_done),
-    )
+    return asyncio.run(label(traces, spec, ledger_path, on_done=on_done))
 
 
-async def label(
-    traces: Sequence[Trace],
-    prompt: JudgePrompt,
-    settings: ChatSettings,
-    ledger_path: Path | str,
-    *,
-    votes: int = 1,
-    reask: int = 0,
-    on_done: OnDone,
-) -> Meter:
+async def label(traces: Sequence[Trace], spec: OpenAISpec, ledger_path: Path | str, *, on_done: OnDone) -> Meter:
     """`label_traces` as a coroutine."""
-    if votes < 1 or reask < 0:
-        raise ValueError(f"votes {votes} must be at least 1 and reask {reask} at least 0")
+    if spec.votes < 1 or spec.reask < 0:
+        raise ValueError(f"votes {spec.votes} must be at least 1 and reask {spec.reask} at least 0")
     with Ledger(ledger_path) as ledger:
-        async with ChatClient(settings, ledger) as client:
-            judge = _Judge(client, prompt, judge_name(prompt, settings, votes), votes, reask)
+        async with ChatClient(spec, ledger) as client:
+            judge = _Judge(client, JudgePrompt.of(spec), judge_name(spec))
 
             async def run(trace: Trace) -> Exception | None:
                 try:
@@ -182,15 +159,15 @@ class _Judge:
     client: ChatClient
     prompt: JudgePrompt
     name: str
-    votes: int
-    reask: int
 
     async def label(self, trace: Trace) -> Labelled:
         if not sentence_spans(trace):
             nothing = Annotation(trace.id, self.name, ())
             return Labelled(nothing, (nothing,))
         # Gathered with their exceptions: when one vote is stopped, the others in flight are still awaited.
-        answers = await asyncio.gather(*(self._vote(trace, vote) for vote in range(self.votes)), return_exceptions=True)
+        answers = await asyncio.gather(
+            *(self._vote(trace, vote) for vote in range(self.client.spec.votes)), return_exceptions=True
+        )
         votes = []
         for answer in answers:
             if isinstance(answer, BaseException):
@@ -200,11 +177,12 @@ class _Judge:
 
     async def _vote(self, trace: Trace, vote: int) -> Annotation:
         """One answer; asked for again, under a number of its own, while it cannot be used."""
+        spec = self.client.spec
         annotation = Annotation(trace.id, self.name, ())
-        for number in range(vote, vote + self.votes * (1 + self.reask), self.votes):
-            request = _request(trace, self.prompt, self.client.settings, number)
+        for number in range(vote, vote + spec.votes * (1 + spec.reask), spec.votes):
+            body = _request(trace, self.prompt, spec, number)
             try:
-                entry = await self.client.complete(request, number, prompt=self.prompt.hash, trace=trace.id)
+                entry = await self.client.complete(body, number, prompt=self.prompt.hash, trace=trace.id)
             except CallFailed as error:
                 return _failed(trace, self.name, error.fault, str(error))
             # In a thread: while a long copy is placed, the other answers must not time out and be paid again.
@@ -214,8 +192,8 @@ class _Judge:
         return annotation
 
 
-def _request(trace: Trace, prompt: JudgePrompt, settings: ChatSettings, number: int) -> dict[str, Any]:
-    return settings.request(prompt.messages(trace), number, **prompt.request_fields())
+def _request(trace: Trace, prompt: JudgePrompt, spec: OpenAISpec, number: int) -> dict[str, Any]:
+    return request(spec, prompt.messages(trace), number, **prompt.request_fields())
 
 
 def _read(trace: Trace, entry: Mapping[str, Any], prompt: JudgePrompt, name: str) -> Annotation:
@@ -277,39 +255,36 @@ def merge_votes(trace: Trace, votes: Sequence[Annotation]) -> Annotation:
     return Annotation(trace.id, first.judge, tuple(sections), tuple(rejected))
 
 
-def estimate(
-    traces: Sequence[Trace], prompt: JudgePrompt, settings: ChatSettings, ledger_path: Path | str, votes: int = 1
-) -> Estimate:
+def estimate(traces: Sequence[Trace], spec: OpenAISpec, ledger_path: Path | str) -> Estimate:
     """What `label_traces` would ask and pay, from the length of the texts; asks for no key and sends nothing.
 
     Args:
         traces: as in `label_traces`.
-        prompt: as in `label_traces`.
-        settings: as in `label_traces`.
+        spec: as in `label_traces`.
         ledger_path: as in `label_traces`; is only read.
-        votes: as in `label_traces`.
 
     Returns:
         Calls, tokens and cost, without those for unusable answers that are asked for again.
     """
+    prompt = JudgePrompt.of(spec)
     known = read_entries(ledger_path)
     keys: set[str] = set()
     reused, prompt_characters, completion_tokens = 0, 0, 0.0
     for trace in traces:
         spans = sentence_spans(trace)
-        for number in range(votes if spans else 0):
-            request = _request(trace, prompt, settings, number)
-            key = content_key(request, number)
+        for number in range(spec.votes if spans else 0):
+            body = _request(trace, prompt, spec, number)
+            key = content_key(body, number)
             if key in known or key in keys:
                 reused += 1
                 continue
             keys.add(key)
-            prompt_characters += sum(len(message["content"]) for message in request["messages"])
+            prompt_characters += sum(len(message["content"]) for message in body["messages"])
             if prompt.format == "inline":
                 copied = sum(stop - start for start, stop in spans) / CHARACTERS_PER_TOKEN
                 completion_tokens += copied + _TOKENS_PER_TAGGED_SENTENCE * len(spans)
             else:
                 completion_tokens += _TOKENS_PER_RUN * max(1.0, _RUNS_PER_SENTENCE * len(spans))
     prompt_tokens = round(prompt_characters / CHARACTERS_PER_TOKEN)
-    cost = settings.cost(prompt_tokens, round(completion_tokens))
+    cost = cost_of(spec, prompt_tokens, round(completion_tokens))
     return Estimate(len(keys), reused, prompt_tokens, round(completion_tokens), cost)

@@ -53,7 +53,7 @@ def _parse(data: bytes, path: Path) -> tuple[dict[str, Entry], int]:
         except (ValueError, KeyError, TypeError):
             raise ValueError(
                 f"{path}, line {number}: not an entry of a ledger, which is a JSON object with a 'key'; delete the "
-                "line to go on (its call will be paid again)"
+                "line to continue (its call will be paid for again)"
             ) from None
     return entries, whole
 

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from backtrack_jax.config import OpenAISpec
 from backtrack_jax.data.annotations import Reason, align
 from backtrack_jax.data.records import LABELS, Annotation, Note, Rejection, Section, Trace
 from backtrack_jax.data.text import sentence_spans
@@ -115,6 +116,11 @@ class JudgePrompt:
     format: str = "sentences"
     backtracking: str = "revise"
     response_format: str = "json_schema"
+
+    @classmethod
+    def of(cls, spec: OpenAISpec) -> "JudgePrompt":
+        """The question that a config asks for; ValueError names what is wrong with it."""
+        return cls(spec.format, spec.backtracking, spec.response_format)
 
     def __post_init__(self) -> None:
         for field, accepted in (
