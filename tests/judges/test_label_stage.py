@@ -33,6 +33,7 @@ from backtrack_jax.judges.openai.ledger import read_entries
 from backtrack_jax.judges.openai.prompts import JudgePrompt
 from backtrack_jax.judges.openai.settings import JudgeStopped, request
 from backtrack_jax.stages.analysis import ANALYSIS
+from backtrack_jax.stages.annotations import ANNOTATIONS
 
 TINY = Path(tiny.__file__)
 KEY = "sk-test-0123456789"
@@ -81,7 +82,7 @@ def made(server: FaultServer, **changes: Any) -> pipeline.Run:
 
 
 def labelled(made: pipeline.Run) -> bool:
-    return made.done(stage.ANNOTATIONS)
+    return made.done(ANNOTATIONS)
 
 
 def annotations() -> list[records.Annotation]:
