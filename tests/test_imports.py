@@ -25,7 +25,7 @@ FLOORS = (  # from the ground up; names of folders, and of files in none
     ("judges",),
     ("analysis",),
     ("organism",),
-    ("checks", "compatibility", "conditions", "inputs"),
+    ("checks", "compatibility", "conditions", "inputs", "labelling"),
     ("stages",),
     ("report",),
     ("pipeline", "plan"),

@@ -1,5 +1,7 @@
 """The list of judges: what a config may name, and a judge of one's own, which takes a class and a line there."""
 
+import functools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,45 +11,38 @@ import tiny
 
 from backtrack_jax import checks, labelling, pipeline, plan
 from backtrack_jax.config import Experiment
-from backtrack_jax.data.records import OTHER, Annotation, Section, Trace
-from backtrack_jax.data.text import sentence_spans
+from backtrack_jax.data.records import OTHER, Annotation, Trace
 from backtrack_jax.judges.base import Judge
 from backtrack_jax.stages import estimates
 from backtrack_jax.stages.annotations import ANNOTATIONS
 
+ROOT = Path(__file__).parents[1]
 STAGES = ("1-traces", "2-annotations")
 
 
-class FirstWordJudge(Judge):
-    """A sentence that begins with a certain word, the variant, is backtracking."""
-
-    name = "first-word"
-    labels = ("backtracking", OTHER)
-
-    def faults(self, e: Experiment) -> list[str]:
-        return [] if e.annotations.variant else ["annotations.variant='', expected a word"]
-
-    def inputs(self, e: Experiment) -> dict[str, Any]:
-        return {"word": e.annotations.variant}
-
-    def annotate(self, e: Experiment, traces: Sequence[Trace]) -> list[Annotation]:
-        def label(sentence: str) -> str:
-            return "backtracking" if sentence.startswith(e.annotations.variant) else OTHER
-
-        return [
-            Annotation(t.id, self.name, tuple(Section(label(t.text[a:b]), a, b) for a, b in sentence_spans(t)))
-            for t in traces
-        ]
-
-
-class DearJudge(FirstWordJudge):
-    """One that says what it costs."""
+class DearJudge(Judge):
+    """One that says what it costs, and labels nothing."""
 
     name = "dear"
     reads_text = False
 
+    def faults(self, e: Experiment) -> list[str]:
+        return first_word().faults(e)
+
     def plan(self, e: Experiment, traces: Sequence[Trace]) -> list[str]:
         return [f"{self.name}, by the word {e.annotations.variant}", f"${len(traces)}"]
+
+    def annotate(self, e: Experiment, traces: Sequence[Trace]) -> list[Annotation]:
+        return [Annotation(trace.id, self.name, ()) for trace in traces]
+
+
+@functools.cache
+def first_word() -> Judge:
+    """The judge that the documentation adds."""
+    (code, *_) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "howto" / "judge.md").read_text(), re.DOTALL)
+    namespace: dict[str, Any] = {}
+    exec(compile(code, "judge.md", "exec"), namespace)
+    return namespace["JUDGE"]
 
 
 @pytest.fixture
@@ -55,7 +50,7 @@ def registered(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPat
     """The two are in the list; the experiment names the first."""
     monkeypatch.chdir(tmp_path_factory.mktemp("place"))
     tiny.write(Path.cwd())
-    monkeypatch.setattr(labelling, "JUDGES", (*labelling.JUDGES, FirstWordJudge(), DearJudge()))
+    monkeypatch.setattr(labelling, "JUDGES", (*labelling.JUDGES, first_word(), DearJudge()))
     e = tiny.get_config()
     e.annotations.judge, e.annotations.variant = "first-word", "Wait"
     e.steering.kinds, e.steering.baselines = ("backtracking",), ("noise",)
