@@ -1,5 +1,6 @@
 """What a finished run holds: artifacts that agree with each other, with the chains, and with formulas written anew."""
 
+import ast
 import csv
 import dataclasses
 import hashlib
@@ -28,6 +29,7 @@ from runs import (
 from safetensors.numpy import load_file
 from sklearn import metrics
 
+import backtrack_jax
 from backtrack_jax import conditions, extract, generate, pipeline
 from backtrack_jax.analysis import activations, probe, similarity
 from backtrack_jax.data import records
@@ -61,6 +63,26 @@ def test_the_artifacts_are_these(tiny_run: Path) -> None:
     ]
     assert sorted(contents(tiny_run / "results" / "tiny")) == sorted(expected)
     assert (tiny_run / "results" / "tiny").stat().st_nlink == 2 + len(stages)  # no other folder
+
+
+def strings_in_code(path: Path) -> set[str]:
+    """Strings and the fixed parts of f-strings; docstrings are none."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    docstrings = [node.value for node in nodes if isinstance(node, ast.Expr)]
+    texts = [node for node in nodes if isinstance(node, ast.Constant) and node not in docstrings]
+    return {node.value for node in texts if isinstance(node.value, str)}
+
+
+def test_one_module_spells_the_name_of_a_stage_or_of_an_artifact(tiny_run: Path) -> None:
+    files = {path.name for path in (tiny_run / "results" / "tiny").rglob("*") if path.is_file()}
+    files |= {"judged.jsonl", "judge_agreement.csv", "base.replies.jsonl", "base.likelihoods.jsonl"}  # not in this run
+    names = {*STAGES, *(re.sub(rf"^({'|'.join(ROLES)})(?=\.)", "", file) for file in files)}  # ".lens.csv", of any role
+    spelled: dict[str, list[str]] = {name: [] for name in names}
+    for path in Path(backtrack_jax.__file__).parent.rglob("*.py"):
+        for name in names & {text.rpartition("/")[2] for text in strings_in_code(path)}:
+            spelled[name].append(path.name)
+    assert not {name: modules for name, modules in spelled.items() if len(modules) > 1}
+    assert {*STAGES, "DONE", "traces.jsonl", ".sums.safetensors", ".lens.csv"} < {n for n in names if spelled[n]}
 
 
 def test_traces_and_annotations_are_those_of_the_file(tiny_run: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import tiny
+import toys
 from runs import CELL, ROLES, STAGES, contents, done, lines_of, run, set_at
 
 from backtrack_jax import pipeline
@@ -290,3 +291,96 @@ def test_the_order_of_roles_changes_nothing(finished: Path) -> None:
     turned = pipeline.Run(e)
     assert turned.experiment.roles == ROLES and turned.inputs == pipeline.Run(tiny.get_config()).inputs
     assert done(turned) == list(STAGES)
+
+
+# What is stale: results that stand on others than those that are in place
+
+
+def toy_run(seed: int, *wanted: str) -> pipeline.Run:
+    e = tiny.get_config()
+    e.traces.limit, e.seed = 3, seed
+    made = pipeline.Run(e, wanted, stages=toys.TOYS)
+    made.run()
+    return made
+
+
+def test_a_stage_that_runs_alone_leaves_later_ones_stale_until_they_run(
+    fresh: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toy_run(4)
+    page = fresh / "3-page"
+    before = contents(page)
+    assert before.keys() == {"DONE", "inputs.json", "page.txt"}
+    capsys.readouterr()
+    made = toy_run(5, "2-count")
+    reason = "made from results of 2-count that have been replaced"
+    said = f"stale, {reason}: 3-page; bring up to date with --stages=3\n"
+    assert said in capsys.readouterr().err
+    assert done(made) == ["1-words", "2-count"]
+    # What the stale results are, and of which inputs, stays as it was.
+    assert contents(page) == before | {"STALE": f"{reason}\n".encode(), ".notice": reason.encode()}
+    toy_run(5, "1-words")
+    assert said in capsys.readouterr().err  # as long as it is so
+    assert contents(page)["STALE"]
+    toy_run(5, "3-page")
+    assert "stale" not in capsys.readouterr().err
+    assert (page / "page.txt").read_text() == "8 words" and contents(page).keys() == before.keys()
+
+
+def test_stale_results_whose_ground_comes_back_are_done_before(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    toy_run(4)
+    page = fresh / "3-page"
+    before = contents(page)
+    toy_run(5, "2-count")
+    assert contents(page)["STALE"]
+    capsys.readouterr()
+    made = toy_run(4, "2-count")
+    assert "stale" not in capsys.readouterr().err
+    assert contents(page) == before | {".notice": b""}
+    assert done(made) == ["1-words", "2-count", "3-page"]
+    toy_run(4)
+    assert capsys.readouterr().err.count("done before") == 3
+
+
+def test_all_that_stands_on_replaced_results_is_stale(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    toy_run(4)
+    e = tiny.get_config()
+    e.traces.limit, e.seed = 9, 4
+    pipeline.Run(e, ("1-words",), stages=toys.TOYS).run()
+    reason = "made from results of 1-words that have been replaced"
+    assert f"stale, {reason}: 2-count, 3-page; bring up to date with --stages=2,3\n" in capsys.readouterr().err
+    for stage in ("2-count", "3-page"):
+        assert (fresh / stage / "STALE").read_text() == f"{reason}\n"
+    pipeline.Run(e, ("2-count",), stages=toys.TOYS).run()  # and then the page is of another count
+    assert not (fresh / "2-count" / "STALE").exists()
+    assert "2-count that have been replaced" in (fresh / "3-page" / "STALE").read_text()
+
+
+def test_stale_results_that_were_set_aside_come_back_without_the_mark(fresh: Path) -> None:
+    toy_run(4)
+    before = contents(fresh / "3-page")
+    toy_run(5, "2-count")
+    toy_run(5, "3-page")  # sets the stale page aside
+    assert not (fresh / "3-page" / "STALE").exists()
+    toy_run(4)
+    assert contents(fresh / "3-page") == before | {".notice": b""}
+
+
+def test_a_changed_sweep_alone_marks_analysis_and_page(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(finished)
+    e = tiny.get_config()
+    e.steering.layers = ()
+    run(e, "4")
+    reason = "made from results of 4-steering that have been replaced"
+    assert f"stale, {reason}: 5-analysis, 6-report; bring up to date with --stages=5,6" in capsys.readouterr().err
+    marks = {"5-analysis/STALE", "6-report/STALE", "6-report/.stale.js"}
+    stale = contents(finished)
+    assert {name for name in stale if name.endswith("STALE")} == marks - {"6-report/.stale.js"}
+    # The page looks for this file beside it.
+    assert stale["6-report/.stale.js"].decode() == f'window.staleReason = "{reason}";\n'
+    assert b'<script src=".stale.js"></script>' in stale["6-report/report.html"]
+    later = [name for name in before if name[0] in "56" and name not in marks]
+    assert later and all(stale[name] == before[name] for name in later)
+    run(tiny.get_config(), "4")
+    assert "stale" not in capsys.readouterr().err
+    assert {name: content for name, content in contents(finished).items() if name[0] in "123456"} == before

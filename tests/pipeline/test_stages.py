@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import toys
 from runs import (
     STAGES,
     contents,
@@ -23,7 +24,7 @@ from runs import (
 )
 from safetensors.numpy import load_file
 
-from backtrack_jax import pipeline, vectors
+from backtrack_jax import pipeline, plan, vectors
 from backtrack_jax.config import UNITS
 from backtrack_jax.data import records
 from backtrack_jax.models import prompts
@@ -34,6 +35,45 @@ def test_stage_names() -> None:
     assert pipeline.stage_names(["vectors", "1", "6-report", "1-traces"]) == ("1-traces", "3-vectors", "6-report")
     with pytest.raises(ValueError, match=r"\['7', ''\] unknown; there are 1-traces, 2-annotations"):
         pipeline.stage_names(["7", "", "2"])
+
+
+def test_any_list_of_stages_runs(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The pipeline knows order, fingerprints and folders; what a stage is called, reads and writes, it does not."""
+    e = tiny.get_config()
+    e.traces.limit, e.seed = 3, 4
+    made = pipeline.Run(e, stages=toys.TOYS)
+    assert plan.describe(made).splitlines()[1:] == [
+        "1-words        to do",
+        "  3 words",
+        "2-count        to do",
+        "  a sum",
+        "3-page         to do",
+        "  a line",
+    ]
+    assert not fresh.exists()
+    made.run()
+    assert capsys.readouterr().err.endswith("results are in results/tiny/3-page/page.txt\n")
+    assert sorted(path.name for path in fresh.iterdir() if path.is_dir()) == ["1-words", "2-count", "3-page"]
+    assert (fresh / "3-page" / "page.txt").read_text() == "7 words"
+    assert done(made) == ["1-words", "2-count", "3-page"]
+    e.seed = 5
+    made = pipeline.Run(e, stages=toys.TOYS)
+    assert done(made) == ["1-words"]
+    made.run()
+    said = capsys.readouterr().err
+    assert "1-words: done before" in said and "2-count: runs again, since seed changed" in said
+    assert (fresh / "3-page" / "page.txt").read_text() == "8 words"
+
+
+def test_a_list_of_stages_is_chosen_from_like_that_of_the_paper(fresh: Path) -> None:
+    e = tiny.get_config()
+    with pytest.raises(ValueError, match="3-page builds on 1-words, which is not done for this config"):
+        pipeline.Run(e, ("3-page",), stages=toys.TOYS).run()
+    assert pipeline.stage_names(["count", "1"], toys.TOYS) == ("1-words", "2-count")
+    with pytest.raises(ValueError, match=r"\['steering'\] unknown; there are 1-words, 2-count, 3-page"):
+        pipeline.stage_names(["steering"], toys.TOYS)
+    pipeline.Run(e, ("1-words", "2-count"), stages=toys.TOYS).run()
+    assert not (fresh / "3-page").exists()
 
 
 def test_stages_one_by_one_give_the_same(fresh: Path, tiny_run: Path) -> None:
