@@ -81,11 +81,10 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         """Starts from random weights; `checkpoint` replaces them."""
-        D, N, K, H = config.d_model, config.n_heads, config.n_kv_heads, config.head_dim
-        self.q_proj = Linear(D, N * H, dtype, rngs, bias=config.qkv_bias)
-        self.k_proj = Linear(D, K * H, dtype, rngs, bias=config.qkv_bias)
-        self.v_proj = Linear(D, K * H, dtype, rngs, bias=config.qkv_bias)
-        self.o_proj = Linear(N * H, D, dtype, rngs)
+        self.q_proj = Linear.of(config, "q_proj", dtype, rngs)
+        self.k_proj = Linear.of(config, "k_proj", dtype, rngs)
+        self.v_proj = Linear.of(config, "v_proj", dtype, rngs)
+        self.o_proj = Linear.of(config, "o_proj", dtype, rngs)
         self.config = config
 
     def __call__(

@@ -46,7 +46,7 @@ class ModelConfig:
       rope_theta: base of the rotary frequencies.
       rope_scaling: how these are scaled, or None for plain rotary embeddings.
       tied: whether the unembedding is the transposed embedding.
-      qkv_bias: whether the projections to queries, keys and values add a bias.
+      biases: which of a block's matrices add a bias, by name: `q_proj`, `k_proj`, ..., `down_proj`.
     """
 
     family: str = "llama"
@@ -61,7 +61,7 @@ class ModelConfig:
     rope_theta: float
     rope_scaling: Llama3RopeScaling | None
     tied: bool
-    qkv_bias: bool = False
+    biases: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuses sizes that do not fit together."""
@@ -71,13 +71,28 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary embeddings need an even one")
+        if unknown := set(self.biases) - self.matrices.keys():
+            raise ValueError(f"biases of {sorted(unknown)}, expected some of {', '.join(self.matrices)}")
+
+    @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """Width in and width out of every matrix of a block, by name."""
+        D, F, queries, keys = self.d_model, self.d_mlp, self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        return {
+            "q_proj": (D, queries),
+            "k_proj": (D, keys),
+            "v_proj": (D, keys),
+            "o_proj": (queries, D),
+            "gate_proj": (D, F),
+            "up_proj": (D, F),
+            "down_proj": (F, D),
+        }
 
     @property
     def n_parameters(self) -> int:
         """Number of scalar weights."""
-        attention = self.d_model * self.head_dim * (2 * self.n_heads + 2 * self.n_kv_heads)
-        biases = self.head_dim * (self.n_heads + 2 * self.n_kv_heads) if self.qkv_bias else 0
-        block = attention + biases + 3 * self.d_model * self.d_mlp + 2 * self.d_model
+        biases = sum(self.matrices[name][1] for name in self.biases)
+        block = sum(d_in * d_out for d_in, d_out in self.matrices.values()) + biases + 2 * self.d_model
         embeddings = self.vocab_size * self.d_model * (1 if self.tied else 2)
         return self.n_layers * block + embeddings + self.d_model
 

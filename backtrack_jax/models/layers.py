@@ -17,6 +17,11 @@ class Linear(nnx.Module):
         self.weight = _random(rngs, (d_in, d_out), dtype)
         self.bias = nnx.Param(jnp.zeros(d_out, dtype)) if bias else None
 
+    @classmethod
+    def of(cls, config: ModelConfig, name: str, dtype: jnp.dtype, rngs: nnx.Rngs) -> "Linear":
+        """One of a block's matrices, by its name in `ModelConfig.matrices`."""
+        return cls(*config.matrices[name], dtype, rngs, bias=name in config.biases)
+
     @property
     def dtype(self) -> jnp.dtype:
         """Dtype of the weights."""
@@ -63,9 +68,9 @@ class MLP(nnx.Module):
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         """Starts from random weights; `checkpoint` replaces them."""
-        self.gate_proj = Linear(config.d_model, config.d_mlp, dtype, rngs)
-        self.up_proj = Linear(config.d_model, config.d_mlp, dtype, rngs)
-        self.down_proj = Linear(config.d_mlp, config.d_model, dtype, rngs)
+        self.gate_proj = Linear.of(config, "gate_proj", dtype, rngs)
+        self.up_proj = Linear.of(config, "up_proj", dtype, rngs)
+        self.down_proj = Linear.of(config, "down_proj", dtype, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] to [B, T, D] float32."""

@@ -19,9 +19,11 @@ from backtrack_jax.models.decoder import Decoder
 DATA, MODEL = "data", "model"
 
 # Which axis of a module's weights is split, counted from the last: blocks have a leading axis L that is never split.
-_BY_ROWS = dict.fromkeys(("embed_tokens", "lm_head", "o_proj", "down_proj"), {"weight": -2})
-_BY_COLUMNS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), {"weight": -1, "bias": -1})
-_SPLIT_AXIS: dict[str, dict[str, int]] = {**_BY_ROWS, **_BY_COLUMNS}
+# A bias is split where its matrix is split by output; else it is whole everywhere.
+_BY_ROWS = ("embed_tokens", "lm_head", "o_proj", "down_proj")
+_BY_COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+_SPLIT_AXIS: dict[str, dict[str, int]] = {name: {"weight": -2} for name in _BY_ROWS}
+_SPLIT_AXIS |= {name: {"weight": -1, "bias": -1} for name in _BY_COLUMNS}
 
 
 def make_mesh(model_parallel: int = 1, devices: Sequence[Any] | None = None) -> Mesh:

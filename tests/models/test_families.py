@@ -30,7 +30,7 @@ QWEN2 = Family(
     architecture="Qwen2ForCausalLM",
     ignored=frozenset({"max_window_layers", "sliding_window"}),
     accepted={"use_sliding_window": False},
-    constants={"qkv_bias": True},
+    constants={"biases": ("q_proj", "k_proj", "v_proj")},
     gguf=GgufNames(architecture="qwen2", permuted=False),
 )
 SIZES: dict[str, Any] = {
@@ -85,7 +85,7 @@ def theirs(model: Any) -> np.ndarray:
 
 def test_its_folder_is_read_and_written(reference: Any, folder: Path, tmp_path: Path) -> None:
     model = checkpoint.load(str(folder))
-    assert (model.config.family, model.config.qkv_bias) == ("qwen2", True)
+    assert (model.config.family, len(model.config.biases)) == ("qwen2", 3)
     assert model.config.n_parameters == sum(parameter.numel() for parameter in reference.parameters())
     assert relative_error(logits(model), theirs(reference)) < 1e-5
     checkpoint.save_hf(model, tmp_path / "again")
@@ -104,7 +104,7 @@ def test_a_bias_that_is_missing_is_named(folder: Path) -> None:
 
 def test_fields_of_its_own_are_understood_or_refused(folder: Path) -> None:
     fields = families.to_hf(checkpoint.read_config(folder))
-    with pytest.raises(ValueError, match="not a qwen2 model .*\n.*use_sliding_window=True, only False is implemented"):
+    with pytest.raises(ValueError, match=r"not a qwen2 model .*\n.*use_sliding_window=True, only False is implemented"):
         families.from_hf(fields | {"use_sliding_window": True})
     with pytest.raises(ValueError, match="unknown field pretraining_tp=1"):  # which is Llama's
         families.from_hf(fields | {"pretraining_tp": 1})
@@ -115,7 +115,7 @@ def test_fields_of_its_own_are_understood_or_refused(folder: Path) -> None:
 def test_its_gguf_file_is_read(reference: Any, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "model.gguf", reference)
     model = checkpoint.load(str(path))
-    assert model.config.qkv_bias
+    assert model.config.biases
     assert relative_error(logits(model), theirs(reference)) < 1e-5
 
 

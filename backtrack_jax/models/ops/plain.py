@@ -82,5 +82,6 @@ def unstacks(blocks: Any) -> bool:
     return False
 
 
-def barrier(x):
+def barrier(x: Any) -> Any:
+    """x, computed before what follows."""
     return x

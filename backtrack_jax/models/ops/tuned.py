@@ -33,14 +33,15 @@ _MAX_CHUNKS = 16  # since each adds to the compilation
 
 
 def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """One row a token: XLA's CPU backend takes twice as long for a gradient of float32 weights summed over two axes."""
     if weight.dtype.itemsize == 2:
         return plain.matmul(x, weight)
-    # As one row a token: XLA's CPU backend takes twice as long for a gradient of the weight that sums over two axes.
     rows = plain.matmul(x.reshape(-1, x.shape[-1]), weight)
     return rows.reshape(*x.shape[:-1], rows.shape[-1])
 
 
-def barrier(x):
+def barrier(x: Any) -> Any:
+    """Rotary tables: XLA's CPU backend would otherwise compute sines anew in every block of a decode step."""
     return lax.optimization_barrier(x)
 
 
