@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import operator
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,6 +42,8 @@ from backtrack_jax.models.batching import left_pad
 from backtrack_jax.models.decoder import Decoder
 
 pytestmark = pytest.mark.hf
+
+ROOT = Path(__file__).parents[1]
 
 L, D, T, B = 3, 40, 10, 6
 TOLERANCE = 1e-5
@@ -374,29 +377,18 @@ def test_a_batch_has_the_kinds_that_its_rows_have_and_no_others():
     assert with_same_terms(same)[0].terms[0] is same[0].terms[0] is PLUS.terms[0], "arrays are not copied"
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Clamp(Term):
-    """A term that this package does not have: sets the component along u to a value."""
-
-    u: jax.Array
-    value: jax.Array
-
-    def delta(self, x: jax.Array, layer: jax.Array, positions: jax.Array, key: jax.Array) -> jax.Array:
-        component = jnp.sum(x * self.u[:, None], axis=-1)
-        return (self.strength[:, None] * (self.value[:, None] - component))[..., None] * self.u[:, None]
-
-
 def test_a_new_term_is_a_class_and_a_line(monkeypatch: pytest.MonkeyPatch):
-    """Through sums, batches and decoding with a cache; and it cannot be left out, whatever its strength is called."""
+    """As docs/howto says: through sums, batches and decoding with a cache; nothing could leave it out."""
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "howto" / "term.md").read_text(), re.DOTALL)
+    assert len(code) == 3 and code[1].startswith("TERMS: tuple[type[Term], ...] = (Add, Amplify, Ablate, Noise, Clamp)")
     unit = VECTOR / jnp.linalg.norm(VECTOR)
-    here = jnp.eye(L)[1]
-    term = Clamp(here, jnp.outer(here, unit), 7.0 * here)
-    row = dataclasses.replace(NOTHING, terms=(term,))
+    there: dict[str, Any] = {"no_intervention": no_intervention, "L": L, "D": D, "unit": unit}
+    exec(compile(code[0] + code[2].replace("== 9", "== 1"), "term.md", "exec"), there)
+    row = there["row"]
     for meets_it in (lambda: stack_rows([row, PLUS]), lambda: row + PLUS):
         with pytest.raises(ValueError, match="Clamp is not in TERMS, which has Add, Amplify, Ablate, Noise"):
             meets_it()
-    monkeypatch.setattr(intervention, "TERMS", (*TERMS, Clamp))
+    monkeypatch.setattr(intervention, "TERMS", (*TERMS, there["Clamp"]))
     steered = states([row, PLUS, row + PLUS])
     np.testing.assert_allclose(steered[1, 0] @ unit, np.full(T, 7.0), rtol=1e-5)
     np.testing.assert_array_equal(steered[:, 1], states([NOTHING, PLUS])[:, 1])
