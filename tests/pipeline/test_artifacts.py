@@ -31,7 +31,7 @@ from sklearn import metrics
 
 import backtrack_jax
 from backtrack_jax import conditions, extract, generate, pipeline
-from backtrack_jax.analysis import activations, probe, similarity
+from backtrack_jax.analysis import activations, probe, reliability
 from backtrack_jax.data import records
 from backtrack_jax.models import prompts
 from backtrack_jax.models.tokenizer import Tokenizer
@@ -58,6 +58,7 @@ def test_the_artifacts_are_these(tiny_run: Path) -> None:
         *("2-annotations/summary.txt", "3-vectors/summary.json", *files, "4-steering/generations.jsonl"),
         *(f"5-analysis/{name}.csv" for name in TABLES),
         *(f"5-analysis/{role}.{name}" for role in ROLES for name in PER_MODEL),
+        "5-analysis/analyses.json",
         *(f"6-report/{name}.{suffix}" for name in FIGURES for suffix in ("csv", "pdf", "png")),
         *("6-report/summary.md", "6-report/report.html", "6-report/.stale.js"),
     ]
@@ -346,7 +347,7 @@ def test_halves_are_weighted_like_the_vectors(finished: Path, estimator: str) ->
     weights = (own, every) if estimator == "token_mean" else (np.ones(len(own)), np.ones(len(own)))
     ids, problems = [trace.id for trace, _ in pairs], [trace.problem_id for trace, _ in pairs]
     positive, contrast = (sums.means_by_trace(ids, group, 1) for group in ("backtracking", "all"))
-    expected = similarity.split_half(positive, contrast, problems, weights=weights)
+    expected = reliability.split_half(positive, contrast, problems, weights=weights)
     with (finished / "5-analysis" / "reliability.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if (row["role"], row["layer"]) == ("base", "1")]
     (row,) = (row for row in rows if row["label"] == "backtracking")
@@ -364,8 +365,9 @@ def test_problems_are_counted_where_tokens_are_scored(finished: Path) -> None:
     sums.trace_means[others, :, group] = np.nan
     rng = np.random.default_rng(0)
     states = rng.standard_normal((2 * len(traces), sums.trace_means.shape[-1]), np.float32)
-    tokens = probe.Tokens(states, np.repeat(np.arange(len(traces)), 2), np.arange(2 * len(traces)) % 2 == 0)
-    rows = stage_analysis._probe_rows(made.context, "base", 2, 13, tokens, traces, {"base": sums})
+    tokens = probe.SampledTokens(states, np.repeat(np.arange(len(traces)), 2), np.arange(2 * len(traces)) % 2 == 0)
+    material = dataclasses.replace(stage_analysis.gather(made.context), sums={"base": sums})
+    rows = probe.score_directions(material, "base", 2, 13, tokens, traces)
     found = {row["method"]: (row["n_problems"], row["n_tokens"]) for row in rows}
     fold = probe.folds([trace.problem_id for trace in traces], e.analysis.folds, e.seed)
     left_out = fold == fold[[trace.problem_id for trace in traces].index(only)]
