@@ -77,13 +77,18 @@ def strings_in_code(path: Path) -> set[str]:
 def test_one_module_spells_the_name_of_a_stage_or_of_an_artifact(tiny_run: Path) -> None:
     files = {path.name for path in (tiny_run / "results" / "tiny").rglob("*") if path.is_file()}
     files |= {"judged.jsonl", "judge_agreement.csv", "base.replies.jsonl", "base.likelihoods.jsonl"}  # not in this run
-    names = {*STAGES, *(re.sub(rf"^({'|'.join(ROLES)})(?=\.)", "", file) for file in files)}  # ".lens.csv", of any role
+    names = {
+        *STAGES,
+        *(re.sub(rf"^({'|'.join(ROLES)})(?=\.)", "", file) for file in files),
+    }  # ".projections.json", of any role
     spelled: dict[str, list[str]] = {name: [] for name in names}
     for path in Path(backtrack_jax.__file__).parent.rglob("*.py"):
         for name in names & {text.rpartition("/")[2] for text in strings_in_code(path)}:
             spelled[name].append(path.name)
     assert not {name: modules for name, modules in spelled.items() if len(modules) > 1}
-    assert {*STAGES, "DONE", "traces.jsonl", ".sums.safetensors", ".lens.csv"} < {n for n in names if spelled[n]}
+    assert {*STAGES, "DONE", "traces.jsonl", ".sums.safetensors", ".projections.json"} < {
+        n for n in names if spelled[n]
+    }
 
 
 def test_traces_and_annotations_are_those_of_the_file(tiny_run: Path) -> None:
