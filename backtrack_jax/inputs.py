@@ -1,21 +1,16 @@
 """What a run depends on: where its inputs are, and what tells one of them from another."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, TypeVar
-
-import numpy as np
+from typing import Any
 
 from backtrack_jax import vectors
 from backtrack_jax.config import Experiment
 from backtrack_jax.data import records
-from backtrack_jax.data.problems import problems_at
+from backtrack_jax.data.problems import problems_at, spread
 from backtrack_jax.files import store
 from backtrack_jax.files.paths import data_path, local_path
 from backtrack_jax.models import checkpoint, families
 from backtrack_jax.models.config import ModelConfig
-
-_T = TypeVar("_T")
 
 
 def weights_id(path: str) -> str:
@@ -37,13 +32,6 @@ def architecture(path: str) -> ModelConfig | None:
 def problems(e: Experiment) -> list[records.Problem]:
     """The problems that the author of sampled traces is asked."""
     return spread(problems_at(e.traces.problems), e.traces.limit)
-
-
-def spread(items: Sequence[_T], limit: int) -> list[_T]:
-    """`limit` items evenly spread over a sequence, all of them if limit is 0 or more than there are."""
-    if not limit or limit >= len(items):
-        return list(items)
-    return [items[i] for i in np.linspace(0, len(items) - 1, limit).round().astype(int)]
 
 
 def vector_files(e: Experiment, n_layers: int) -> dict[str, vectors.SteeringVector]:

@@ -31,7 +31,6 @@ STAGES: tuple[Stage, ...] = (TRACES, ANNOTATIONS, VECTORS, STEERING, ANALYSIS, R
 """The stages of the paper, in order."""
 
 _EARLIER = "earlier stages"  # field of inputs.json: fingerprint of those of the stage before
-_RUN = "run.json"
 
 
 def stage_names(wanted: Sequence[str], stages: Sequence[Stage] = STAGES) -> tuple[str, ...]:
@@ -161,7 +160,7 @@ class Run:
         else:
             say(f"{stage.name}:")
         self._check_commits(stage)
-        self._describe(folder.path / _RUN)
+        self._describe(folder.path / store.RUN)
         stage.run(self.context, folder.path)
         if changed := self._changed_since(stage):
             folder.set_aside()  # as part of it may be of the old files and part of the new ones
@@ -210,7 +209,7 @@ class Run:
             return
         now = self._hub_commits()
         for earlier in self._up_to(stage):
-            path = self.context.folder(earlier) / _RUN
+            path = self.context.folder(earlier) / store.RUN
             if not earlier.model_roles(self.experiment) or not path.exists():
                 continue
             before = store.read_json(path).get("hub_commits", {})

@@ -9,7 +9,7 @@ import tiny
 
 from backtrack_jax import kinds, pipeline
 from backtrack_jax.data.records import LABELS
-from backtrack_jax.report import results
+from backtrack_jax.report.stage import read_results
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_run_of_sums_and_ablations_at_two_layers(finished: Path) -> None:
     assert len({json.dumps(replies) for replies in steered}) > 0.8 * len(steered)
     shares = {(line["magnitude"], line["length"]) for line in lines if line["kind"].startswith("ablate:")}
     assert shares == {(-1.0, -1.0), (1.0, 1.0)}
-    read = results.read(e, finished)
+    read = read_results(e, finished)
     assert [(row["magnitude"], row["layer"]) for row in read.cells("base", e.steering.kinds[1], "reasoning")] == [
         *((-1.0, 2), (0.0, 2), (1.0, 2)),
     ]

@@ -13,39 +13,47 @@ steered replies: `reply_traces` makes traces of these, which any judge can label
 """
 
 import argparse
-import csv
-import hashlib
-import io
-import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from backtrack_jax.analysis import cells, judged
+from backtrack_jax.analysis.base import Analysis, Material
+from backtrack_jax.analysis.results import PAPER_LABEL, Results
+from backtrack_jax.analysis.sheets import SHEET_COLUMNS as SHEET_COLUMNS
+from backtrack_jax.analysis.sheets import export_for_human as export_for_human
+from backtrack_jax.analysis.sheets import read_human as read_human
+from backtrack_jax.analysis.statistics import NAN, percentiles, resampled, tails
+from backtrack_jax.config import Experiment
 from backtrack_jax.data.annotations import align
 from backtrack_jax.data.records import (
-    LABELS,
-    OTHER,
+    UNSTEERED,
     Annotation,
+    Reply,
     Section,
     Trace,
     failure,
     pair_annotations,
     read_released,
+    window_name,
 )
 from backtrack_jax.data.text import sentence_spans
+from backtrack_jax.files.console import say
+from backtrack_jax.files.tables import Table
+from backtrack_jax.judges import keyword
+from backtrack_jax.judges.base import trace_judge
 from backtrack_jax.judges.keyword import VARIANTS, annotate
 
 UNITS = ("section", "sentence")
 """What the judges are compared on; see the module."""
 
-SHEET_COLUMNS = ("key", "trace_id", "category", "problem", "start", "stop", "text", "label")
-"""Columns of the sheet for people. They fill in `label`; `key`, `start` and `stop` have to stay as they are."""
-
 _NONE = "none of these"
+_ON_REPLIES = "judge_agreement"  # table
+_COUNTED = ("group", "unit", "n_units", "n_reference", "n_traces", "n_problems", "left_out_units", "left_out_traces")
 
 
 class Measure(NamedTuple):
@@ -172,29 +180,23 @@ def agreement(
     return rows
 
 
-def reply_traces(lines: Iterable[Mapping[str, Any]]) -> tuple[list[Trace], dict[str, str]]:
+def reply_traces(replies: Iterable[Reply]) -> tuple[list[Trace], dict[str, str]]:
     """Steered replies as traces, and the strength of each (Table C.1).
 
-        traces, strengths = reply_traces(store.read_lines(folder / "4-steering" / "generations.jsonl"))
+        traces, strengths = reply_traces(STEERING.read(folder / STEERING.name))
         label_traces(traces, JudgePrompt(), settings, ledger, on_done=lambda done, _: by_llm.append(done.annotation))
         agreement(traces, by_llm, [keyword.annotate(trace) for trace in traces], unit="sentence", groups=strengths)
 
     Args:
-        lines: of generations.jsonl, all or some; the paper's table is of one model and one vector.
+        replies: all or some of a run; the paper's table is of one model and one vector.
 
     Returns:
-        The traces, named by the number of their line, the problem and the sample; and trace id -> magnitude.
+        The traces, named by their number, the problem and the sample; and trace id -> magnitude.
     """
-    traces, strengths = [], {}
-    for number, line in enumerate(lines):
-        trace = Trace(
-            id=f"{number}/{line['problem_id']}/{line['sample']}",
-            **{name: line[name] for name in ("problem_id", "category", "problem", "text", "sample", "finish_reason")},
-            token_ids=tuple(line["ids"]),
-        )
-        traces.append(trace)
-        strengths[trace.id] = f"{line['magnitude']:g}"
-    return traces, strengths
+    replies = list(replies)
+    traces = [reply.trace(number) for number, reply in enumerate(replies)]
+    strengths = [f"{reply.condition.magnitude:g}" for reply in replies]
+    return traces, {trace.id: strength for trace, strength in zip(traces, strengths, strict=True)}
 
 
 def _count(trace: Trace, reference: Annotation, other: Annotation, unit: str, classes: Sequence[str]) -> _Counts:
@@ -232,21 +234,16 @@ def _measure(
     stacked = np.array(list(by_problem.values())).reshape(len(by_problem), n_classes, n_classes)
     pooled = stacked.sum(0)
     values = _statistics(pooled.astype(np.float64), binary)
-    low = high = np.full(4, np.nan)
+    bounds = [(NAN, NAN)] * 4
     if len(by_problem) > 1:
-        n = len(by_problem)
-        # How often each problem is drawn, [n_resamples, P].
-        draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples)
-        resampled = _statistics(np.tensordot(draws, stacked, axes=1).astype(np.float64), binary)
-        tail = (1 - level) / 2
-        bounds = [
-            np.quantile(column[np.isfinite(column)], [tail, 1 - tail])
-            if np.isfinite(column).any()
-            else (np.nan, np.nan)
-            for column in resampled.T
-        ]
-        low, high = np.array(bounds).T
-    return [Measure(*map(float, measure)) for measure in zip(values, low, high, strict=True)], pooled
+        drawn = resampled(
+            lambda draws: _statistics(np.tensordot(draws, stacked, axes=1), binary),
+            len(by_problem),
+            n_resamples=n_resamples,
+            seed=seed,
+        )
+        bounds = [percentiles(column, tails(level)) for column in drawn.T]
+    return [Measure(float(value), *ends) for value, ends in zip(values, bounds, strict=True)], pooled
 
 
 def _statistics(matrix: np.ndarray, binary: bool) -> np.ndarray:
@@ -289,108 +286,92 @@ def format_agreement(rows: Sequence[Agreement]) -> str:
     return "\n".join(lines)
 
 
-def export_for_human(path: Path | str, traces: Sequence[Trace], *, n_traces: int | None = None, seed: int = 0) -> None:
-    """Writes a sheet of sentences for a person to label, without what any judge said.
+class AgreementAnalysis(Analysis):
+    """Table C.1: the keyword judge against the labels of the run, and against `analysis.judge` on steered replies."""
 
-    Args:
-        path: CSV file (UTF-8 with a mark, as spreadsheets expect), `SHEET_COLUMNS`, one sentence a row.
-        traces: the traces.
-        n_traces: how many of them, drawn at random; None for all. Whole traces: a sentence needs its context.
-        seed: of the draw.
+    name = "agreement"
+    reads = (judged.JUDGED.name,)
+    tables = ("agreement",)
 
-    Raises:
-        ValueError: n_traces is more than there are.
-    """
-    if n_traces is not None and n_traces > len(traces):
-        raise ValueError(f"n_traces {n_traces} is more than the {len(traces)} traces")
-    chosen = traces if n_traces is None else random.Random(seed).sample(list(traces), n_traces)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8-sig", newline="", errors="replace") as file:
-        sheet = csv.writer(file)
-        sheet.writerow(SHEET_COLUMNS)
-        for trace in chosen:
-            for number, (start, stop) in enumerate(sentence_spans(trace)):
-                problem = trace.problem if number == 0 else ""
-                texts = [_cell(text) for text in (trace.id, trace.category, problem)]
-                sheet.writerow([_sheet_key(trace), *texts, start, stop, _cell(trace.text[start:stop]), ""])
+    def files(self, e: Experiment) -> list[str]:
+        """The second table only where a judge reads replies."""
+        return [*super().files(e), *([f"{_ON_REPLIES}.csv"] if e.analysis.judge else [])]
 
+    def finish(self, material: Material, folder: Path) -> dict[str, Table]:
+        """Labels by keyword, and compares."""
+        labels = judged.read(material, folder)
+        by_strength = {} if labels is None else {_ON_REPLIES: _table(_on_replies(material, labels))}
+        return {"agreement": _table(_on_traces(material))} | by_strength
 
-def _cell(text: str) -> str:
-    """Text that a spreadsheet does not take for a formula: model output is not to be trusted."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
-
-
-def _sheet_key(trace: Trace) -> str:
-    """Names a trace by its id and its text. The letter in front keeps spreadsheets from reading it as a number."""
-    return "t" + hashlib.sha256(f"{trace.id}\0{trace.text}".encode(errors="replace")).hexdigest()[:16]
+    def reference(self, r: Results) -> dict[str, str]:
+        """Precision, recall and F1 by strength; on the traces, where no judge read replies."""
+        compared = [
+            (f"at magnitude {line['group']}", line) for line in r.tables.get(_ON_REPLIES, []) if line["group"] != "all"
+        ] or [("on the traces", line) for line in r.tables.get("agreement", []) if line["group"] == "all"]
+        if not compared or r.label != PAPER_LABEL:
+            return {}
+        texts = [
+            " / ".join(cells.percent(line[name]) for name in ("precision", "recall", "f1")) + f" {where}"
+            for where, line in compared
+        ]
+        return {"judge": "; ".join(texts)}
 
 
-def read_human(path: Path | str, traces: Sequence[Trace], judge: str = "human") -> list[Annotation]:
-    """Reads a sheet that was labelled by a person; rows may be in any order.
+AGREEMENT = AgreementAnalysis()
 
-    Args:
-        path: the CSV file, separated by commas or semicolons.
-        traces: the traces that it was made from, and any others.
-        judge: name to record.
 
-    Returns:
-        One annotation per trace with at least one label, one section per labelled sentence, in the order of `traces`.
+def _on_traces(material: Material) -> list[Agreement]:
+    """On the traces, where their labels are another judge's."""
+    e, traces = material.experiment, material.traces
+    if trace_judge(e) == keyword.JUDGE.name or e.vectors.label != PAPER_LABEL:
+        return []
+    found = agreement(traces, material.annotations, [annotate(trace) for trace in traces], unit="sentence")
+    say(f"  keyword judge against the labels: F1 {100 * found[0].f1.value:.1f} %")
+    return found
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not UTF-8, or a column is missing; or in a named row: an unknown trace or label, a span
-            that is no sentence of the trace, a sentence that occurs twice; or no row has a label.
-    """
-    path = Path(path)
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error}); save the sheet as CSV UTF-8") from error
-    head = text.partition("\n")[0]
-    delimiter = ";" if head.count(";") > head.count(",") else ","
-    rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restval=""))  # of short rows
-    missing = {"key", "start", "stop", "label"} - set(rows[0] if rows else ())
-    if missing:
-        raise ValueError(f"{path}: column {min(missing)!r} is missing; expected: {', '.join(SHEET_COLUMNS)}")
-    by_key = {_sheet_key(trace): trace for trace in traces}
-    found: dict[str, dict[tuple[int, int], str]] = {}
-    for number, row in enumerate(rows, 2):
-        where = f"{path}, row {number}"
-        label = (row["label"] or "").strip().lower()
-        if not label:
-            continue
-        if label not in (*LABELS, OTHER):
-            raise ValueError(f"{where}: unknown label {label!r}; accepted: {', '.join((*LABELS, OTHER))}, or nothing")
-        trace = by_key.get(row["key"].strip())
-        if trace is None:
-            raise ValueError(
-                f"{where}: key {row['key']!r} belongs to none of the {len(traces)} traces, or to an older text"
-            )
-        spans = found.setdefault(trace.id, {})
-        span = _span(row, trace, where)
-        if span in spans:
-            raise ValueError(f"{where}: the sentence {span} of trace {trace.id!r} occurs more than once")
-        spans[span] = label
-    if not found:
-        raise ValueError(f"{path}: no row has a label")
+
+def _on_replies(material: Material, labels: Sequence[Annotation]) -> list[Agreement]:
+    """On replies of the model that writes the traces, unsteered and under its own vector at the experiment's layer."""
+    e = material.experiment
+    own = (e.vectors.label, e.author, e.steering.main_layer, window_name(e.vectors.window))
+    kept = []
+    for number, reply in enumerate(material.replies):
+        c = reply.condition
+        if c.target == e.author and (c.kind == UNSTEERED or (c.kind, c.source, c.layer, c.window) == own):
+            kept.append(number)
+    traces, strengths = reply_traces(material.replies)
+    traces = [traces[number] for number in kept]
+    by_keyword = [annotate(trace) for trace in traces]
+    return agreement(traces, [labels[n] for n in kept], by_keyword, unit="sentence", groups=strengths)
+
+
+def _table(found: Sequence[Agreement]) -> Table:
     return [
-        Annotation(trace.id, judge, tuple(Section(label, *span) for span, label in sorted(found[trace.id].items())))
-        for trace in traces
-        if trace.id in found
+        {name: getattr(row, name) for name in _COUNTED}
+        | {
+            f"{name}{suffix}": getattr(getattr(row, name), field)
+            for name in ("precision", "recall", "f1", "kappa")
+            for suffix, field in (("", "value"), ("_low", "low"), ("_high", "high"))
+        }
+        for row in found
     ]
 
 
-def _span(row: Mapping[str, str], trace: Trace, where: str) -> tuple[int, int]:
-    try:
-        span = int(row["start"]), int(row["stop"])
-    except ValueError:
-        span = (-1, -1)
-    if span not in sentence_spans(trace):
-        raise ValueError(
-            f"{where}: [{row['start']}, {row['stop']}) is no sentence of trace {trace.id!r}; restore the row"
-        )
-    return span
+def judges_table(r: Results) -> list[dict[str, str]]:
+    """Table C.1 for the page, on traces and on replies, as far as there is another judge than the keywords."""
+    rows = []
+    for table, judge, where in (
+        ("agreement", trace_judge(r.experiment), "traces"),
+        (_ON_REPLIES, r.experiment.analysis.judge, "replies, by magnitude"),
+    ):
+        for line in r.tables.get(table, []):
+            shown = {"judge": judge, "of": where}
+            shown |= {name: str(line[name]) for name in ("group", "n_units", "n_reference")}
+            for name, factor, digits in (("precision", 100, 0), ("recall", 100, 0), ("f1", 100, 0), ("kappa", 1, 2)):
+                value, low, high = (f"{factor * line[name + end]:.{digits}f}" for end in ("", "_low", "_high"))
+                shown[name] = f"{value} ({low} to {high})" if value != "nan" else "-"
+            rows.append(shown)
+    return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

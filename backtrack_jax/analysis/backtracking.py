@@ -1,4 +1,4 @@
-"""The backtracking rate of replies (Eq. 1), its interval, and measures of coherence that need no model.
+"""The backtracking rate of replies (Eq. 1), and measures of coherence that need no model.
 
     b = (number of words in {wait, hmm}) / (number of words)                                                   (Eq. 1)
 
@@ -7,13 +7,9 @@ matter. So "Wait," and "wait-and-see" hold the word *wait*; "waiting", "await", 
 such as `<think>` or `<|eot_id|>` hold no words.
 """
 
-import functools
 import zlib
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
-
-import numpy as np
-from numpy.typing import ArrayLike
 
 from backtrack_jax.data.text import KEYWORDS, split_words
 
@@ -90,45 +86,3 @@ def compression_ratio(text: str) -> float:
     """
     raw = text.encode("utf-8", errors="replace")
     return len(zlib.compress(raw, 9)) / len(raw) if raw else 1.0
-
-
-def bootstrap_interval(
-    hits: ArrayLike, words: ArrayLike, *, level: float = 0.95, n_resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the pooled rate sum(hits) / sum(words), resampling problems.
-
-    Replies to one problem are alike, so the problem is the unit: sum hits and words over the replies of each problem
-    first. A resample without any word counts as rate 0.
-
-    Args:
-        hits: [P], numerators, one per problem.
-        words: [P], denominators, >= 0.
-        level: coverage of the interval, between 0 and 1.
-        n_resamples: number of resamples.
-        seed: of the random generator; the same arguments give the same interval.
-
-    Returns:
-        Lower and upper bound, in the unit of the rate; (nan, nan) for fewer than two problems, where it is not defined.
-
-    Raises:
-        ValueError: shapes differ or are not [P], or the level is not between 0 and 1.
-    """
-    numerators, denominators = np.asarray(hits, np.float64), np.asarray(words, np.float64)
-    if numerators.ndim != 1 or numerators.shape != denominators.shape:
-        raise ValueError(f"hits {numerators.shape} and words {denominators.shape} must both have the shape [P]")
-    if not 0 < level < 1:
-        raise ValueError(f"level {level} must lie between 0 and 1")
-    n = len(numerators)
-    if n < 2:
-        return float("nan"), float("nan")
-    draws = _draws(n, n_resamples, seed)
-    totals = draws @ denominators
-    rates = np.divide(draws @ numerators, totals, out=np.zeros(n_resamples), where=totals > 0)
-    low, high = np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-@functools.lru_cache(maxsize=4)
-def _draws(n: int, n_resamples: int, seed: int) -> np.ndarray:
-    """How often each of n problems is drawn, [n_resamples, n] float64; the same for all measures of all conditions."""
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples).astype(np.float64)

@@ -19,6 +19,12 @@ from backtrack_jax.models.sharding import place_rows
 _LOGITS_AT_ONCE = 1 << 27  # numbers; all of an 8B model's batch would be 16 GB
 
 
+def logits_at_once(batch_size: int, vocab_size: int) -> int:
+    """How many logits are held at once, at most, for replies of usual lengths."""
+    of_position = batch_size * vocab_size
+    return max(min(_LOGITS_AT_ONCE, 256 * of_position), of_position)
+
+
 def log_likelihoods(
     model: Decoder,
     prompts: Sequence[Sequence[int]],

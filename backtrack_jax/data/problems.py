@@ -1,9 +1,15 @@
 """The problems that ship with the package: 300 in the ten categories of the paper, written for this project."""
 
+from collections.abc import Sequence
 from importlib import resources
+from typing import TypeVar
+
+import numpy as np
 
 from backtrack_jax.data.records import Problem, read_problems
 from backtrack_jax.files.paths import data_path
+
+_T = TypeVar("_T")
 
 CATEGORIES = (
     "math_logic",
@@ -35,3 +41,10 @@ def shipped_problems() -> list[Problem]:
     """
     with resources.as_file(resources.files("backtrack_jax.data") / "problems.jsonl") as path:
         return read_problems(path)
+
+
+def spread(items: Sequence[_T], limit: int) -> list[_T]:
+    """`limit` items evenly spread over a sequence, all of them if limit is 0 or more than there are."""
+    if not limit or limit >= len(items):
+        return list(items)
+    return [items[i] for i in np.linspace(0, len(items) - 1, limit).round().astype(int)]

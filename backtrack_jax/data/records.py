@@ -154,6 +154,11 @@ class Condition:
     magnitude: float
     length: float
 
+    @classmethod
+    def of(cls, line: Mapping[str, Any]) -> "Condition":
+        """The condition of a line of a table or of generations.jsonl; KeyError names a field that is missing."""
+        return cls(**{field.name: line[field.name] for field in dataclasses.fields(cls)})
+
     @property
     def name(self) -> str:
         """The cell in words, for messages."""
@@ -210,11 +215,23 @@ class Reply:
     @classmethod
     def from_line(cls, line: Mapping[str, Any]) -> "Reply":
         """The reply of a line of generations.jsonl; KeyError names a field that is missing."""
-        condition = Condition(**{field.name: line[field.name] for field in dataclasses.fields(Condition)})
         own = {
             field.name: line[field.name] for field in dataclasses.fields(cls) if field.name not in ("condition", "ids")
         }
-        return cls(condition=condition, ids=tuple(line["ids"]), **own)
+        return cls(condition=Condition.of(line), ids=tuple(line["ids"]), **own)
+
+    def trace(self, number: int = 0) -> Trace:
+        """The reply as a judge reads it, named by its number among the replies, the problem and the sample."""
+        return Trace(
+            id=f"{number}/{self.problem_id}/{self.sample}",
+            problem_id=self.problem_id,
+            category=self.category,
+            problem=self.problem,
+            text=self.text,
+            sample=self.sample,
+            token_ids=self.ids,
+            finish_reason=self.finish_reason,
+        )
 
 
 FAILED = "judge_failed:"

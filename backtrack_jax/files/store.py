@@ -26,6 +26,8 @@ import safetensors.numpy
 
 STALE = "STALE"
 """File in a stage's folder that says why its results are out of date."""
+RUN = "run.json"
+"""File in a stage's folder that says what its results were computed with. Of equal runs it may differ."""
 
 _CHUNK = 1 << 16
 _CHUNKS_READ = 1 << 12
@@ -133,6 +135,19 @@ def peek(workdir: Path, name: str, inputs: Mapping[str, Any]) -> Path | None:
     """Folder of a stage that is complete under these inputs, in place or aside; None if it is not. Writes nothing."""
     wanted = fingerprint(inputs)
     return next((path for path in (workdir / name, _aside(workdir, name, wanted)) if _is_done(path, wanted)), None)
+
+
+def folders(workdir: Path, name: str) -> list[Path]:
+    """Folders with results of a stage under any inputs, complete or not: the one in place, and those aside."""
+    aside = sorted((workdir / "superseded").glob(f"{name}-{'[0-9a-f]' * 16}"))  # and none of mixed inputs
+    return [path for path in (workdir / name, *aside) if path.is_dir()]
+
+
+def is_whole(folder: Path, name: str) -> bool:
+    """Whether a file is in a stage's folder, and as it was written if the stage was finished."""
+    if not (folder / "DONE").exists():  # until then files are whole or absent
+        return (folder / name).exists()
+    return (folder / name).exists() and name not in _misfits(folder)
 
 
 def read_inputs(folder: Path) -> dict[str, Any] | None:
@@ -323,8 +338,8 @@ def _misfits(path: Path) -> list[str]:
 
 
 def _artifacts(path: Path) -> dict[str, int]:
-    """Names and sizes of a stage's files. Of run.json equal runs on two machines have different ones."""
-    left_out = ("DONE", STALE, "run.json")
+    """Names and sizes of a stage's files."""
+    left_out = ("DONE", STALE, RUN)
     files = [(name, file) for file, name in _files(path) if name not in left_out and not name.endswith(_DAMAGED)]
     return {name: file.stat().st_size for name, file in files if not file.name.startswith(".")}
 

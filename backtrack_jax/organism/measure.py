@@ -12,7 +12,8 @@ from sklearn import linear_model
 
 from backtrack_jax import extract, generate, vectors
 from backtrack_jax.analysis import activations
-from backtrack_jax.analysis.backtracking import bootstrap_interval, count_keywords
+from backtrack_jax.analysis.backtracking import count_keywords
+from backtrack_jax.analysis.statistics import bootstrap_interval
 from backtrack_jax.data.records import Problem, Trace
 from backtrack_jax.extract import TokenTrace
 from backtrack_jax.intervention import Intervention, no_intervention

@@ -8,7 +8,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from backtrack_jax.report.plots import Panel, Plot
+from backtrack_jax.analysis.plots import Panel, Plot
 from backtrack_jax.report.static import colour_range
 
 _DASHES = {"-": "solid", "--": "dash", ":": "dot", "": "solid"}

@@ -14,27 +14,29 @@ import jinja2
 import markupsafe
 from plotly.offline import get_plotlyjs
 
-from backtrack_jax.data.records import UNSTEERED
-from backtrack_jax.judges.base import trace_judge
+from backtrack_jax.analysis import cells
+from backtrack_jax.analysis.agreement import judges_table
+from backtrack_jax.analysis.base import Analysis
+from backtrack_jax.analysis.plots import Plot
+from backtrack_jax.analysis.results import Cell, Results
+from backtrack_jax.data.records import UNSTEERED, Condition
 from backtrack_jax.report import interactive
-from backtrack_jax.report.plots import Plot
-from backtrack_jax.report.reference import comparison, highest, settings
-from backtrack_jax.report.results import Results
+from backtrack_jax.report.reference import comparison, settings
 from backtrack_jax.report.summary import sentences
 
 STALE = ".stale.js"
 """File beside the page, which says why it is out of date. No artifact, so that a mark does not damage the stage."""
 
 
-def render(r: Results, plots: Sequence[Plot]) -> str:
+def render(r: Results, plots: Sequence[Plot], analyses: Sequence[Analysis]) -> str:
     """The page as text."""
     files = resources.files("backtrack_jax.report")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.globals["table"] = _table
     figures = {plot.name: interactive.figure(plot) for plot in plots}
     data = {
-        "label": r.experiment.vectors.label,
-        "layer": r.experiment.steering.main_layer,
+        "label": r.label,
+        "layer": r.layer,
         "figures": figures,
         "projections": [r.projections[role] for role in r.roles],
         "replies": _replies(r),
@@ -46,12 +48,12 @@ def render(r: Results, plots: Sequence[Plot]) -> str:
         plotly=get_plotlyjs(),
         stale=STALE,
         data=inert_json(data),
-        label=r.experiment.vectors.label,
-        sentences=sentences(r),
-        comparison=comparison(r),
+        label=r.label,
+        sentences=sentences(r, analyses),
+        comparison=comparison(r, analyses),
         compared_settings=settings(r),
         plots=[_described(plot, figures[plot.name]) for plot in plots],
-        judges=_judges(r),
+        judges=judges_table(r),
         annotations=r.annotations.strip(),
         into_prompt=r.experiment.vectors.into_prompt,
         windows=[row for row in r.tables["windows"] if row["window"] == r.window],
@@ -92,24 +94,6 @@ def _described(plot: Plot, figure: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _judges(r: Results) -> list[dict[str, str]]:
-    """Table C.1, on the traces and on the steered replies, as far as there is another judge than the keywords."""
-    rows = []
-    for table, judge, where in (
-        ("agreement", trace_judge(r.experiment), "traces"),
-        ("judge_agreement", r.experiment.analysis.judge, "replies, by magnitude"),
-    ):
-        for row in r.tables.get(table, []):
-            shown = {"judge": judge, "of": where} | {
-                name: str(row[name]) for name in ("group", "n_units", "n_reference")
-            }
-            for name, factor, digits in (("precision", 100, 0), ("recall", 100, 0), ("f1", 100, 0), ("kappa", 1, 2)):
-                value, low, high = (f"{factor * row[name + end]:.{digits}f}" for end in ("", "_low", "_high"))
-                shown[name] = f"{value} ({low} to {high})" if value != "nan" else "-"
-            rows.append(shown)
-    return rows
-
-
 def _versions(r: Results) -> list[dict[str, str]]:
     device = r.environment["device"]
     named = dict(r.environment["versions"]) | {
@@ -121,42 +105,35 @@ def _versions(r: Results) -> list[dict[str, str]]:
 
 def _replies(r: Results) -> dict[str, Any]:
     """Replies to a few problems under every condition at the steered layer, and which two are shown first."""
-    layer, label = r.experiment.steering.main_layer, r.experiment.vectors.label
-    cells = [c for c in r.tables["rates"] if c["layer"] == layer and c["window"] in ("", r.window)]
-    number = {_key(cell): i for i, cell in enumerate(cells)}
+    shown = [c for c in r.tables["rates"] if c["layer"] == r.layer and c["window"] in ("", r.window)]
+    number = {Condition.of(cell): i for i, cell in enumerate(shown)}
     problems: dict[str, dict[str, Any]] = {}
-    for line in r.generations:
-        if line["sample"] or _key(line) not in number:
+    for reply in r.replies:
+        if reply.sample or reply.condition not in number:
             continue
-        if line["problem_id"] not in problems and len(problems) == r.experiment.analysis.shown:
+        if reply.problem_id not in problems and len(problems) == r.experiment.analysis.shown:
             continue
         problem = problems.setdefault(
-            line["problem_id"],
-            {"id": line["problem_id"], "problem": line["problem"], "replies": [None] * len(cells)},
+            reply.problem_id, {"id": reply.problem_id, "problem": reply.problem, "replies": [None] * len(shown)}
         )
-        problem["replies"][number[_key(line)]] = {"text": line["text"], "finish_reason": line["finish_reason"]}
-    best = highest([c for source in r.roles for c in r.cells(r.author, label, source)])
-    plain = r.unsteered(r.author)
+        problem["replies"][number[reply.condition]] = {"text": reply.text, "finish_reason": reply.finish_reason}
+    best, plain = cells.highest(cells.under_own_vectors(r, r.author)), r.unsteered(r.author)
     return {
-        "conditions": [{"name": _name(cell), "numbers": _numbers(cell)} for cell in cells],
+        "conditions": [{"name": _name(cell), "numbers": _numbers(cell)} for cell in shown],
         "problems": list(problems.values()),
-        "left": number[_key(plain)] if plain else 0,
-        "right": number[_key(best)] if best else len(cells) - 1,
+        "left": number[Condition.of(plain)] if plain else 0,
+        "right": number[Condition.of(best)] if best else len(shown) - 1,
     }
 
 
-def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("target", "kind", "source", "layer", "window", "magnitude"))
-
-
-def _name(cell: Mapping[str, Any]) -> str:
+def _name(cell: Cell) -> str:
     if cell["kind"] == UNSTEERED:
         return f"{cell['target']} model, unsteered"
     source = f", {cell['source']}-derived" if cell["source"] else ""
     return f"{cell['target']} model + {cell['magnitude']:g} x {cell['kind']}{source}"
 
 
-def _numbers(cell: Mapping[str, Any]) -> str:
+def _numbers(cell: Cell) -> str:
     return (
         f"all {cell['n_replies']} replies: {100 * cell['rate']:.2f} % wait or hmm, log-likelihood "
         f"{cell['log_likelihood']:.2f}, {100 * cell['repeated_3grams']:.0f} % repeated 3-grams"

@@ -4,17 +4,25 @@ report.html, summary.md; every figure as .png, .pdf and .csv
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from backtrack_jax.analysis import projections
+from backtrack_jax.analysis.base import Analysis
+from backtrack_jax.analysis.plots import Plot
+from backtrack_jax.analysis.results import Results
 from backtrack_jax.config import Experiment
-from backtrack_jax.files import store
+from backtrack_jax.files import store, tables
 from backtrack_jax.files.console import say
-from backtrack_jax.report import figures, page, results, static, summary, tokens
+from backtrack_jax.files.tables import Table
+from backtrack_jax.report import page, static, summary, trace_figures
 from backtrack_jax.stages import estimates
+from backtrack_jax.stages.analysis import ANALYSES, ANALYSIS
+from backtrack_jax.stages.annotations import ANNOTATIONS
 from backtrack_jax.stages.base import Context, Stage
+from backtrack_jax.stages.steering import STEERING
+from backtrack_jax.stages.vectors import VECTORS
 
 _PAGE, _SUMMARY = "report.html", "summary.md"
 
@@ -24,6 +32,10 @@ class ReportStage(Stage):
 
     name = "6-report"
     page = _PAGE
+
+    def __init__(self, analyses: Sequence[Analysis] = ANALYSES):
+        """Takes the analyses whose plots and sentences are shown."""
+        self.analyses = tuple(analyses)
 
     def inputs(self, e: Experiment) -> dict[str, Any]:
         """The run's name, which is the title."""
@@ -36,15 +48,15 @@ class ReportStage(Stage):
 
     def run(self, context: Context, folder: Path) -> None:
         """Draws and writes."""
-        r = results.read(context.experiment, context.workdir)
-        plots = figures.all_figures(r)
+        r = read_results(context.experiment, context.workdir)
+        plots = all_plots(r, self.analyses)
         for plot in plots:
             static.write(plot, folder)
-        _draw_traces(r, folder)
-        store.write_text(folder / _SUMMARY, summary.markdown(r))
-        store.write_text(folder / _PAGE, page.render(r, plots))
+        trace_figures.write_figures(r, folder)
+        store.write_text(folder / _SUMMARY, summary.markdown(r, self.analyses))
+        store.write_text(folder / _PAGE, page.render(r, plots, self.analyses))
         self.mark_stale(folder, "")
-        say("\n".join(f"  {sentence}" for sentence in summary.sentences(r)))
+        say("\n".join(f"  {sentence}" for sentence in summary.sentences(r, self.analyses)))
 
     def mark_stale(self, folder: Path, reason: str) -> None:
         """Puts the reason where the page looks for it and shows it; an empty file where the page is current."""
@@ -54,32 +66,25 @@ class ReportStage(Stage):
 REPORT = ReportStage()
 
 
-def _draw_traces(r: results.Results, folder: Path) -> None:
-    """Fig. 1 and Fig. 6: the first shown trace, with its windows, and shaded by the projection on the direction."""
-    shown = r.projections[r.author]
-    label, layer = r.experiment.vectors.label, r.experiment.steering.main_layer
-    vector = 0  # the experiment's label, from the base model where it takes part
-    at = shown["layers"].index(layer)
-    values = [trace["values"][at][vector] for trace in shown["traces"]]
-    trace = shown["traces"][0]
-    written = tokens.tokens(trace, values[0], label)
-    about = f"Reply {trace['id']}, read by the {r.author} model."
-    tokens.write(
-        written,
-        label,
-        folder / "fig1_trace",
-        "Fig. 1: what is read",
-        f"{about} Green: tokens of the read window {r.window}; red: first token of a {label} section.",
-        None,
+def read_results(experiment: Experiment, workdir: Path) -> Results:
+    """Reads the results of stages 2 to 5."""
+    analysis = ANALYSIS.path(workdir)
+    joined: dict[str, Table] = {}
+    for path in sorted(analysis.glob("*.csv")):
+        joined.setdefault(path.stem.split(".")[-1], []).extend(tables.read(path))
+    described = store.read_json(STEERING.path(workdir) / store.RUN)
+    return Results(
+        experiment,
+        VECTORS.read_summary(VECTORS.path(workdir)),
+        joined,
+        {role: projections.read(analysis, role) for role in experiment.roles},
+        STEERING.read(STEERING.path(workdir)),
+        ANNOTATIONS.read_summary(ANNOTATIONS.path(workdir)),
+        {name: described[name] for name in ("versions", "device", "git_revision")},
     )
-    scale = 2.5 * float(np.sqrt(np.mean(np.square(np.concatenate(values)))))
-    source = shown["vectors"][vector]["source"]
-    tokens.write(
-        written,
-        label,
-        folder / "fig6_projection",
-        "Fig. 6: projection on the direction",
-        f"{about} Shade: projection of the centred layer-{layer} activation on the {source}-derived {label} vector, "
-        f"deepest at {scale:.3g}. Framed: Wait, Hmm (black), other starts of {label} sections (red).",
-        scale or 1.0,
-    )
+
+
+def all_plots(r: Results, analyses: Sequence[Analysis] = ANALYSES) -> list[Plot]:
+    """Every figure that the results give: the paper's in its order, then the others in that of the analyses."""
+    plots = [plot for analysis in analyses for plot in analysis.plots(r) if plot is not None]
+    return sorted(plots, key=lambda plot: plot.place)

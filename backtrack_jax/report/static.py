@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from backtrack_jax.analysis.plots import Heat, Panel, Plot
 from backtrack_jax.files import store, tables
-from backtrack_jax.report.plots import Heat, Panel, Plot
 
 _WIDTH, _HEIGHT = 3.9, 2.6  # inches of a panel
 _LINE = 0.17  # inches of a line of the caption

@@ -1,17 +1,14 @@
-"""The backtracking rate, its interval, and the measures of coherence."""
+"""The backtracking rate, and the measures of coherence."""
 
-import math
 import random
 import re
 import string
 import zlib
 
-import numpy as np
 import pytest
 
 from backtrack_jax.analysis.backtracking import (
     backtracking_rate,
-    bootstrap_interval,
     compression_ratio,
     count_keywords,
     repeated_ngrams,
@@ -91,53 +88,6 @@ def test_compression_falls_with_repetition():
     assert compression_ratio(noise) == len(zlib.compress(noise.encode(), 9)) / 2000
     assert compression_ratio("") == 1.0
     assert compression_ratio("\ud83d") > 0  # a lone surrogate does not stop the run
-
-
-def test_the_interval_of_two_problems_is_known_in_closed_form():
-    # Draws of two from {0.1, 0.3}: 0.1, 0.2, 0.3 with probability 1/4, 1/2, 1/4.
-    assert bootstrap_interval([1, 3], [10, 10], level=0.6) == pytest.approx((0.1, 0.3))
-    assert bootstrap_interval([1, 3], [10, 10], level=0.4) == pytest.approx((0.2, 0.2))
-    # Unequal lengths: the middle one is the pooled rate 4/40, not the mean of the rates.
-    assert bootstrap_interval([1, 3], [10, 30], level=0.4) == pytest.approx((0.1, 0.1))
-
-
-def test_the_interval_of_many_problems_is_that_of_the_delta_method():
-    rng = np.random.default_rng(1)
-    words = rng.integers(80, 120, size=400)
-    hits = rng.binomial(words, rng.beta(2, 38, size=400))
-    rate = hits.sum() / words.sum()
-    error = math.sqrt(((hits - rate * words) ** 2).sum()) / words.sum()
-    low, high = bootstrap_interval(hits, words, n_resamples=20_000)
-    assert low == pytest.approx(rate - 1.96 * error, abs=0.05 * error + 2e-4)
-    assert high == pytest.approx(rate + 1.96 * error, abs=0.05 * error + 2e-4)
-
-
-def test_the_interval_is_that_of_drawing_problems_one_by_one():
-    hits, words = [0, 4, 1, 9, 2, 0, 3], [50, 60, 10, 90, 40, 30, 45]
-    rng = random.Random(3)
-    rates = []
-    for _ in range(20_000):
-        drawn = [rng.randrange(7) for _ in range(7)]
-        rates.append(sum(hits[i] for i in drawn) / sum(words[i] for i in drawn))
-    rates.sort()
-    low, high = bootstrap_interval(hits, words, level=0.9, n_resamples=20_000)
-    assert low == pytest.approx(rates[1000], abs=2e-3)
-    assert high == pytest.approx(rates[19_000], abs=2e-3)
-
-
-def test_the_interval_depends_on_the_seed_alone():
-    hits, words = np.arange(20), np.full(20, 100)
-    assert bootstrap_interval(hits, words, seed=1) == bootstrap_interval(hits, words, seed=1)
-    assert bootstrap_interval(hits, words, seed=1) != bootstrap_interval(hits, words, seed=2)
-
-
-def test_what_has_no_interval_says_so():
-    assert all(math.isnan(bound) for bound in bootstrap_interval([1], [10]))
-    assert bootstrap_interval([0, 0], [0, 0]) == (0.0, 0.0)
-    with pytest.raises(ValueError, match=r"hits \(2,\) and words \(3,\) must both have the shape \[P\]"):
-        bootstrap_interval([1, 2], [1, 2, 3])
-    with pytest.raises(ValueError, match=r"level 95 must lie between 0 and 1"):
-        bootstrap_interval([1, 2], [1, 2], level=95)
 
 
 def test_words_are_case_folded_in_order():

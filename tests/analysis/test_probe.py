@@ -69,14 +69,14 @@ def test_folds_keep_problems_whole() -> None:
         assert len({f for p, f in zip(problems, fold, strict=True) if p == name}) == 1
 
 
-def leaky(n_traces: int = 40, D: int = 200) -> tuple[probe.Tokens, np.ndarray, np.ndarray]:
+def leaky(n_traces: int = 40, D: int = 200) -> tuple[probe.SampledTokens, np.ndarray, np.ndarray]:
     """Traces of which each is positive along a direction of its own: what is learnt on one says nothing of another."""
     rng = np.random.default_rng(3)
     own = rng.standard_normal((n_traces, D))
     positive = np.tile([False] * 9 + [True], n_traces)
     traces = np.repeat(np.arange(n_traces), 10)
     activations = rng.standard_normal((10 * n_traces, D)) + positive[:, None] * own[traces]
-    return probe.Tokens(activations.astype(np.float32), traces, positive), own, np.zeros((n_traces, D))
+    return probe.SampledTokens(activations.astype(np.float32), traces, positive), own, np.zeros((n_traces, D))
 
 
 @pytest.mark.parametrize("method", ["direction", "logistic"])
@@ -103,7 +103,7 @@ def test_a_shared_direction_is_found_by_both() -> None:
     traces = np.repeat(np.arange(30), 20)
     positive = rng.random(600) < 0.2
     activations = 5 + rng.standard_normal((600, 30)) + positive[:, None] * v
-    tokens = probe.Tokens(activations.astype(np.float32), traces, positive)
+    tokens = probe.SampledTokens(activations.astype(np.float32), traces, positive)
     windows = v + 0.1 * rng.standard_normal((30, 30))
     windows[7] = np.nan  # a trace without backtracking
     fold = probe.folds([str(i) for i in range(30)], 5)
@@ -119,12 +119,14 @@ def test_random_directions_tell_what_chance_reaches() -> None:
     rng = np.random.default_rng(5)
     positive = rng.random(400) < 0.3
     shifted = rng.standard_normal((400, 8)) + positive[:, None] * [4, 0, 0, 0, 0, 0, 0, 0]
-    tokens = probe.Tokens(shifted.astype(np.float32), np.zeros(400, int), positive)
+    tokens = probe.SampledTokens(shifted.astype(np.float32), np.zeros(400, int), positive)
     single = probe.random_score(tokens, n_directions=1, seed=3)
     direction = np.random.default_rng(3).standard_normal((1, 8), np.float32)[0]
     assert single.auc == pytest.approx(metrics.roc_auc_score(positive, tokens.activations @ direction), abs=1e-6)
     found = probe.random_score(tokens, n_directions=400)
     assert found.auc == pytest.approx(0.5, abs=0.05)
     assert found.low < 0.2 and found.high > 0.8
-    unshifted = probe.random_score(probe.Tokens(rng.standard_normal((400, 8), np.float32), tokens.traces, positive))
+    unshifted = probe.random_score(
+        probe.SampledTokens(rng.standard_normal((400, 8), np.float32), tokens.traces, positive)
+    )
     assert 0.35 < unshifted.low < unshifted.high < 0.65

@@ -5,25 +5,21 @@ from typing import Any
 
 import pytest
 
-from backtrack_jax.analysis import agreement, replies
-from backtrack_jax.analysis.backtracking import bootstrap_interval
+from backtrack_jax.analysis import replies
+from backtrack_jax.analysis.statistics import bootstrap_interval, contrast_interval
+from backtrack_jax.data.records import Condition, Reply
 
 LIKELY = {"Wait, no. I am waiting.": -1.0, "So it is.": -3.0, "Hmm. Hmm. Hmm. Hmm.": -2.0, "": math.nan}
 
 
+def condition(kind: str, magnitude: float) -> Condition:
+    return Condition("base", kind, "", 1, "", magnitude, magnitude)
+
+
 def row(text: str, problem: str, kind: str, magnitude: float, ids: tuple[int, ...] = (1, 2)) -> dict[str, Any]:
-    line = {"target": "base", "kind": kind, "source": "", "layer": 1, "window": "", "magnitude": magnitude}
-    line |= {
-        "length": magnitude,
-        "unit": "absolute",
-        "span": "all",
-        "problem_id": problem,
-        "category": "c",
-        "sample": 0,
-    }
-    line |= {"text": text, "ids": ids, "finish_reason": "stop"}
-    (trace,), _ = agreement.reply_traces([line | {"problem": "Wait for it."}])
-    return replies.measure(trace, line, "Wait for it.", {2}, LIKELY[text])
+    of = condition(kind, magnitude)
+    reply = Reply(problem, "c", "Wait for it.", 0, "base", of, "absolute", "all", "", 0, ids, text, "stop")
+    return replies.measure(reply, "Wait for it.", {2}, LIKELY[text])
 
 
 def test_counters_side_by_side() -> None:
@@ -77,3 +73,16 @@ def test_the_order_of_replies_does_not_matter() -> None:
         return {found["kind"]: {k: repr(v) for k, v in found.items()} for found in rows}
 
     assert keyed(replies.summarise(ROWS)) == keyed(replies.summarise([*ROWS[:2], ROWS[3], ROWS[2], *ROWS[4:]]))
+
+
+def test_a_contrast_is_over_the_problems_that_all_its_conditions_have() -> None:
+    """`c` was asked under noise alone."""
+    noise, plain = condition("noise", 1.0), condition("unsteered", 0.0)
+    value, interval = replies.contrast(ROWS, {noise: 1, plain: -1})
+    assert value == pytest.approx(5 / 12)  # nothing is said unsteered
+    assert interval == contrast_interval([(1, [1, 4], [8, 4]), (-1, [0, 0], [3, 3])])
+    assert replies.contrast(ROWS, {noise: 2})[0] == pytest.approx(10 / 12)
+    with pytest.raises(ValueError, match="no reply was sampled under noise at layer 1 of the base model, magnitude 2"):
+        replies.contrast(ROWS, {noise: 1, condition("noise", 2.0): -1})
+    with pytest.raises(ValueError, match="no problem was asked under all of these conditions"):
+        replies.contrast([*ROWS[:2], ROWS[5]], {noise: 1, plain: -1})

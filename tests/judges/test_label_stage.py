@@ -34,6 +34,7 @@ from backtrack_jax.judges.openai.prompts import JudgePrompt
 from backtrack_jax.judges.openai.settings import JudgeStopped, request
 from backtrack_jax.stages.analysis import ANALYSIS
 from backtrack_jax.stages.annotations import ANNOTATIONS
+from backtrack_jax.stages.steering import STEERING
 
 TINY = Path(tiny.__file__)
 KEY = "sk-test-0123456789"
@@ -132,9 +133,7 @@ def test_nothing_is_paid_twice_whatever_becomes_of_the_results(server: FaultServ
 
 def test_the_table_by_strength_of_steered_replies(server: FaultServer, tiny_run: Path) -> None:
     """Table C.1: the keyword judge against an LLM on the replies of a sweep. This server's LLM knows only `Wait`."""
-    traces, strengths = agreement.reply_traces(
-        store.read_lines(tiny_run / RESULTS / "4-steering" / "generations.jsonl")
-    )
+    traces, strengths = agreement.reply_traces(STEERING.read(STEERING.path(tiny_run / RESULTS)))
     records.write_jsonl("replies.jsonl", traces)
     assert records.read_traces("replies.jsonl") == traces and len(traces) > 50
     by_llm: list[records.Annotation] = []

@@ -31,7 +31,7 @@ from sklearn import metrics
 
 import backtrack_jax
 from backtrack_jax import conditions, extract, generate, pipeline
-from backtrack_jax.analysis import activations, probe, similarity
+from backtrack_jax.analysis import activations, probe, reliability
 from backtrack_jax.data import records
 from backtrack_jax.models import prompts
 from backtrack_jax.models.tokenizer import Tokenizer
@@ -58,6 +58,7 @@ def test_the_artifacts_are_these(tiny_run: Path) -> None:
         *("2-annotations/summary.txt", "3-vectors/summary.json", *files, "4-steering/generations.jsonl"),
         *(f"5-analysis/{name}.csv" for name in TABLES),
         *(f"5-analysis/{role}.{name}" for role in ROLES for name in PER_MODEL),
+        "5-analysis/analyses.json",
         *(f"6-report/{name}.{suffix}" for name in FIGURES for suffix in ("csv", "pdf", "png")),
         *("6-report/summary.md", "6-report/report.html", "6-report/.stale.js"),
     ]
@@ -76,13 +77,18 @@ def strings_in_code(path: Path) -> set[str]:
 def test_one_module_spells_the_name_of_a_stage_or_of_an_artifact(tiny_run: Path) -> None:
     files = {path.name for path in (tiny_run / "results" / "tiny").rglob("*") if path.is_file()}
     files |= {"judged.jsonl", "judge_agreement.csv", "base.replies.jsonl", "base.likelihoods.jsonl"}  # not in this run
-    names = {*STAGES, *(re.sub(rf"^({'|'.join(ROLES)})(?=\.)", "", file) for file in files)}  # ".lens.csv", of any role
+    names = {
+        *STAGES,
+        *(re.sub(rf"^({'|'.join(ROLES)})(?=\.)", "", file) for file in files),
+    }  # ".projections.json", of any role
     spelled: dict[str, list[str]] = {name: [] for name in names}
     for path in Path(backtrack_jax.__file__).parent.rglob("*.py"):
         for name in names & {text.rpartition("/")[2] for text in strings_in_code(path)}:
             spelled[name].append(path.name)
     assert not {name: modules for name, modules in spelled.items() if len(modules) > 1}
-    assert {*STAGES, "DONE", "traces.jsonl", ".sums.safetensors", ".lens.csv"} < {n for n in names if spelled[n]}
+    assert {*STAGES, "DONE", "traces.jsonl", ".sums.safetensors", ".projections.json"} < {
+        n for n in names if spelled[n]
+    }
 
 
 def test_traces_and_annotations_are_those_of_the_file(tiny_run: Path) -> None:
@@ -346,7 +352,7 @@ def test_halves_are_weighted_like_the_vectors(finished: Path, estimator: str) ->
     weights = (own, every) if estimator == "token_mean" else (np.ones(len(own)), np.ones(len(own)))
     ids, problems = [trace.id for trace, _ in pairs], [trace.problem_id for trace, _ in pairs]
     positive, contrast = (sums.means_by_trace(ids, group, 1) for group in ("backtracking", "all"))
-    expected = similarity.split_half(positive, contrast, problems, weights=weights)
+    expected = reliability.split_half(positive, contrast, problems, weights=weights)
     with (finished / "5-analysis" / "reliability.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if (row["role"], row["layer"]) == ("base", "1")]
     (row,) = (row for row in rows if row["label"] == "backtracking")
@@ -364,8 +370,9 @@ def test_problems_are_counted_where_tokens_are_scored(finished: Path) -> None:
     sums.trace_means[others, :, group] = np.nan
     rng = np.random.default_rng(0)
     states = rng.standard_normal((2 * len(traces), sums.trace_means.shape[-1]), np.float32)
-    tokens = probe.Tokens(states, np.repeat(np.arange(len(traces)), 2), np.arange(2 * len(traces)) % 2 == 0)
-    rows = stage_analysis._probe_rows(made.context, "base", 2, 13, tokens, traces, {"base": sums})
+    tokens = probe.SampledTokens(states, np.repeat(np.arange(len(traces)), 2), np.arange(2 * len(traces)) % 2 == 0)
+    material = dataclasses.replace(stage_analysis.gather(made.context), sums={"base": sums})
+    rows = probe.score_directions(material, "base", 2, 13, tokens, traces)
     found = {row["method"]: (row["n_problems"], row["n_tokens"]) for row in rows}
     fold = probe.folds([trace.problem_id for trace in traces], e.analysis.folds, e.seed)
     left_out = fold == fold[[trace.problem_id for trace in traces].index(only)]

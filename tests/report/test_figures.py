@@ -12,19 +12,22 @@ import tiny
 from matplotlib import colors, image
 from matplotlib.container import ErrorbarContainer
 
-from backtrack_jax.analysis import replies
+from backtrack_jax.analysis import cells, grids, plots, probe, rates, reliability, replies
+from backtrack_jax.analysis.results import Results
 from backtrack_jax.files import tables
-from backtrack_jax.report import figures, interactive, plots, reference, results, static, summary, tokens
+from backtrack_jax.report import interactive, reference, static, summary, trace_figures
+from backtrack_jax.report.stage import all_plots, read_results
+from backtrack_jax.stages.analysis import ANALYSES
 
 
 @pytest.fixture(scope="module")
-def r(tiny_run: Path) -> results.Results:
-    return results.read(tiny.get_config(), tiny_run / "results" / "tiny")
+def r(tiny_run: Path) -> Results:
+    return read_results(tiny.get_config(), tiny_run / "results" / "tiny")
 
 
 @pytest.fixture(scope="module")
-def drawn(r: results.Results) -> dict[str, plots.Plot]:
-    return {plot.name: plot for plot in figures.all_figures(r)}
+def drawn(r: Results) -> dict[str, plots.Plot]:
+    return {plot.name: plot for plot in all_plots(r)}
 
 
 def test_the_csv_of_every_figure_is_its_table(drawn: dict[str, plots.Plot], tiny_run: Path) -> None:
@@ -33,7 +36,7 @@ def test_the_csv_of_every_figure_is_its_table(drawn: dict[str, plots.Plot], tiny
         assert json.dumps(rows) == json.dumps(list(plot.rows)) and len(rows) > 1
 
 
-def test_pairs_are_those_of_the_table(r: results.Results, drawn: dict[str, plots.Plot]) -> None:
+def test_pairs_are_those_of_the_table(r: Results, drawn: dict[str, plots.Plot]) -> None:
     """Fig. 3: points, intervals, and both measures of coherence, from the unsteered cell on."""
     measures = (("rate", 100), ("log_likelihood", 1), ("repeated_3grams", 100))
     for row, (measure, factor) in zip(drawn["fig3_pairs"].panels, measures, strict=True):
@@ -55,7 +58,7 @@ def test_pairs_are_those_of_the_table(r: results.Results, drawn: dict[str, plots
                 assert source in series.label
 
 
-def test_grids_are_those_of_the_table(r: results.Results, drawn: dict[str, plots.Plot]) -> None:
+def test_grids_are_those_of_the_table(r: Results, drawn: dict[str, plots.Plot]) -> None:
     rate = {
         (c["source"], c["layer"], c["window"], c["magnitude"]): 100 * c["rate"]
         for c in r.tables["rates"]
@@ -80,35 +83,35 @@ def test_baselines_are_all_there_at_equal_norm(drawn: dict[str, plots.Plot]) -> 
     assert len({(s.colour, s.marker) for s in series}) == len(series)
 
 
-def changed(r: results.Results, name: str, rows: list[dict[str, Any]], **steering: Any) -> results.Results:
+def changed(r: Results, name: str, rows: list[dict[str, Any]], **steering: Any) -> Results:
     """The results with other rows in a table and another sweep in the config."""
     e = dataclasses.replace(r.experiment, steering=dataclasses.replace(r.experiment.steering, **steering))
     return dataclasses.replace(r, experiment=e, tables=r.tables | {name: rows})
 
 
-def test_vector_files_of_one_name_are_told_apart(r: results.Results) -> None:
+def test_vector_files_of_one_name_are_told_apart(r: Results) -> None:
     files = ("a/mine.npz", "b/mine.npz", "c/other.npz")
     noise = [row for row in r.tables["rates"] if (row["target"], row["kind"]) == ("reasoning", "noise")]
     rows = [*r.tables["rates"], *(row | {"kind": file} for file in files for row in noise)]
-    plot = figures.baselines(changed(r, "rates", rows, kinds=files, baselines=()))
+    plot = rates.baselines(changed(r, "rates", rows, kinds=files, baselines=()))
     assert plot is not None and "or as a file has them, all of equal norm" in plot.caption
     assert [s.label for s in plot.panels[0][0].series] == ["a/mine.npz", "b/mine.npz", "other.npz"]
 
 
-def test_what_is_compared_and_counted_is_what_is_drawn(r: results.Results) -> None:
+def test_what_is_compared_and_counted_is_what_is_drawn(r: Results) -> None:
     """The experiment's own layer is also sampled at other magnitudes, on more problems, for Fig. 3."""
     rows = [dict(row) for row in r.tables["rates"]]
     own = [row for row in rows if (row["target"], row["kind"], row["layer"]) == ("reasoning", "backtracking", 1)]
     for row in (row for row in own if row["window"] == "-5..-2" and row["magnitude"] == 8):
         row["rate"], row["magnitude"] = 0.9, 9.0  # at no magnitude of the heat map
-    plot = figures.layers(changed(r, "rates", rows))
+    plot = grids.layers(changed(r, "rates", rows))
     assert plot is not None and plot.panels[0][0].heat is not None
-    assert f"{figures.counted([dict(c) for c in plot.rows if c['magnitude'] in (0, 8)])}, the same" in plot.caption
-    best = {row["what"]: row["run"] for row in reference.comparison(changed(r, "rates", rows))}
+    assert f"{cells.counted([dict(c) for c in plot.rows if c['magnitude'] in (0, 8)])}, the same" in plot.caption
+    best = {row["what"]: row["run"] for row in reference.comparison(changed(r, "rates", rows), ANALYSES)}
     assert all("90.00" not in best[f"best layer, {source}-derived"] for source in ("base", "reasoning"))
 
 
-def counting(r: results.Results, hits: dict[tuple[str, float], tuple[int, int, int]]) -> results.Results:
+def counting(r: Results, hits: dict[tuple[str, float], tuple[int, int, int]]) -> Results:
     """The results if each reply had 10 words, and so many hits in the cells of one kind, magnitude and problem.
 
     The first two problems are those of the grids; a negative number of hits takes the replies away.
@@ -128,53 +131,75 @@ def counting(r: results.Results, hits: dict[tuple[str, float], tuple[int, int, i
     return changed(changed(r, "replies", made), "rates", replies.summarise(made))
 
 
-def test_rates_are_compared_over_the_same_problems(r: results.Results) -> None:
+def test_rates_are_compared_over_the_same_problems(r: Results) -> None:
     """A cell that only a grid asked for has fewer problems, which may have lower or higher rates."""
     mixed = counting(
         r, {("unsteered", 0): (1, 1, 10), ("backtracking", -4): (1, 1, 10), ("backtracking", 8): (5, 5, -1)}
     )
     assert [cell["magnitude"] for cell in mixed.cells("reasoning", "backtracking", "base")] == [-4, 0]
-    assert not any(text.startswith("Steered") for text in summary.sentences(mixed))
+    assert not any(text.startswith("Steered") for text in summary.sentences(mixed, ANALYSES))
     alone = counting(r, {("unsteered", 0): (1, 1, 10), ("backtracking", 8): (2, 2, -1)})
-    said = " ".join(summary.sentences(alone))
+    said = " ".join(summary.sentences(alone, ANALYSES))
     assert "says wait or hmm in 40.00 (10.00 to 100.00) % of its words." in said
     on_these = "on 2 problems, and 10.00 (10.00 to 10.00) % unsteered on these"
     assert f"20.00 (20.00 to 20.00) % at magnitude 8 with the base-derived backtracking vector ({on_these})" in said
-    found = {row["what"]: row["run"] for row in reference.comparison(alone)}
+    found = {row["what"]: row["run"] for row in reference.comparison(alone, ANALYSES)}
     (pair,) = (run for what, run in found.items() if what.startswith("base-derived vector on the reasoning model"))
     assert pair == "10.00, then 20.00 (20.00 to 20.00) at magnitude 8, 2 problems"
 
 
-def test_layers_are_compared_over_the_same_problems(r: results.Results) -> None:
+def test_layers_are_compared_over_the_same_problems(r: Results) -> None:
     """The experiment's own layer has the problems of Fig. 3 too."""
     more = counting(r, {("unsteered", 0): (1, 1, 10), ("backtracking", 8): (2, 2, 10)})
-    plot = figures.layers(more)
+    plot = grids.layers(more)
     assert plot is not None and "4 replies to 2 problems a cell, the same ones in every cell" in plot.caption
     for panel, _ in plot.panels:
         assert panel.heat is not None
         np.testing.assert_allclose(panel.heat.values, [[10, 0], [10, 20], [10, 0]])
-    best = {row["what"]: row["run"] for row in reference.comparison(more)}
+    best = {row["what"]: row["run"] for row in reference.comparison(more, ANALYSES)}
     assert best["best layer, base-derived"] == "1 of 3 (20.00 % of words, 2 problems)"
 
 
-def test_a_baseline_is_counted_at_either_sign(r: results.Results) -> None:
+def test_kinds_are_drawn_at_each_of_several_layers(r: Results) -> None:
+    at_two = [cell | {"layer": 2, "rate": 0.5} for cell in r.tables["rates"] if cell["kind"] in ("deduction", "noise")]
+    assert grids.kinds_by_layer(r) is None
+    plot = grids.kinds_by_layer(
+        changed(r, "rates", [*r.tables["rates"], *at_two], layer=(1, 2), kinds=("deduction", "noise"))
+    )
+    assert plot is not None
+    (first, second), plain = plot.panels[0], r.unsteered("reasoning")
+    assert plain is not None and f"layer 2 (mean residual norm {r.mean_norm('reasoning', 2):.3g})" == second.title
+    for kind, source, one, two in zip(
+        ("deduction", "noise"), ("reasoning", ""), first.series, second.series, strict=True
+    ):
+        assert one.label == two.label == kind
+        assert list(one.y) == [100 * cell["rate"] for cell in r.cells("reasoning", kind, source)]
+        assert list(two.x) == [-4, 0, 8] and list(two.y) == [50, 100 * plain["rate"], 50]
+    assert len(plot.rows) == 1 + 2 * 2 * 2  # the unsteered cell once
+
+
+def test_a_baseline_is_counted_at_either_sign(r: Results) -> None:
     rows = [
         row | {"rate": 0.9} if (row["kind"], row["magnitude"]) == ("noise", -4) else row for row in r.tables["rates"]
     ]
     negative = changed(r, "rates", rows)
-    (run,) = (row["run"] for row in reference.comparison(negative) if row["what"].startswith("noise"))
+    (run,) = (row["run"] for row in reference.comparison(negative, ANALYSES) if row["what"].startswith("noise"))
     assert run.startswith("90.00") and run.endswith("at magnitude -4")
-    assert "noise reached most: 90.00" in " ".join(summary.sentences(negative))
+    assert "noise reached most: 90.00" in " ".join(summary.sentences(negative, ANALYSES))
 
 
-def test_the_papers_numbers_stand_beside_those_of_its_label_only(r: results.Results) -> None:
+def test_the_papers_numbers_stand_beside_those_of_its_label_only(r: Results) -> None:
     e = dataclasses.replace(r.experiment, vectors=dataclasses.replace(r.experiment.vectors, label="deduction"))
     other = dataclasses.replace(r, experiment=e)
-    assert "have cosine" in " ".join(summary.sentences(other)) and "paper: 0.74" not in summary.markdown(other)
-    measured = {row["what"].split(":")[0] for row in reference.comparison(other) if row["run"] != "not measured"}
+    assert "have cosine" in " ".join(summary.sentences(other, ANALYSES)) and "paper: 0.74" not in summary.markdown(
+        other, ANALYSES
+    )
+    measured = {
+        row["what"].split(":")[0] for row in reference.comparison(other, ANALYSES) if row["run"] != "not measured"
+    }
     assert measured == {"noise", "self-amplification", "overall mean, deduction, initializing"}
     rows = [row | {"rate": 0.9} if row["kind"] == "deduction" else row for row in r.tables["rates"]]
-    runs = [row["run"] for row in reference.comparison(changed(other, "rates", rows))]
+    runs = [row["run"] for row in reference.comparison(changed(other, "rates", rows), ANALYSES)]
     assert not any("90.00" in run for run in runs)  # its own vector is no baseline
     labels = [{row["setting"]: row for row in reference.settings(x)}["label of the vector"] for x in (r, other)]
     assert [(row["paper"], row["run"], row["same"]) for row in labels] == [
@@ -183,30 +208,30 @@ def test_the_papers_numbers_stand_beside_those_of_its_label_only(r: results.Resu
     ]
 
 
-def test_no_hit_is_no_certainty(r: results.Results) -> None:
+def test_no_hit_is_no_certainty(r: Results) -> None:
     nothing = counting(r, {("unsteered", 0): (0, 0, 0)})
     plain = nothing.unsteered("reasoning")
     assert plain is not None and (plain["low"], plain["high"]) == (0, 0)
-    assert reference.percent(plain) == "0.00 (no hit in 60 words: at most 5.00)"
-    assert "| 0.00 | no hit in 60 words: at most 5.00 |" in summary.markdown(nothing)
+    assert cells.rate(plain) == "0.00 (no hit in 60 words: at most 5.00)"
+    assert "| 0.00 | no hit in 60 words: at most 5.00 |" in summary.markdown(nothing, ANALYSES)
 
 
-def test_captions_count_what_is_drawn(r: results.Results) -> None:
+def test_captions_count_what_is_drawn(r: Results) -> None:
     some = [row | {"n_splits": 105 if row["label"] == "deduction" else 200} for row in r.tables["reliability"]]
-    plot = figures.reliability(changed(r, "reliability", some))
+    plot = reliability.reliability(changed(r, "reliability", some))
     assert plot is not None and "of 105 to 200 splits." in plot.caption
     own = [row for row in r.tables["effects"] if (row["kind"], row["layer"]) == ("backtracking", 1)]
     left_out = next(row for row in own if row["target"] == "reasoning" and row["window"] == "-5..-2")
-    plot = figures.effects(changed(r, "effects", [row for row in r.tables["effects"] if row is not left_out]))
+    plot = rates.effects(changed(r, "effects", [row for row in r.tables["effects"] if row is not left_out]))
     assert plot is not None and "one point per problem (2 to 3)" in plot.caption
     rows = [row | {"n_problems": 1, "n_tokens": 7} for row in r.tables["probe"][1:]]
-    plot = figures.probe(changed(r, "probe", [*r.tables["probe"], *rows]))
+    plot = probe.probe(changed(r, "probe", [*r.tables["probe"], *rows]))
     first = r.tables["probe"][0]
     counted = f"7 to {first['n_tokens']} tokens of 1 to {first['n_problems']} problems"
     assert plot is not None and counted in plot.caption
 
 
-def test_an_unsteered_cell_over_fewer_problems_is_no_part_of_a_curve(r: results.Results) -> None:
+def test_an_unsteered_cell_over_fewer_problems_is_no_part_of_a_curve(r: Results) -> None:
     """As where a grid alone has the magnitude 0."""
     rows = [row | {"n_problems": 1} if row["kind"] == "unsteered" else row for row in r.tables["rates"]]
     kinds = [
@@ -216,28 +241,28 @@ def test_an_unsteered_cell_over_fewer_problems_is_no_part_of_a_curve(r: results.
     assert kinds == [{"unsteered", "backtracking"}, {"backtracking"}]
 
 
-def test_where_every_rate_is_zero_no_layer_and_offset_is_the_best(r: results.Results) -> None:
+def test_where_every_rate_is_zero_no_layer_and_offset_is_the_best(r: Results) -> None:
     zero = [row | {"rate": 0.0, "high": 0.0, "n_hits": 0} for row in r.tables["rates"]]
     replied = [row | {"hits": 0} for row in r.tables["replies"]]
-    found = reference._offsets_and_layers(changed(changed(r, "rates", zero), "replies", replied))
+    found = grids.best_places(changed(changed(r, "rates", zero), "replies", replied))
     assert "every offset" in found["best_offset"] and found["best_layer_base"].startswith("none (0.00")
 
 
 @pytest.mark.parametrize("into_prompt", [False, True])
-def test_why_windows_were_dropped(r: results.Results, into_prompt: bool) -> None:
+def test_why_windows_were_dropped(r: Results, into_prompt: bool) -> None:
     e = dataclasses.replace(r.experiment, vectors=dataclasses.replace(r.experiment.vectors, into_prompt=into_prompt))
-    said = summary.sentences(dataclasses.replace(r, experiment=e))[-1]
+    said = summary.sentences(dataclasses.replace(r, experiment=e), ANALYSES)[-1]
     assert said.endswith("leave the text or reach its BOS token)." if into_prompt else "leave the reply).")
 
 
-def test_chance_is_drawn_where_it_is_one(r: results.Results) -> None:
-    plot = figures.probe(r)
+def test_chance_is_drawn_where_it_is_one(r: Results) -> None:
+    plot = probe.probe(r)
     assert plot is not None and plot.panels[0][1].level is not None
     share = plot.panels[0][1].level
     rows = [*r.tables["probe"], *(x | {"horizon": 2, "n_positive": 1} for x in r.tables["probe"])]
     other = changed(r, "probe", rows)
     other.experiment.analysis = dataclasses.replace(r.experiment.analysis, horizons=(13, 2))
-    plot = figures.probe(other)
+    plot = probe.probe(other)
     assert plot is not None and plot.panels[0][1].level is None
     assert f"positive: {100 * share:.1f} % within 13, " in plot.caption
 
@@ -297,8 +322,8 @@ def test_equal_results_give_equal_files(drawn: dict[str, plots.Plot], tmp_path: 
     assert image.imread(tmp_path / "fig2_offsets.png").shape[1] > 800
 
 
-def test_the_comparison_takes_its_numbers_from_the_tables(r: results.Results) -> None:
-    rows = {row["what"]: row["run"] for row in reference.comparison(r)}
+def test_the_comparison_takes_its_numbers_from_the_tables(r: Results) -> None:
+    rows = {row["what"]: row["run"] for row in reference.comparison(r, ANALYSES)}
     assert len(rows) == len(reference.numbers()["numbers"]) and "not measured" not in rows.values()
     cosine = rows["cosine of base- and reasoning-derived backtracking vectors"]
     assert cosine == f"{r.vectors['cosine'][1]:.3f} at layer 1"
@@ -319,44 +344,42 @@ def test_the_reference_holds_the_papers_numbers(ward2025: Path) -> None:
     assert ours["best_offset"]["released"].startswith(str(max(max(row) for row in grid)))
 
 
-def test_the_summary_holds_every_cell(r: results.Results) -> None:
-    text = summary.markdown(r)
+def test_the_summary_holds_every_cell(r: Results) -> None:
+    text = summary.markdown(r, ANALYSES)
     assert text.count("\n| base | ") + text.count("\n| reasoning | ") == len(r.tables["rates"])
     assert "nan" not in text
-    best = reference.highest(r.cells("reasoning", "backtracking", "base"))
-    assert best is not None and reference.percent(best) in " ".join(summary.sentences(r))
+    best = cells.highest(r.cells("reasoning", "backtracking", "base"))
+    assert best is not None and cells.rate(best) in " ".join(summary.sentences(r, ANALYSES))
 
 
-def test_one_model_alone(r: results.Results) -> None:
+def test_one_model_alone(r: Results) -> None:
     """What needs two models is left out, the rest stands."""
     e = tiny.get_config()
     e.roles = ("base",)
     kept = {name: [row for row in rows if "reasoning" not in row.values()] for name, rows in r.tables.items()}
     for row in kept["similarity"]:
         row["cosine"] = math.nan
-    generations = [line for line in r.generations if line["target"] == "base"]
-    alone = results.Results(
-        e, r.vectors, kept, {"base": r.projections["base"]}, generations, r.annotations, r.environment
-    )
-    names = [plot.name for plot in figures.all_figures(alone)]
+    written = [reply for reply in r.replies if reply.condition.target == "base"]
+    alone = Results(e, r.vectors, kept, {"base": r.projections["base"]}, written, r.annotations, r.environment)
+    names = [plot.name for plot in all_plots(alone)]
     assert "cosine_by_layer" not in names and {"fig3_pairs", "fig5_logit_lens", "reliability"} <= set(names)
-    for plot in figures.all_figures(alone):
+    for plot in all_plots(alone):
         static.draw(plot)
         interactive.figure(plot)
-    said = " ".join(summary.sentences(alone))
+    said = " ".join(summary.sentences(alone, ANALYSES))
     assert "reasoning" not in said and "nan" not in said
 
 
 def test_of_sections_that_start_together_the_experiments_own_is_marked() -> None:
     starts = [("other", 0), ("deduction", 3), ("backtracking", 3), ("other", 3), ("deduction", 5), ("other", 5)]
-    assert tokens.start_labels(starts, "backtracking") == {0: "other", 3: "backtracking", 5: "deduction"}
+    assert trace_figures.start_labels(starts, "backtracking") == {0: "other", 3: "backtracking", 5: "deduction"}
 
 
 def test_tokens_of_a_trace_are_marked() -> None:
     trace = {"tokens": ["a", " b", "\n\n", "Wait", " c"], "starts": [["deduction", 0], ["backtracking", 3]]}
-    found = tokens.tokens(trace | {"read": [1, 2]}, [0.0, 1.0, 2.0, 3.0, 4.0], "backtracking")
+    found = trace_figures.tokens(trace | {"read": [1, 2]}, [0.0, 1.0, 2.0, 3.0, 4.0], "backtracking")
     assert [t.read for t in found] == [False, True, True, False, False]
     assert [t.start for t in found] == ["deduction", "", "", "backtracking", ""]
-    figure = tokens.draw(found, "backtracking", "t", "c", 2.0)
+    figure = trace_figures.draw(found, "backtracking", "t", "c", 2.0)
     assert "".join(text.get_text() for text in figure.axes[0].texts) == "abWaitc"
     assert sum(colors.to_rgba(patch.get_edgecolor())[3] > 0 for patch in figure.axes[0].patches) == 1

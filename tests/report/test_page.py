@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 import tiny
 
-from backtrack_jax.report import figures, page, results
+from backtrack_jax.analysis.results import Results
+from backtrack_jax.report import page
+from backtrack_jax.report.stage import REPORT, all_plots, read_results
+from backtrack_jax.stages.analysis import ANALYSES
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip install playwright)")
 
@@ -25,24 +28,24 @@ PATIENCE = 240_000  # milliseconds; a busy machine takes its time over the 4.6 M
 
 
 @pytest.fixture(scope="module")
-def hostile(tiny_run: Path) -> tuple[results.Results, str]:
+def hostile(tiny_run: Path) -> tuple[Results, str]:
     """The tiny results in which problems and replies attack the page, and the page made from them."""
     e = tiny.get_config()
     e.name = "tiny <i onclick=1>"
-    r = results.read(tiny.get_config(), tiny_run / "results" / "tiny")
+    r = read_results(tiny.get_config(), tiny_run / "results" / "tiny")
     projections = json.loads(json.dumps(r.projections))
     for shown in projections.values():
         for trace in shown["traces"]:
             trace["problem"] = trace["category"] = ATTACK
             trace["tokens"][3] = ATTACK
-    generations = [{**line, "text": ATTACK, "problem": ATTACK} for line in r.generations]
+    replies = [dataclasses.replace(reply, text=ATTACK, problem=ATTACK) for reply in r.replies]
     r = dataclasses.replace(
-        r, experiment=e, projections=projections, generations=generations, annotations=r.annotations + ATTACK
+        r, experiment=e, projections=projections, replies=replies, annotations=r.annotations + ATTACK
     )
-    return r, page.render(r, figures.all_figures(r))
+    return r, page.render(r, all_plots(r), ANALYSES)
 
 
-def test_agreement_of_the_judges_is_on_the_page(hostile: tuple[results.Results, str]) -> None:
+def test_agreement_of_the_judges_is_on_the_page(hostile: tuple[Results, str]) -> None:
     r, text = hostile
     assert r.tables["agreement"]
     for row in r.tables["agreement"]:
@@ -62,10 +65,11 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def opened(browser: Any, hostile: tuple[results.Results, str], tmp_path_factory: pytest.TempPathFactory) -> Any:
+def opened(browser: Any, hostile: tuple[Results, str], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The page on a phone in the dark, with what it complained of and asked the network for."""
     path = tmp_path_factory.mktemp("page") / "report.html"
     path.write_text(hostile[1], "utf-8")
+    REPORT.mark_stale(path.parent, "")
     tab = browser.new_page(viewport={"width": 390, "height": 800}, color_scheme="dark")
     tab.set_default_timeout(PATIENCE)
     tab.complaints, tab.requests = [], []
@@ -76,14 +80,14 @@ def opened(browser: Any, hostile: tuple[results.Results, str], tmp_path_factory:
     return tab
 
 
-def test_the_page_is_one_file_that_asks_for_nothing(hostile: tuple[results.Results, str]) -> None:
+def test_the_page_is_one_file_that_asks_for_nothing(hostile: tuple[Results, str]) -> None:
     markup = re.sub(r"<script\b.*?</script>", "", hostile[1], flags=re.DOTALL)  # plotly names servers it may use
     assert not re.search(r"""<[^>]*\b(src|srcset|action)\s*=|@import|url\(""", markup)
     assert re.findall(r'href="(?!#)([^"]+)"', markup) == ["data:,", "https://arxiv.org/abs/2507.12638"]
 
 
-def test_every_figure_is_drawn_and_nothing_is_complained_of(opened: Any, hostile: tuple[results.Results, str]) -> None:
-    names = [plot.name for plot in figures.all_figures(hostile[0])]
+def test_every_figure_is_drawn_and_nothing_is_complained_of(opened: Any, hostile: tuple[Results, str]) -> None:
+    names = [plot.name for plot in all_plots(hostile[0])]
     assert len(names) == 11
     for name in names:
         opened.locator(f"#figure-{name} .plot").scroll_into_view_if_needed()
@@ -94,6 +98,22 @@ def test_every_figure_is_drawn_and_nothing_is_complained_of(opened: Any, hostile
         assert drawn > 0, name
     assert opened.complaints == []
     assert [url for url in opened.requests if not url.startswith(("file:", "data:", "blob:"))] == []
+
+
+@pytest.mark.parametrize("reason", [None, "", "made from results of 3-vectors that have been replaced"])
+def test_a_page_that_is_out_of_date_says_so(
+    browser: Any, hostile: tuple[Results, str], tmp_path: Path, reason: str | None
+) -> None:
+    """By the file beside it, which a later run changes without touching the page; alone it says nothing."""
+    (tmp_path / "report.html").write_text(hostile[1], "utf-8")
+    if reason is not None:
+        REPORT.mark_stale(tmp_path, reason)
+    tab = browser.new_page(viewport={"width": 900, "height": 500})
+    tab.goto((tmp_path / "report.html").as_uri(), timeout=PATIENCE)
+    stale = tab.locator("#stale")
+    assert stale.is_visible() is bool(reason)
+    assert stale.text_content() == (f"Out of date: {reason}." if reason else "")
+    tab.close()
 
 
 def test_a_phone_need_not_scroll_sideways(opened: Any) -> None:
@@ -111,7 +131,7 @@ def test_model_output_does_nothing(opened: Any) -> None:
     assert opened.locator("h1").text_content() == "tiny <i onclick=1>"
 
 
-def test_the_trace_viewer_shows_what_is_chosen(opened: Any, hostile: tuple[results.Results, str]) -> None:
+def test_the_trace_viewer_shows_what_is_chosen(opened: Any, hostile: tuple[Results, str]) -> None:
     shown = hostile[0].projections["base"]
     opened.select_option("#trace-role", label="base model")
     opened.select_option("#trace-id", "2")

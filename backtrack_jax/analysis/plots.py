@@ -1,10 +1,11 @@
-"""What a figure shows, apart from how it is drawn: `static` draws it for paper, `interactive` for the page.
+"""What a figure shows, apart from how it is drawn: `report` draws it once for paper and once for the page.
 
 One style everywhere: Okabe and Ito's colours, which any colour vision tells apart, without the yellow that is lost on
 white. The colour (and beyond seven kinds, the marker) tells what is added, the line style which model it comes from.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -95,6 +96,7 @@ class Plot:
       caption: conditions, unit, n and interval.
       panels: rows of panels.
       rows: the table that it was drawn from, for its CSV.
+      place: number of the paper's figure, or where among them it belongs; those of no place stand behind the others.
     """
 
     name: str
@@ -102,6 +104,7 @@ class Plot:
     caption: str
     panels: Sequence[Sequence[Panel]]
     rows: Sequence[Mapping[str, Any]]
+    place: float = math.inf
 
 
 def line_of(number: int, source: str) -> dict[str, Any]:

@@ -1,20 +1,22 @@
-"""Traces token by token, as a picture (Fig. 1 and 6) and as a table."""
+"""Fig. 1 and Fig. 6: a trace token by token, as a picture and as a table."""
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from backtrack_jax.analysis.results import Results
+from backtrack_jax.data.text import KEYWORDS
 from backtrack_jax.files import tables
 from backtrack_jax.report.static import save
 
 _COLUMNS, _LINES = 92, 26  # characters and lines that are shown
 _GREEN, _RED = "#7FC97F", "#D55E00"
-_WORDS = ("wait", "hmm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,36 @@ class Token:
     read: bool
     start: str
     projection: float
+
+
+def write_figures(r: Results, folder: Path) -> None:
+    """The first shown trace, with its windows (Fig. 1), and shaded by the projection on the direction (Fig. 6)."""
+    shown = r.projections[r.author]
+    vector = 0  # the experiment's label, from the base model where it takes part
+    at = shown["layers"].index(r.layer)
+    values = [trace["values"][at][vector] for trace in shown["traces"]]
+    trace = shown["traces"][0]
+    written = tokens(trace, values[0], r.label)
+    about = f"Reply {trace['id']}, read by the {r.author} model."
+    write(
+        written,
+        r.label,
+        folder / "fig1_trace",
+        "Fig. 1: what is read",
+        f"{about} Green: tokens of the read window {r.window}; red: first token of a {r.label} section.",
+        None,
+    )
+    scale = 2.5 * float(np.sqrt(np.mean(np.square(np.concatenate(values)))))
+    source = shown["vectors"][vector]["source"]
+    write(
+        written,
+        r.label,
+        folder / "fig6_projection",
+        "Fig. 6: projection on the direction",
+        f"{about} Shade: projection of the centred layer-{r.layer} activation on the {source}-derived {r.label} "
+        f"vector, deepest at {scale:.3g}. Framed: Wait, Hmm (black), other starts of {r.label} sections (red).",
+        scale or 1.0,
+    )
 
 
 def start_labels(starts: Sequence[tuple[str, int]], label: str) -> dict[int, str]:
@@ -84,7 +116,7 @@ def draw(shown: Sequence[Token], label: str, title: str, caption: str, scale: fl
             ground = _RED if marked else _GREEN if token.read else None
         else:
             ground = shades(0.5 + 0.5 * max(-1.0, min(1.0, token.projection / scale)) * 0.85)
-        word = scale is not None and token.text.strip().casefold() in _WORDS
+        word = scale is not None and token.text.strip().casefold() in KEYWORDS
         edge = "black" if word else _RED if marked and scale is not None else "none"
         if ground is not None or edge != "none":
             box = Rectangle(

@@ -1,0 +1,187 @@
+"""What an analysis is: tables that it computes, the plots and sentences that it makes of them.
+
+`stages.analysis.ANALYSES` lists them. An analysis that is added there computes its own tables when the stage runs
+again, and none of the others': each is told apart by its name, version, settings, and what it reads of earlier stages.
+"""
+
+import dataclasses
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from backtrack_jax.analysis.plots import Plot
+from backtrack_jax.analysis.results import Results
+from backtrack_jax.config import Experiment
+from backtrack_jax.data.records import Annotation, Reply, Trace, pair_annotations
+from backtrack_jax.extract import TokenTrace, WindowSums
+from backtrack_jax.files.tables import Table
+from backtrack_jax.models.config import ModelConfig
+from backtrack_jax.models.decoder import Decoder
+from backtrack_jax.models.tokenizer import Tokenizer
+from backtrack_jax.vectors import SteeringVector
+
+
+@dataclasses.dataclass(frozen=True)
+class Material:
+    """What analyses read: the results of the earlier stages, and the models.
+
+    Attributes:
+      experiment: what was asked for.
+      tokenizer: of both models.
+      model: gives the model of a role. One is held at a time, so ask for it in `Analysis.of_role` alone.
+      prompt_ids: gives a problem's text as the model of a role is asked it, token ids with BOS.
+      token_trace: gives a trace with its annotation as the model of a role reads it.
+      traces: all traces.
+      annotations: their labels; a trace may be without, and a judge may have failed on one (`records.failure`).
+      labels: labels of sections that were read.
+      vectors: (role, label) -> difference-of-means vector; none for a label whose windows were all dropped.
+      sums: role -> window sums; `mean_norm` of them is the mean residual norm of every layer.
+      replies: all steered replies.
+      judge: labels traces, or replies as traces, as `analysis.judge` does; None where nobody is asked.
+    """
+
+    experiment: Experiment
+    tokenizer: Tokenizer
+    model: Callable[[str], Decoder]
+    prompt_ids: Callable[[str, str], list[int]]
+    token_trace: Callable[[str, Trace, Annotation], TokenTrace]
+    traces: Sequence[Trace]
+    annotations: Sequence[Annotation]
+    labels: Sequence[str]
+    vectors: Mapping[tuple[str, str], SteeringVector]
+    sums: Mapping[str, WindowSums]
+    replies: Sequence[Reply]
+    judge: Callable[[Sequence[Trace]], Sequence[Annotation]] | None
+
+    @property
+    def pairs(self) -> list[tuple[Trace, Annotation]]:
+        """The annotated traces, each with its annotation."""
+        return pair_annotations(self.traces, self.annotations)
+
+    def means_by_trace(
+        self, role: str, ids: Sequence[str], label: str, layer: int
+    ) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
+        """Each trace's means over the windows of D+ and of D of a label, and how much it counts in each.
+
+        The weighted means are those whose difference is the run's vector of the label.
+
+        Args:
+          role: of the model that read the traces.
+          ids: of n traces.
+          label: of D+.
+          layer: one of `vectors.layers`; ValueError if it is not.
+
+        Returns:
+          [n, D] float32 each, NaN where a trace has no window; weights, [n] each.
+        """
+        spec, sums = self.experiment.vectors, self.sums[role]
+        groups = (label, spec.contrast if label == spec.label else "all")
+        positive, contrast = (sums.means_by_trace(ids, group, layer) for group in groups)
+        of_positive, of_contrast = (sums.weights_by_trace(ids, group, spec.estimator) for group in groups)
+        return positive, contrast, (of_positive, of_contrast)
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """What one model has before it, as far as a plan knows: estimates, and upper bounds.
+
+    Attributes:
+      experiment: what is asked for.
+      replies: number of steered replies.
+      reply_tokens: tokens of the longest of them, with its prompt.
+      trace_tokens: of every trace, with its prompt.
+    """
+
+    experiment: Experiment
+    replies: int
+    reply_tokens: int
+    trace_tokens: Sequence[int]
+
+
+class Analysis:
+    """One analysis. A subclass overrides what it has: a table, a plot, a sentence.
+
+    Attributes:
+      name: of the analysis.
+      version: a higher number makes this analysis run again, and no other.
+      settings: config fields that its tables depend on, dotted, e.g. `analysis.folds`. Those of the stages whose
+        results it reads need not be named; `analysis.judge` stands for all that labels by that judge depend on;
+        `analysis.batch_size` must not matter.
+      of_replies: whether it may read steered replies. Where it does not, a change of the sweep leaves its tables as
+        they are.
+      reads: names of analyses before it whose files it reads.
+      tables: tables of the whole run, each written as `{table}.csv`.
+      role_tables: tables of one model, each written as `{role}.{table}.csv`; a reader finds those of all roles joined.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    settings: ClassVar[tuple[str, ...]] = ()
+    of_replies: ClassVar[bool] = True
+    reads: ClassVar[tuple[str, ...]] = ()
+    tables: ClassVar[tuple[str, ...]] = ()
+    role_tables: ClassVar[tuple[str, ...]] = ()
+
+    def inputs(self, e: Experiment) -> dict[str, Any]:
+        """Its settings with their values."""
+        return {name: operator.attrgetter(name)(e) for name in self.settings}
+
+    def files(self, e: Experiment) -> list[str]:
+        """Names of the files of the whole run that it writes under this config."""
+        del e
+        return [f"{table}.csv" for table in self.tables]
+
+    def role_files(self, role: str) -> list[str]:
+        """Names of the files that it writes for the model of a role."""
+        return [f"{role}.{table}.csv" for table in self.role_tables]
+
+    def scratch(self, role: str) -> list[str]:
+        """Names of files that hold unfinished work on the model of a role; the stage deletes them at its end."""
+        del role
+        return []
+
+    def of_role(self, material: Material, role: str, folder: Path) -> dict[str, Table]:
+        """Its tables of the model of a role, the only place to ask for a model. What is not a table it writes itself.
+
+        Called for every role before `finish` is; not where the files of the role are there already.
+
+        Args:
+          material: what there is to read.
+          role: of the model.
+          folder: where the files of all analyses are.
+        """
+        del material, role, folder
+        return {}
+
+    def finish(self, material: Material, folder: Path) -> dict[str, Table]:
+        """Its tables of the whole run, from what `of_role` left, or from other material. Others it writes itself."""
+        del material, folder
+        return {}
+
+    def plots(self, r: Results) -> Sequence[Plot | None]:
+        """Its figures; None for one whose conditions were not sampled."""
+        del r
+        return []
+
+    def sentences(self, r: Results) -> Sequence[str]:
+        """What it found, one finding a sentence, for the top of summary and page; empty where it was not measured."""
+        del r
+        return []
+
+    def reference(self, r: Results) -> dict[str, str]:
+        """Key of report/reference.json -> what this run gave in place of the paper's number, as text."""
+        del r
+        return {}
+
+    def plan(self, planned: Planned) -> str:
+        """What it asks of one model, in words; empty if it reads none."""
+        del planned
+        return ""
+
+    def memory(self, planned: Planned, config: ModelConfig) -> dict[str, int]:
+        """What that takes on each device beside the weights: name -> bytes."""
+        del planned, config
+        return {}
