@@ -2,7 +2,7 @@
 
 `ChatClient.complete` is one call. It is looked up in the ledger before it waits for anything; else it takes one of
 `concurrency` places, and is retried with exponential backoff and jitter, never sooner than the endpoint's Retry-After,
-until it is answered or given up. The two kinds of faults are those of `judges.settings`.
+until it is answered or given up. The two kinds of faults are those of `settings`.
 
 The key is read from the environment and goes nowhere but into the request's header: not into the ledger, an error
 message or a log, even where the endpoint sends it back.
