@@ -1,6 +1,8 @@
 """Fixtures that several tests share."""
 
 import contextlib
+import fcntl
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,11 +42,18 @@ def ward2025() -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of this session, the same one for all of its processes."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
 @pytest.fixture(scope="session", autouse=True)
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Folder of compiled programs: what one test, or a process that it starts, has compiled, others find there."""
+def compiled(shared: Path) -> Iterator[None]:
+    """Folder of compiled programs: what one test, or another process, has compiled, others find there."""
     options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_compilation_cache_dir": str(shared / "compiled"),
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": 0,
     }
@@ -57,12 +66,17 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_run(shared: Path) -> Path:
     """Folder of the tiny experiment with `results/tiny`, of a run without interruption. Not to be changed."""
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny.write(folder)
-    with contextlib.chdir(folder):
-        pipeline.Run(tiny.get_config()).run()
+    folder = shared / "tiny"
+    with (shared / "tiny.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process of the session may be making it
+        if not folder.exists():
+            made = shared / "tiny.made"
+            tiny.write(made)
+            with contextlib.chdir(made):
+                pipeline.Run(tiny.get_config()).run()
+            made.rename(folder)
     return folder
 
 

@@ -1,11 +1,16 @@
 """Tiny random Llamas of Hugging Face transformers, the oracle that models are compared with."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import transformers
+import pytest
+from sizes import TINY
+
+from backtrack_jax.models import families
+
+if TYPE_CHECKING:
+    import transformers
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -17,25 +22,24 @@ LLAMA3_ROPE = {
 }
 
 
-def hf_llama(**changes: Any) -> transformers.LlamaForCausalLM:
-    """A random float32 Llama with eager attention; weights, norms' too, are far from their initial values.
+def need_torch() -> None:
+    """Skips the test where the oracle is not installed."""
+    for name in ("torch", "transformers"):
+        pytest.importorskip(name, reason="needs torch and transformers to compare with")
 
-    Sizes differ wherever they can, so that a confusion of axes shows; heads have 16 dimensions, so that all three bands
-    of Llama 3.1's RoPE scaling occur.
+
+def hf_llama(**changes: Any) -> "transformers.LlamaForCausalLM":
+    """A random float32 Llama of `TINY`'s sizes with eager attention; weights are far from their initial values.
+
+    Args:
+      **changes: fields of its `LlamaConfig` with other values.
     """
-    fields: dict[str, Any] = {
-        "vocab_size": 131,
-        "hidden_size": 40,
-        "intermediate_size": 72,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": False,
-        "rope_parameters": LLAMA3_ROPE,
-    }
+    need_torch()
+    import torch
+    import transformers
+
+    fields: dict[str, Any] = families.to_hf(TINY) | {"rope_parameters": LLAMA3_ROPE}
+    del fields["rope_theta"], fields["rope_scaling"]  # the old form of the same
     config = transformers.LlamaConfig(**(fields | changes))
     config._attn_implementation = "eager"
     model = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
@@ -46,7 +50,7 @@ def hf_llama(**changes: Any) -> transformers.LlamaForCausalLM:
     return model
 
 
-def save(model: transformers.LlamaForCausalLM, folder: Path, **kwargs: Any) -> Path:
+def save(model: "transformers.LlamaForCausalLM", folder: Path, **kwargs: Any) -> Path:
     """The model's folder, as transformers write it."""
     model.save_pretrained(folder, **kwargs)
     return folder

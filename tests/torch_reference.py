@@ -1,47 +1,44 @@
 """The same tiny Llama twice: in this package and in Hugging Face's torch code, steered by a hook of a few lines."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
-import transformers
-from flax import nnx
+from helpers import need_torch
+from sizes import TINY, random_model
 
-from backtrack_jax.models.config import Llama3RopeScaling, ModelConfig
+from backtrack_jax.models.config import Llama3RopeScaling
 from backtrack_jax.models.decoder import Decoder
 
-CONFIG = ModelConfig(
+if TYPE_CHECKING:
+    import torch
+    import transformers
+
+CONFIG = dataclasses.replace(
+    TINY,
     vocab_size=300,  # not a multiple of 128
     d_model=32,
     d_mlp=48,
-    n_layers=3,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=16,
-    norm_eps=1e-5,
     rope_theta=1e4,
+    # so short that positions of a test are far on either side of it
     rope_scaling=Llama3RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=64),
-    tied=False,
 )
 
 
 def tiny_llama(seed: int = 0) -> Decoder:
-    """Random float32 weights large enough that logits differ by more than rounding and greedy texts vary."""
-    rng = np.random.default_rng(seed)
-
-    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        mean = 1.0 if "norm" in jax.tree_util.keystr(path) else 0.0
-        return jnp.array(rng.normal(mean, 0.2, leaf.shape), jnp.float32)
-
-    model = nnx.eval_shape(lambda: Decoder(CONFIG, rngs=nnx.Rngs(0)))  # draws and compiles nothing
-    return jax.tree_util.tree_map_with_path(draw, model)
+    return random_model(CONFIG, seed)
 
 
-def torch_copy(model: Decoder) -> transformers.LlamaForCausalLM:
+def torch_copy(model: Decoder) -> "transformers.LlamaForCausalLM":
     """Hugging Face's implementation with the same weights, written against its parameter names."""
+    need_torch()
+    import torch
+    import transformers
+
     c, scaling = model.config, model.config.rope_scaling
     assert scaling is not None
     reference = transformers.LlamaForCausalLM(
@@ -85,12 +82,14 @@ def torch_copy(model: Decoder) -> transformers.LlamaForCausalLM:
 
 @contextmanager
 def added(
-    reference: transformers.LlamaForCausalLM, layer: int, vector: np.ndarray, span: tuple[int, int] | None = None
+    reference: "transformers.LlamaForCausalLM", layer: int, vector: np.ndarray, span: tuple[int, int] | None = None
 ) -> Iterator[None]:
     """Adds a vector to the output of a block, at columns [start, stop) of its input or at all of them."""
+    import torch
+
     start, stop = span or (0, None)
 
-    def hook(module: torch.nn.Module, args: tuple, output: torch.Tensor | tuple) -> torch.Tensor | tuple:
+    def hook(module: "torch.nn.Module", args: tuple, output: "torch.Tensor | tuple") -> "torch.Tensor | tuple":
         hidden = output if isinstance(output, torch.Tensor) else output[0]  # depends on the version of transformers
         assert hidden.ndim == 3
         changed = hidden.clone()
@@ -104,20 +103,24 @@ def added(
         handle.remove()
 
 
-def torch_logits(reference: transformers.LlamaForCausalLM, ids: Sequence[int]) -> np.ndarray:
+def torch_logits(reference: "transformers.LlamaForCausalLM", ids: Sequence[int]) -> np.ndarray:
     """[T, V] float32 of one sequence, alone, without padding or cache."""
+    import torch
+
     with torch.no_grad():
         return reference(torch.tensor([list(ids)]), use_cache=False).logits[0].numpy()
 
 
-def torch_residuals(reference: transformers.LlamaForCausalLM, ids: Sequence[int]) -> np.ndarray:
+def torch_residuals(reference: "transformers.LlamaForCausalLM", ids: Sequence[int]) -> np.ndarray:
     """Output of every block, [L, T, D] float32, of one sequence, alone, without padding or cache.
 
     By hooks: Hugging Face's last hidden state is not the last block's output but comes after the final norm.
     """
+    import torch
+
     outputs: list[np.ndarray] = []
 
-    def hook(module: torch.nn.Module, args: tuple, output):
+    def hook(module: "torch.nn.Module", args: tuple, output: "torch.Tensor | tuple") -> None:
         hidden = output[0] if isinstance(output, tuple) else output  # depends on the version of transformers
         assert hidden.ndim == 3
         outputs.append(hidden[0].numpy())

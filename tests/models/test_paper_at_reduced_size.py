@@ -1,5 +1,6 @@
 """configs/paper.py through all stages: random weights of Llama-3.1's architecture, small, with R1's real tokenizer."""
 
+import dataclasses
 import importlib.util
 import json
 import shutil
@@ -8,28 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from sizes import LLAMA_8B
 
 from backtrack_jax import checks, config, pipeline
 from backtrack_jax.data import records
 from backtrack_jax.files import store, tables
 from backtrack_jax.models import checkpoint
-from backtrack_jax.models.config import Llama3RopeScaling, ModelConfig
 from backtrack_jax.models.safetensors import LazyTensor
 
 PAPER = Path(__file__).parents[2] / "configs" / "paper.py"
-SMALL = ModelConfig(  # Llama-3.1-8B with every size reduced but the vocabulary's
-    vocab_size=128256,
-    d_model=32,
-    d_mlp=112,
-    n_layers=4,
-    n_heads=4,
-    n_kv_heads=1,
-    head_dim=16,
-    norm_eps=1e-5,
-    rope_theta=500000.0,
-    rope_scaling=Llama3RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192),
-    tied=False,
-)
+# All but the vocabulary's size, which is R1's.
+SMALL = dataclasses.replace(LLAMA_8B, d_model=32, d_mlp=112, n_layers=4, n_heads=4, n_kv_heads=1, head_dim=16)
 
 
 def write_random(folder: Path, seed: int) -> None:
