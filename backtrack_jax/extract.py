@@ -291,7 +291,7 @@ class _Batch(NamedTuple):
       reads: [B, C, W] float32, positions that are read; rows that fill the batch up read none.
       dropped: [C, W], windows that are not read.
       n_reply: reply tokens.
-      out: of `_contract_batch`, perhaps not computed yet.
+      out: of `contract_batch`, perhaps not computed yet.
     """
 
     rows: Sequence[TokenTrace]
@@ -316,7 +316,7 @@ def _start_batch(plan: WindowPlan, model: Decoder, rows: Sequence[TokenTrace], p
         reply[i, row.reply_start : len(row.ids)] = 1
     arrays = place_rows(model, (ids, positions, reads, scale, reply))
     return _Batch(
-        rows, group_reads, dropped, int(reply.sum()), _program(model)(model, *arrays, np.array(plan.layers, int))
+        rows, group_reads, dropped, int(reply.sum()), contract_batch(model, *arrays, np.array(plan.layers, int))
     )
 
 
@@ -349,7 +349,8 @@ def _add_batch(total: WindowSums, batch: _Batch) -> None:
     total.trace_counts = np.concatenate([total.trace_counts, first.astype(np.int64)])
 
 
-def _contract_batch(
+@jax.jit
+def contract_batch(
     model: Decoder,
     ids: jax.Array,  # [B, T]
     positions: jax.Array,  # [B, T]
@@ -376,21 +377,6 @@ def _contract_batch(
     captured["sums"] = jnp.moveaxis(captured["sums"], 1, 0)
     captured["trace_means"] = jnp.moveaxis(captured["trace_means"][layers], 0, 1)
     return captured
-
-
-_contract = jax.jit(_contract_batch)
-_contract_by_eigen = jax.jit(
-    _contract_batch, compiler_options={"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
-)
-
-
-def _program(model: Decoder) -> Any:
-    """`_contract_batch`, compiled so that it is fast.
-
-    XLA's CPU backend gives products and reductions to YNNPACK unless told otherwise: the faster one for 16-bit floats
-    and for the few rows of a decode step, but Eigen is half as fast again at products of many rows of float32.
-    """
-    return _contract_by_eigen if jax.default_backend() == "cpu" and model.dtype == jnp.float32 else _contract
 
 
 def _sum_rows(x: jax.Array) -> jax.Array:

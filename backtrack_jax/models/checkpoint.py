@@ -485,7 +485,9 @@ def _load_orbax(folder: Path, dtype: str | None, mesh: Mesh | None) -> Decoder:
     config = read_config(folder)
     path = (folder / _ORBAX).absolute()
     with ocp.StandardCheckpointer() as checkpointer:
-        stored = _flat(checkpointer.metadata(path).item_metadata.tree)
+        stored_as = _flat(checkpointer.metadata(path).item_metadata.tree)
+        # Before version 0.2 a matrix was stored under its module's name alone.
+        stored = {_now_called(name): weight for name, weight in stored_as.items()}
         expected = _shapes(config)
         faults = [f"unknown weight {'.'.join(name)}" for name in stored.keys() - expected.keys()]
         faults += [f"missing weight {'.'.join(name)}" for name in expected.keys() - stored.keys()]
@@ -499,7 +501,12 @@ def _load_orbax(folder: Path, dtype: str | None, mesh: Mesh | None) -> Decoder:
         target_dtype = jnp.dtype(dtype or _exact_dtype(weight.dtype for weight in stored.values()))
         places = _places(config, mesh)
         target = {
-            name: jax.ShapeDtypeStruct(shape, target_dtype, sharding=places[name]) for name, shape in expected.items()
+            name: jax.ShapeDtypeStruct(expected[_now_called(name)], target_dtype, sharding=places[_now_called(name)])
+            for name in stored_as
         }
         weights = _flat(checkpointer.restore(path, unflatten_dict(target)))
-    return _with_weights(config, target_dtype, weights)
+    return _with_weights(config, target_dtype, {_now_called(name): weight for name, weight in weights.items()})
+
+
+def _now_called(name: Keys) -> Keys:
+    return name if name[-1] in ("weight", "bias") else (*name, "weight")

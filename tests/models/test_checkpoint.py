@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from helpers import hf_llama, save
 
 from backtrack_jax.models import checkpoint, families
@@ -492,6 +494,18 @@ def test_orbax_round_trip(original, tmp_path, dtype):
     assert_same(again, expected)
     with pytest.raises(FileExistsError, match="holds a checkpoint"):
         checkpoint.save_orbax(model, tmp_path / "orbax")
+
+
+def test_orbax_folders_of_earlier_versions_are_read(original, tmp_path):
+    """They called a matrix by its module's name alone, and only a norm's weight `weight`."""
+    model = checkpoint.load(str(original))
+    checkpoint.save_orbax(model, tmp_path / "orbax")
+    flat = flatten_dict(nnx.to_pure_dict(nnx.state(model)))
+    earlier = {path if "norm" in path[-2] else path[:-1]: weight for path, weight in flat.items()}
+    shutil.rmtree(tmp_path / "orbax" / "params")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "orbax" / "params", unflatten_dict(earlier))
+    assert_same(checkpoint.load(str(tmp_path / "orbax")), arrays(model))
 
 
 def test_orbax_weights_of_another_config_are_refused(original, tmp_path):

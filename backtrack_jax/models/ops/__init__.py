@@ -31,6 +31,8 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _ASKED = os.environ.get("BACKTRACK_PLAIN_OPS", "")
 _PLAIN = frozenset(tuned.PLATFORMS if _ASKED == "all" else filter(None, _ASKED.split(",")))
+if _UNKNOWN := sorted(_PLAIN - tuned.PLATFORMS.keys()):
+    raise ValueError(f"BACKTRACK_PLAIN_OPS names {_UNKNOWN}, expected `all` or some of {', '.join(tuned.PLATFORMS)}")
 
 
 def _behind_the_door(op: Callable[_P, _R]) -> Callable[_P, _R]:
