@@ -14,14 +14,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-import safetensors.torch
-import torch
 from flax import nnx
 from helpers import hf_llama, save
 
 from backtrack_jax.models import checkpoint, families
 from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.models.safetensors import LazyTensor
+
+pytest.importorskip("torch", reason="needs torch and transformers to compare with")
+
+import safetensors.torch
+import torch
 
 pytestmark = pytest.mark.hf
 

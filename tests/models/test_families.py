@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
 from helpers import relative_error
 from jax.sharding import PartitionSpec
 
@@ -22,6 +20,11 @@ from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.models.families.base import Family, GgufNames
 from backtrack_jax.models.sharding import make_mesh, shardings
 from backtrack_jax.training import lora
+
+pytest.importorskip("torch", reason="needs torch and transformers to compare with")
+
+import torch
+import transformers
 
 pytestmark = pytest.mark.hf
 
@@ -104,7 +107,7 @@ def test_a_bias_that_is_missing_is_named(folder: Path) -> None:
 
 def test_fields_of_its_own_are_understood_or_refused(folder: Path) -> None:
     fields = families.to_hf(checkpoint.read_config(folder))
-    with pytest.raises(ValueError, match="not a qwen2 model .*\n.*use_sliding_window=True, only False is implemented"):
+    with pytest.raises(ValueError, match=r"not a qwen2 model .*\n.*use_sliding_window=True, only False is implemented"):
         families.from_hf(fields | {"use_sliding_window": True})
     with pytest.raises(ValueError, match="unknown field pretraining_tp=1"):  # which is Llama's
         families.from_hf(fields | {"pretraining_tp": 1})
