@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from torch_reference import CONFIG, tiny_llama, torch_copy, torch_residuals
 
 from backtrack_jax import extract
 from backtrack_jax.extract import (
@@ -24,10 +25,6 @@ from backtrack_jax.extract import (
 )
 from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.vectors import cosine, difference_of_means
-
-pytest.importorskip("torch", reason="needs torch and transformers to compare with")
-
-from torch_reference import CONFIG, tiny_llama, torch_copy, torch_residuals
 
 pytestmark = pytest.mark.hf
 

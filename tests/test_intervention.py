@@ -14,8 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
 from helpers import hf_llama, relative_error, save
 
 from backtrack_jax import generate, intervention
@@ -40,6 +38,11 @@ from backtrack_jax.intervention import (
 from backtrack_jax.models import checkpoint
 from backtrack_jax.models.batching import left_pad
 from backtrack_jax.models.decoder import Decoder
+
+pytest.importorskip("torch", reason="needs torch and transformers to compare with")
+
+import torch
+import transformers
 
 pytestmark = pytest.mark.hf
 

@@ -15,8 +15,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
-import safetensors.torch
-import torch
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from helpers import hf_llama, save
@@ -24,6 +22,11 @@ from helpers import hf_llama, save
 from backtrack_jax.models import checkpoint, families
 from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.models.safetensors import LazyTensor
+
+pytest.importorskip("torch", reason="needs torch and transformers to compare with")
+
+import safetensors.torch
+import torch
 
 pytestmark = pytest.mark.hf
 

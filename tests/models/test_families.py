@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
 from helpers import relative_error
 from jax.sharding import PartitionSpec
 
@@ -22,6 +20,11 @@ from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.models.families.base import Family, GgufNames
 from backtrack_jax.models.sharding import make_mesh, shardings
 from backtrack_jax.training import lora
+
+pytest.importorskip("torch", reason="needs torch and transformers to compare with")
+
+import torch
+import transformers
 
 pytestmark = pytest.mark.hf
 

@@ -8,16 +8,19 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-import torch
 from gguf import GGMLQuantizationType as Kind
 from helpers import LLAMA3_ROPE, hf_llama
-from transformers import LlamaConfig as TransformersConfig
-from transformers import LlamaForCausalLM
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from backtrack_jax.models import checkpoint, families
 from backtrack_jax.models.config import ModelConfig
 from backtrack_jax.models.gguf import open_gguf, read_header
+
+pytest.importorskip("torch", reason="needs torch and transformers to compare with")
+
+import torch
+from transformers import LlamaConfig as TransformersConfig
+from transformers import LlamaForCausalLM
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 pytestmark = pytest.mark.hf
 

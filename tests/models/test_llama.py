@@ -15,8 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
 from flax import nnx
 from helpers import LLAMA3_ROPE, hf_llama, relative_error, save
 
@@ -25,6 +23,11 @@ from backtrack_jax.models import checkpoint
 from backtrack_jax.models.attention import KVCache, rope_frequencies, rope_tables
 from backtrack_jax.models.batching import left_pad, right_pad
 from backtrack_jax.models.decoder import Decoder, Output
+
+pytest.importorskip("torch", reason="needs torch and transformers to compare with")
+
+import torch
+import transformers
 
 pytestmark = pytest.mark.hf
 
