@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 import tiny
+from commands import Command
 from jax.experimental.compilation_cache import compilation_cache
 
 from backtrack_jax import pipeline
@@ -94,3 +95,9 @@ def fresh(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     shutil.copytree(tiny_run, tmp_path / "tiny", ignore=shutil.ignore_patterns("results"))
     monkeypatch.chdir(tmp_path / "tiny")
     return tmp_path / "tiny" / "results" / "tiny"
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs `backtrack_jax.run`, or another program, in this process."""
+    return Command(monkeypatch, capsys)

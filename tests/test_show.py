@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from commands import Command
 
 from backtrack_jax import pipeline, show
 
@@ -56,42 +57,30 @@ def test_what_cannot_be_shown_is_an_error(fresh: Path) -> None:
         show.describe(pipeline.Run(e, ("1-traces", "2-annotations")), "x", colour=False)
 
 
-def test_the_traces_are_those_that_a_run_reads_in_its_folder(fresh: Path) -> None:
+def test_the_traces_are_those_that_a_run_reads_in_its_folder(fresh: Path, command: Command) -> None:
     """`traces.stand_in`, where traces would be sampled; and `--workdir` is that of the run."""
     experiment = Path("sampling.py")
     change = f"e.traces.path, e.traces.stand_in, e.annotations.judge = '', {tiny.CHAINS!r}, 'released-or-keyword'"
     experiment.write_text(
         f"import tiny\n\n\ndef get_config():\n    e = tiny.get_config()\n    {change}\n    return e\n"
     )
-    command = [
-        sys.executable,
-        "-m",
-        "backtrack_jax.show",
-        "verbal_1/0",
-        f"--config={experiment}",
-        "--workdir=else/where",
-    ]
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(tiny.__file__).parent)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and "»" in done.stdout, done.stderr
+    arguments = ("verbal_1/0", "--workdir=else/where")
+    shown, message = command(f"--config={experiment}", *arguments, program=show)
+    assert "»" in shown, message
     e = tiny.get_config()
     e.workdir = "else/where"
     pipeline.Run(e, ("1-traces", "2-annotations")).run()
     (annotations,) = Path("else/where").glob("*/2-annotations/annotations.jsonl")
     annotations.write_text(annotations.read_text().replace("backtracking", "initializing"))  # as long
-    shown = subprocess.run(
-        [*command[:3], "verbal_1/0", f"--config={tiny.__file__}", command[-1]], env=env, capture_output=True, text=True
-    )
-    assert "no section is labelled 'backtracking'" in shown.stdout, shown.stderr
+    shown, message = command(f"--config={tiny.__file__}", *arguments, program=show)
+    assert "no section is labelled 'backtracking'" in shown, message
 
 
-def test_the_command(fresh: Path) -> None:
-    command = [sys.executable, "-m", "backtrack_jax.show", f"--config={tiny.__file__}"]
-    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([*command, "verbal_1/0"], env=env, capture_output=True, text=True)
+def test_the_command(fresh: Path, command: Command) -> None:
+    started = [sys.executable, "-m", "backtrack_jax.show", f"--config={tiny.__file__}", "verbal_1/0"]
+    done = subprocess.run(started, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
     assert done.returncode == 0 and "»" in done.stdout, done.stderr
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert (
-        done.returncode == 1
-        and done.stderr == "error: name one trace: python -m backtrack_jax.show TRACE --config=FILE\n"
+    assert command(f"--config={tiny.__file__}", program=show) == (
+        "",
+        "error: name one trace: python -m backtrack_jax.show TRACE --config=FILE",
     )

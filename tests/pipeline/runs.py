@@ -2,8 +2,6 @@
 
 import csv
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,16 +36,6 @@ def run(e: Experiment, *stages: str) -> pipeline.Run:
 def done(made: pipeline.Run) -> list[str]:
     """Names of the stages that are complete."""
     return [stage.name for stage in made.stages if made.done(stage)]
-
-
-def command(*arguments: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    """The program, as its own process, in the working directory."""
-    return subprocess.run(
-        [sys.executable, "-m", "backtrack_jax.run", f"--config={TINY}", *arguments],
-        capture_output=True,
-        text=True,
-        **kwargs,
-    )
 
 
 def set_at(holder: object, name: str, value: object) -> None:

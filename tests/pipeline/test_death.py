@@ -14,7 +14,17 @@ from typing import Any
 import pytest
 import tiny
 from matplotlib.figure import Figure
-from runs import STAGES, TINY, command, contents, lines_of, run
+from runs import STAGES, TINY, contents, lines_of, run
+
+
+def command(*arguments: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    """The program, as its own process, in the working directory."""
+    return subprocess.run(
+        [sys.executable, "-m", "backtrack_jax.run", f"--config={TINY}", *arguments],
+        capture_output=True,
+        text=True,
+        **kwargs,
+    )
 
 
 class Killed(BaseException):

@@ -150,7 +150,7 @@ def test_sampled_traces(fresh: Path, loaded: list[str]) -> None:
 def test_the_probe_takes_no_label_for_no_backtracking(fresh: Path) -> None:
     unlabelled = {"verbal_1", "verbal_3", "spatial_2"}
     edit_chains(lambda chain: chain["task_id"] in unlabelled and chain.update(annotated_chain=""))
-    run(few_conditions())
+    run(few_conditions(), "1", "2", "3", "4", "5")
     for row in csv_rows("reasoning.probe.csv"):
         assert row["method"] != "random directions" or int(row["n_problems"]) == len(tiny.TASKS) - len(unlabelled)
 
