@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from backtrack_jax.models.ops import plain
+import backtrack_jax.models.ops.plain as plain
 from backtrack_jax.models.ops.plain import Part, einsum, rows_of_queries, tokens_of_rows
 from backtrack_jax.models.ops.target import target
 
