@@ -11,6 +11,7 @@ with 0/1 counts of which positions each window reads, so nothing of size L x B x
 """
 
 import dataclasses
+import functools
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 
 from backtrack_jax.config import ESTIMATORS
 from backtrack_jax.files import store
+from backtrack_jax.models import ops
 from backtrack_jax.models.batching import batches, check_ids, right_pad
 from backtrack_jax.models.decoder import BlockOutput, Decoder
 from backtrack_jax.models.sharding import place_rows
@@ -291,7 +293,7 @@ class _Batch(NamedTuple):
       reads: [B, C, W] float32, positions that are read; rows that fill the batch up read none.
       dropped: [C, W], windows that are not read.
       n_reply: reply tokens.
-      out: of `contract_batch`, perhaps not computed yet.
+      out: of `_contract_batch`, perhaps not computed yet.
     """
 
     rows: Sequence[TokenTrace]
@@ -316,7 +318,7 @@ def _start_batch(plan: WindowPlan, model: Decoder, rows: Sequence[TokenTrace], p
         reply[i, row.reply_start : len(row.ids)] = 1
     arrays = place_rows(model, (ids, positions, reads, scale, reply))
     return _Batch(
-        rows, group_reads, dropped, int(reply.sum()), contract_batch(model, *arrays, np.array(plan.layers, int))
+        rows, group_reads, dropped, int(reply.sum()), contraction(model)(model, *arrays, np.array(plan.layers, int))
     )
 
 
@@ -349,8 +351,7 @@ def _add_batch(total: WindowSums, batch: _Batch) -> None:
     total.trace_counts = np.concatenate([total.trace_counts, first.astype(np.int64)])
 
 
-@jax.jit
-def contract_batch(
+def _contract_batch(
     model: Decoder,
     ids: jax.Array,  # [B, T]
     positions: jax.Array,  # [B, T]
@@ -377,6 +378,16 @@ def contract_batch(
     captured["sums"] = jnp.moveaxis(captured["sums"], 1, 0)
     captured["trace_means"] = jnp.moveaxis(captured["trace_means"][layers], 0, 1)
     return captured
+
+
+def contraction(model: Decoder) -> Any:
+    """`_contract_batch` as it is compiled for a model."""
+    return _compiled(tuple(ops.compiler_options(model.dtype).items()))
+
+
+@functools.cache
+def _compiled(options: tuple[tuple[str, str], ...]) -> Any:
+    return jax.jit(_contract_batch, compiler_options=dict(options))
 
 
 def _sum_rows(x: jax.Array) -> jax.Array:

@@ -119,7 +119,7 @@ def lower_reading(model: Decoder, mesh: Mesh) -> Any:
     ids, reads, scale = (n, length), (n, GROUPS, WINDOWS, length), (n, GROUPS, WINDOWS)
     batch = [jnp.zeros(ids, jnp.int32), jnp.zeros(ids, jnp.int32), *map(jnp.zeros, (reads, scale, ids))]
     layers = abstract(jnp.zeros(1, jnp.int32), NamedSharding(mesh, PartitionSpec()))
-    return extract.contract_batch.lower(model, *abstract(batch, rows_sharding(mesh, n)), layers)
+    return extract.contraction(model).lower(model, *abstract(batch, rows_sharding(mesh, n)), layers)
 
 
 def rows_sharding(mesh: Mesh, rows: int) -> NamedSharding:

@@ -6,8 +6,8 @@
 TRACES is a JSONL of traces as stage 1 of a run writes it, or a file or folder of annotated chains in the released
 format. The prompt is only read, the reply is learned. OUT/model is the finetuned model as a Hugging Face folder with
 its tokenizer (adapters merged), ready for `--config.reasoning.path=OUT/model` (of `configs/smollm2.py`, which has a
-base model alone, `--config.base.path`); OUT/adapter holds the adapters as PEFT
-reads them. Checkpoints are in OUT/checkpoints: the same command goes on where a killed one was, another one is refused.
+base model alone, `--config.base.path`); OUT/adapter holds the adapters as PEFT reads them. Checkpoints are in
+OUT/checkpoints: the same command resumes where a killed one left off; another one is refused.
 On a CPU under Linux a step takes a tenth less time with this in the environment:
 `GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184`.
 """
@@ -39,7 +39,7 @@ from backtrack_jax.training.packing import Batch, Tokens, pack
 
 DTYPES = ("bfloat16", "float32")  # in float16 small gradients become 0: they would have to be scaled
 SAVE_DTYPES = ("bfloat16", "float16", "float32")
-RESUMED = "the same command goes on at the last checkpoint"
+RESUMED = "the same command resumes at the last checkpoint"
 LEAST = {"length": 2, "lora_rank": 0, "seed": 0, "weight_decay": 0}  # a row of one token predicts none
 
 

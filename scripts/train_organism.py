@@ -3,9 +3,9 @@
     python scripts/train_organism.py --out=results/pair              # as shipped; at most 8 minutes on 2 quiet cores
     python scripts/train_organism.py --out=results/pair2 --seed=2    # another pair of the same recipe
 
-Checkpoints are kept under OUT/checkpoints; the same command goes on where a killed one was, to the same weights bit for
-bit. The models are written to OUT/base and OUT/reasoning as Hugging Face folders, after which both are tried out on
-problems that they have not seen; the command fails if they do not behave as a pair should.
+Checkpoints are kept under OUT/checkpoints; the same command resumes where a killed one left off, with the same weights
+bit for bit. The models are written to OUT/base and OUT/reasoning as Hugging Face folders, after which both are tried
+out on problems that they have not seen; the command fails if they do not behave as a pair should.
 """
 
 import argparse
@@ -159,7 +159,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Path, int, Recipe]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     start = time.monotonic()
-    resumed = "the same command goes on at the last checkpoint"
+    resumed = "the same command resumes at the last checkpoint"
     with ends_in_one_line(remedy="run it again where more is free", resumed=resumed):
         out, seed, recipe = parse(argv)
         out = out.expanduser()

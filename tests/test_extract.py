@@ -17,7 +17,7 @@ from backtrack_jax.extract import (
     WindowPlan,
     WindowSums,
     add_traces,
-    contract_batch,
+    contraction,
     count_windows,
     load_sums,
     save_sums,
@@ -321,11 +321,11 @@ def test_two_traces_of_one_name_are_refused():
 
 
 def test_one_program_per_bucket_whatever_is_read(sums):
-    compiled = contract_batch._cache_size()
+    compiled = contraction(MODEL)._cache_size()
     plan = WindowPlan(LABELS, GROUPS, ((-9, -9), (-4, -1), (0, 0)), layers=(1, 2), into_prompt=True)
     window_sums(MODEL, TRACES, plan, batch_size=BATCH_SIZE)
     window_sums(MODEL, TRACES[:2], PLAN, batch_size=BATCH_SIZE)
-    assert contract_batch._cache_size() == compiled
+    assert contraction(MODEL)._cache_size() == compiled
 
 
 def test_nothing_of_all_layers_and_positions_is_kept():
@@ -334,7 +334,7 @@ def test_nothing_of_all_layers_and_positions_is_kept():
     shapes = [(B, T), (B, T), (B, 5, 3, T), (B, 5, 3), (B, T), (2,)]
     dtypes = [jnp.int32] * 2 + [jnp.float32] * 3 + [jnp.int32]
     arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
-    program = contract_batch.lower(MODEL, *arrays).compile().as_text() or ""
+    program = contraction(MODEL).lower(MODEL, *arrays).compile().as_text() or ""
     assert f"f32[{B},{T},{D}]" in program
     assert f"f32[{L},{B},{T}," not in program
 

@@ -78,7 +78,7 @@ def resolve(path_or_id: str | os.PathLike[str], revision: str | None = None, *, 
         )
     except OSError as error:  # of the network and of the hub alike
         raise FileNotFoundError(
-            f"{path_or_id} is no folder or file here, and the Hugging Face hub did not give it "
+            f"{path_or_id} is not a folder or file here, and the Hugging Face hub did not give it "
             f"(revision {revision or 'main'}): {error}"
         ) from error
 
@@ -89,7 +89,7 @@ def is_hub_id(path_or_id: str | os.PathLike[str]) -> bool:
 
 
 def hub_commit(path_or_id: str | os.PathLike[str], revision: str | None = None) -> str | None:
-    """Commit that a hub id stood for when it was fetched; None for what is no hub id or was not fetched."""
+    """Commit that a hub id stood for when it was fetched; None for anything else, or where it was not fetched."""
     if Path(path_or_id).expanduser().exists() or not is_hub_id(path_or_id):
         return None
     cached = try_to_load_from_cache(os.fspath(path_or_id), "config.json", revision=revision)
@@ -110,7 +110,9 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
     if path.suffix == ".gguf":
         return gguf.open_gguf(path)[0]
     if not (path / _CONFIG).is_file():
-        raise FileNotFoundError(f"{path} is no checkpoint: it has no {_CONFIG} and is no .gguf file{_others(path)}")
+        raise FileNotFoundError(
+            f"{path} is not a checkpoint: it has no {_CONFIG} and is not a .gguf file{_others(path)}"
+        )
     return families.from_hf_file(path / _CONFIG)
 
 
@@ -221,7 +223,7 @@ def write_hf(
 def save_orbax(model: Decoder, folder: str | os.PathLike[str]) -> None:
     """Writes weights with Orbax, each device its part, beside a `config.json`; `load` reads the folder back.
 
-    Orbax gives `params` its name when it is complete, so an interrupted write is no checkpoint.
+    Orbax gives `params` its name when it is complete, so an interrupted write is not taken for a checkpoint.
 
     Raises:
       FileExistsError: the folder holds a checkpoint.
@@ -275,7 +277,7 @@ def _open_folder(path: Path) -> tuple[dict[str, LazyTensor], list[str], set[str]
     try:
         weight_map = {name: str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is no index of safetensors files: {error!r}") from error
+        raise ValueError(f"{index} is not an index of safetensors files: {error!r}") from error
     tensors: dict[str, LazyTensor] = {}
     faults, unreadable = [], set()
     for file in sorted(set(weight_map.values())):

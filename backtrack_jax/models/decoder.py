@@ -208,7 +208,7 @@ class Decoder(nnx.Module):
             # Traced rows cannot be refused, and must not be left out silently.
             x = jnp.where(intervention.unresolved()[:, None, None], jnp.nan, x)
             at_layers = jax.tree.map(lambda leaf: leaf[:n_layers], intervention.at_layers())
-        rope = ops.barrier(rope_tables(jnp.maximum(positions, 0), self.config))
+        rope = rope_tables(jnp.maximum(positions, 0), self.config)
         mask = packed_mask(positions)
         all_positions, cached, cached_mask, slot = positions, None, None, None
         if cache is not None:

@@ -142,7 +142,7 @@ def read_header(path: str | os.PathLike[str]) -> GgufHeader:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is empty, truncated, of another version or no GGUF file, or tensors overlap.
+      ValueError: it is empty, truncated, of another version or not a GGUF file, or tensors overlap.
     """
     path = Path(path)
     size = path.stat().st_size
@@ -150,7 +150,7 @@ def read_header(path: str | os.PathLike[str]) -> GgufHeader:
         raise ValueError(f"{path} is empty, expected a GGUF file")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if data[:4] != b"GGUF":
-            raise ValueError(f"{path} is no GGUF file: it starts with {data[:4]!r}, expected b'GGUF'")
+            raise ValueError(f"{path} is not a GGUF file: it starts with {data[:4]!r}, expected b'GGUF'")
         cursor = _Cursor(data)
         cursor.offset = 4
         try:
@@ -184,7 +184,7 @@ def _parse_header(cursor: _Cursor) -> GgufHeader:
     for _ in range(n_keys):
         key = cursor.string()
         if key in metadata:
-            raise ValueError(f"{key} stands in it twice")
+            raise ValueError(f"{key} is in it twice")
         metadata[key] = cursor.value(GGUFValueType(cursor.scalar("<I")))
     alignment = metadata.get("general.alignment", 32)
     placed: dict[str, GgufTensor] = {}
@@ -195,9 +195,9 @@ def _parse_header(cursor: _Cursor) -> GgufHeader:
         if code not in _KIND_CODES:
             raise ValueError(f"tensor {name} is stored as type {code}, which the gguf package does not know")
         if name in placed:
-            raise ValueError(f"tensor {name} stands in it twice")
+            raise ValueError(f"tensor {name} is in it twice")
         if offset % alignment:
-            raise ValueError(f"tensor {name} starts at byte {offset} of the data, no multiple of {alignment}")
+            raise ValueError(f"tensor {name} starts at byte {offset} of the data, not a multiple of {alignment}")
         placed[name] = GgufTensor(shape, GGMLQuantizationType(code), offset)
     start = -(-cursor.offset // alignment) * alignment
     return GgufHeader(metadata, {name: t._replace(offset=start + t.offset) for name, t in placed.items()})

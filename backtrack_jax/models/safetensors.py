@@ -48,11 +48,11 @@ def read_header(path: Path) -> tuple[dict[str, LazyTensor], list[str]]:
         length = int.from_bytes(file.read(_PREFIX), "little")
         if size < _PREFIX or _PREFIX + length > size:
             announced = f", shorter than the {length}-byte header that it announces" if size >= _PREFIX else ""
-            return {}, [f"{path} is truncated or no safetensors file: it has {size} bytes{announced}"]
+            return {}, [f"{path} is truncated or not a safetensors file: it has {size} bytes{announced}"]
         try:
             header = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
         except ValueError as error:
-            return {}, [f"{path} is no safetensors file: its header is not JSON with unique names: {error}"]
+            return {}, [f"{path} is not a safetensors file: its header is not JSON with unique names: {error}"]
     header.pop("__metadata__", None)
     faults = [fault for name, entry in header.items() for fault in _entry_faults(name, entry)]
     if not faults:
@@ -107,7 +107,7 @@ def _without_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in pairs:
         if name in result:
-            raise ValueError(f"{name} stands in it twice")
+            raise ValueError(f"{name} is in it twice")
         result[name] = value
     return result
 

@@ -346,7 +346,7 @@ class Tokenizer:
             The ids.
 
         Raises:
-            ValueError: the text is no valid Unicode; or, without markers, the vocabulary itself spells a marker.
+            ValueError: the text is not valid Unicode; or, without markers, the vocabulary itself spells a marker.
         """
         _check_unicode(text)
         if markers:
@@ -368,7 +368,7 @@ class Tokenizer:
             included. A token that holds only part of a character's bytes has that character in its span.
 
         Raises:
-            ValueError: the text is no valid Unicode.
+            ValueError: the text is not valid Unicode.
         """
         _check_unicode(text)
         encoding = self._backend.encode(text, add_special_tokens=False)
@@ -383,7 +383,7 @@ class Tokenizer:
                 and turn tokens in the text.)
 
         Returns:
-            The text; bytes that are no valid UTF-8 become U+FFFD.
+            The text; bytes that are not valid UTF-8 become U+FFFD.
         """
         kept = (i for i in ids if not (skip_markers and i in self._marker_ids))
         return b"".join(map(self._bytes_of, kept)).decode("utf-8", "replace")
@@ -490,7 +490,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text("utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON, or cut off: {error}") from error
+        raise ValueError(f"{path} is not JSON, or cut off: {error}") from error
 
 
 def _optional_json(path: Path) -> dict[str, Any]:

@@ -290,7 +290,7 @@ def _restored(manager: ocp.CheckpointManager, state: TrainState) -> tuple[TrainS
         before = max((step for step in manager.all_steps() if step < newest), default=None)
         raise ValueError(
             f"{manager.directory / str(newest)} cannot be read ({error or type(error).__name__}). Remove it, and the "
-            f"same command goes on {'from the start' if before is None else f'after step {before}'}"
+            f"same command resumes {'from the start' if before is None else f'after step {before}'}"
         ) from error
     in_order = [leaves[name] for name in sorted(leaves)]
     restored = jax.tree.unflatten(jax.tree.structure(dataclasses.replace(state, frozen=())), in_order)

@@ -107,7 +107,7 @@ class Lora:
     targets: tuple[str, ...] = TARGETS
 
     def __post_init__(self) -> None:
-        """Refuses a rank below 1, an alpha that is no finite number, and no matrices or those that a block has not."""
+        """Refuses a rank below 1, an alpha that is not finite, and targets that are none or not matrices of a block."""
         if self.rank < 1 or self.rank != int(self.rank):
             raise ValueError(f"rank={self.rank}, expected an integer of at least 1")
         if not math.isfinite(self.alpha):
@@ -115,7 +115,9 @@ class Lora:
         if not self.targets:
             raise ValueError(f"targets=(), expected some of {', '.join(TARGETS)}")
         if unknown := set(self.targets) - set(TARGETS):
-            raise ValueError(f"targets {sorted(unknown)} are no matrices of a block; there are {', '.join(TARGETS)}")
+            raise ValueError(
+                f"targets {sorted(unknown)} are not matrices of a block; expected some of {', '.join(TARGETS)}"
+            )
 
 
 def init(model: Decoder, lora: Lora, key: jax.Array) -> Adapters:

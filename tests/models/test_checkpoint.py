@@ -260,9 +260,9 @@ def test_a_truncated_shard_is_named_among_other_faults(shards):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "no safetensors file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "not a safetensors file"),
         ((3).to_bytes(8, "little") + b"{]}", "not JSON"),
-        ((38).to_bytes(8, "little") + b'{"a":{"dtype":"F32"},"a":{"dtype":1}} ', "a stands in it twice"),
+        ((38).to_bytes(8, "little") + b'{"a":{"dtype":"F32"},"a":{"dtype":1}} ', "a is in it twice"),
         ((20).to_bytes(8, "little") + b'{"a":{"dtype":"F3"}}', "expected dtype, shape and data_offsets"),
     ],
 )
@@ -431,7 +431,7 @@ for name, revision in (("owner/other", None), ("owner/name", "v2")):
     lines = run(code, HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(tmp_path))
     assert lines[:2] == [str(repository / "snapshots" / commit)] * 2
     assert lines[2:4] == [f"{commit} {commit}", "None None None"]
-    assert lines[4].startswith("owner/other is no folder or file here, and the Hugging Face hub did not give it")
+    assert lines[4].startswith("owner/other is not a folder or file here, and the Hugging Face hub did not give it")
     assert "(revision v2)" in lines[5]
 
 

@@ -16,7 +16,7 @@ from backtrack_jax.models import ops
 from backtrack_jax.models.attention import causal_mask
 from backtrack_jax.models.ops import plain, tuned
 
-DECISIONS = {"cache_dtype", "unstacks"}  # compute nothing
+DECISIONS = {"cache_dtype", "compiler_options", "unstacks"}  # compute nothing
 B, T, S, K, G, H = 2, 150, 40, 2, 3, 8  # two chunks of queries
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.02, "float16": 0.003}
 

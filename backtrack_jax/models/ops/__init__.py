@@ -11,13 +11,14 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 from backtrack_jax.models.ops import plain, tuned
-from backtrack_jax.models.ops.target import Target, compiling_for, target
+from backtrack_jax.models.ops.targets import Target, compiling_for, target
 
 __all__ = [
     "Target",
     "attend",
     "attend_causally",
     "cache_dtype",
+    "compiler_options",
     "compiling_for",
     "lookup",
     "matmul",
@@ -50,8 +51,8 @@ def _behind_the_door(op: Callable[_P, _R]) -> Callable[_P, _R]:
 
 attend = _behind_the_door(plain.attend)
 attend_causally = _behind_the_door(plain.attend_causally)
-barrier = _behind_the_door(plain.barrier)
 cache_dtype = _behind_the_door(plain.cache_dtype)
+compiler_options = _behind_the_door(plain.compiler_options)
 lookup = _behind_the_door(plain.lookup)
 matmul = _behind_the_door(plain.matmul)
 scan_blocks = _behind_the_door(plain.scan_blocks)

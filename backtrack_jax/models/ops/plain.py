@@ -40,9 +40,8 @@ def attend(q: jax.Array, *parts: Part) -> jax.Array:
 
     What a query that may attend to nothing (padding) reads means nothing.
     """
-    k, v, mask = (
-        jnp.concatenate(arrays, axis) for arrays, axis in zip(zip(*parts, strict=True), (3, 2, 2), strict=True)
-    )
+    keys, values, masks = zip(*parts, strict=True)
+    k, v, mask = jnp.concatenate(keys, 3), jnp.concatenate(values, 2), jnp.concatenate(masks, 2)
     scores = einsum("BKQH,BKHS->BKQS", rows_of_queries(q), k)
     seen = jnp.repeat(mask, q.shape[3], axis=1)[:, None]
     weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1)
@@ -77,11 +76,11 @@ def scan_blocks(body: Callable, x: jax.Array, blocks: Any, others: tuple[Any, ..
     return lax.scan(body, x, (jax.tree.map(lambda leaf: leaf[:n], blocks), *others))
 
 
+def compiler_options(dtype: jnp.dtype) -> dict[str, str]:
+    """Options with which a program of many rows, and weights of this dtype, is compiled."""
+    return {}
+
+
 def unstacks(blocks: Any) -> bool:
     """Whether the blocks are taken out of their stack before a loop over tokens, in which they then run one by one."""
     return False
-
-
-def barrier(x: Any) -> Any:
-    """x, computed before what follows."""
-    return x

@@ -14,35 +14,21 @@ from jax import lax
 
 import backtrack_jax.models.ops.plain as plain
 from backtrack_jax.models.ops.plain import Part, einsum, rows_of_queries, tokens_of_rows
-from backtrack_jax.models.ops.target import target
+from backtrack_jax.models.ops.targets import target
 
 PLATFORMS = {
     "lookup": ("cpu",),
-    "attend": ("cpu", "gpu", "tpu"),
+    "attend": ("gpu", "tpu"),
     "attend_causally": ("cpu", "gpu", "tpu"),
     "cache_dtype": ("cpu",),
     "scan_blocks": ("cpu", "gpu", "tpu"),
+    "compiler_options": ("cpu",),
     "unstacks": ("cpu", "gpu"),
-    "barrier": ("cpu",),
-    "matmul": ("cpu",),
 }
 """Operations of this module, and the platforms on which they take the place of the plain ones."""
 
 _QUERY_CHUNK = 128  # queries of a causal chunk, at least; shorter ones make products too small to be fast
 _MAX_CHUNKS = 16  # since each adds to the compilation
-
-
-def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """One row a token: XLA's CPU backend takes twice as long for a gradient of float32 weights summed over two axes."""
-    if weight.dtype.itemsize == 2:
-        return plain.matmul(x, weight)
-    rows = plain.matmul(x.reshape(-1, x.shape[-1]), weight)
-    return rows.reshape(*x.shape[:-1], rows.shape[-1])
-
-
-def barrier(x: Any) -> Any:
-    """Rotary tables: XLA's CPU backend would otherwise compute sines anew in every block of a decode step."""
-    return lax.optimization_barrier(x)
 
 
 def lookup(table: jax.Array, index: jax.Array | int) -> jax.Array:
@@ -64,7 +50,7 @@ def _lookup_tangent(primals: tuple[jax.Array, jax.Array], tangents: Any) -> tupl
 
 
 def attend(q: jax.Array, *parts: Part) -> jax.Array:
-    """Parts stay where they are: put beside each other they would be a copy of the cache."""
+    """Parts stay where they are: beside each other they would be a copy of the cache, in every block of every step."""
     rows, G = rows_of_queries(q), q.shape[3]
     keys, values, masks = zip(*parts, strict=True)
     seen = [jnp.repeat(mask, G, axis=1)[:, None] for mask in masks]
@@ -115,6 +101,14 @@ def scan_blocks(body: Callable, x: jax.Array, blocks: Any, others: tuple[Any, ..
         return body(x, (jax.tree.map(lambda leaf: take(leaf, layer), stacked), *others))
 
     return lax.scan(step, x, (jnp.arange(n), others))
+
+
+def compiler_options(dtype: jnp.dtype) -> dict[str, str]:
+    """float32 products by Eigen, where XLA's CPU backend would give them to YNNPACK.
+
+    That is the faster one for 16-bit floats and for the few rows of a decode step, but not for many rows of float32.
+    """
+    return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"} if dtype == jnp.float32 else {}
 
 
 def unstacks(blocks: Any) -> bool:
