@@ -67,7 +67,7 @@ def test_only_targets_change_and_by_the_given_rank(model: Decoder) -> None:
 
 
 def test_unknown_targets_and_ranks_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"targets \['lm_head'\] are no matrices of a block"):
+    with pytest.raises(ValueError, match=r"targets \['lm_head'\] are not matrices of a block"):
         Lora(targets=("lm_head",))
     cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"rank": 0}, "rank=0, expected an integer of at least 1"),

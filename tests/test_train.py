@@ -265,7 +265,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(tmp_path: Pa
     for file in (tmp_path / "4").rglob("*"):
         if file.is_file():
             os.truncate(file, file.stat().st_size // 2)
-    with pytest.raises(ValueError, match=r"/4 cannot be read .*Remove it, and the same command goes on after step 2"):
+    with pytest.raises(ValueError, match=r"/4 cannot be read .*Remove it, and the same command resumes after step 2"):
         train.fit(step, jax.tree.map(jnp.copy, before), rows, steps=4, **arguments)
     shutil.rmtree(tmp_path / "4")
     mended, _ = train.fit(step, jax.tree.map(jnp.copy, before), rows, steps=4, **arguments)

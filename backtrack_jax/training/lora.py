@@ -107,7 +107,7 @@ class Lora:
     targets: tuple[str, ...] = TARGETS
 
     def __post_init__(self) -> None:
-        """Refuses a rank below 1, an alpha that is no finite number, and no matrices or those that a block has not."""
+        """Refuses a rank below 1, an alpha that is not finite, and targets that are empty or unknown."""
         if self.rank < 1 or self.rank != int(self.rank):
             raise ValueError(f"rank={self.rank}, expected an integer of at least 1")
         if not math.isfinite(self.alpha):
@@ -115,7 +115,7 @@ class Lora:
         if not self.targets:
             raise ValueError(f"targets=(), expected some of {', '.join(TARGETS)}")
         if unknown := set(self.targets) - set(TARGETS):
-            raise ValueError(f"targets {sorted(unknown)} are no matrices of a block; there are {', '.join(TARGETS)}")
+            raise ValueError(f"targets {sorted(unknown)} are not matrices of a block; accepted: {', '.join(TARGETS)}")
 
 
 def init(model: Decoder, lora: Lora, key: jax.Array) -> Adapters:
@@ -177,7 +177,7 @@ def save(adapters: Adapters, lora: Lora, folder: str | os.PathLike[str], base: s
       adapters: what was trained.
       lora: how they are applied.
       folder: made here.
-      base: where the model comes from that they belong to.
+      base: where the model that they belong to comes from.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
