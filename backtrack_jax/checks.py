@@ -42,7 +42,7 @@ def check(experiment: Experiment) -> None:
 
 
 def check_windows(experiment: Experiment) -> None:
-    """Refuses what stage 3 would only after the traces were sampled: windows that no reply of their length can hold.
+    """Refuses what stage 3 would refuse only after sampling: windows that no reply of the allowed length can hold.
 
     Raises:
       ValueError: lists every such window.
@@ -68,14 +68,14 @@ def check_overrides(arguments: Sequence[str]) -> None:
 
 
 def check_override(argument: str) -> type:
-    """Refuses `--config.steering.layr=9`: ValueError names the fields that there are. Returns the type of the field."""
+    """Refuses `--config.steering.layr=9`: ValueError lists the valid fields. Returns the type of the field."""
     names = re.match(r"--?(?:no)?config\.([^=]+)", argument)
     kind: type = Experiment
     for name in names[1].split(".") if names else ():
         fields = {field.name: field for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
         if name not in fields:
-            there = f"; there are {', '.join(fields)}" if fields else ""
-            raise ValueError(f"{argument}: there is no field {name!r}{there}")
+            accepted = f"; accepted: {', '.join(fields)}" if fields else ""
+            raise ValueError(f"{argument}: unknown config field {name!r}{accepted}")
         made_by = fields[name].default_factory
         kind = made_by if isinstance(made_by, type) else type(fields[name].default)
     return kind
@@ -86,7 +86,7 @@ def _fault(field: str, value: object, accepted: str) -> str:
 
 
 def _type_faults(spec: Any, prefix: str = "") -> list[str]:
-    """Fields of another type than their defaults have, such as a tuple of one that lacks its comma."""
+    """Fields whose type differs from that of their default, such as a tuple of one without its comma."""
     accepted = {bool: bool, int: int, float: (int, float), str: str, tuple: tuple}
     meant = {tuple: "a tuple, such as (1, 2) or (1,)", str: "text", bool: "True or False", int: "an integer"}
     faults = []
@@ -160,14 +160,14 @@ def _judge_faults(e: Experiment) -> list[str]:
     of_replies = _judge(e.analysis.judge) if e.analysis.judge in labelling.reply_judges() else None
     if e.annotations.path and of_traces and not of_traces.reads_path:
         readers = " or ".join(repr(judge.name) for judge in labelling.JUDGES if judge.reads_path)
-        accepted = f"nothing, or annotations.judge={readers}, which alone reads it"
+        accepted = f"'', or annotations.judge={readers}, since no other judge reads it"
         faults.append(_fault("annotations.path", e.annotations.path, accepted))
     of_both = [fault for judge in (of_traces, of_replies) if judge for fault in judge.faults(e)]
     return [*faults, *dict.fromkeys(of_both)]
 
 
 def _judge(name: str) -> Judge | None:
-    """The judge of a name, None where there is none, which is a fault of its own."""
+    """The judge with this name; None if there is none, which is reported as a fault of its own."""
     return next((judge for judge in labelling.JUDGES if judge.name == name), None)
 
 
@@ -185,7 +185,7 @@ def _sampling_faults(name: str, spec: TraceSpec | SteeringSpec) -> list[str]:
 
 
 def _labels(e: Experiment) -> Sequence[str] | None:
-    """Labels that the judge gives traces of which vectors are read; None where it may give any."""
+    """Labels that the judge may give to traces that vectors are read from; None if it may give any."""
     judge = _judge(trace_judge(e.for_vectors()))
     return judge.labels if judge else None
 
@@ -238,7 +238,7 @@ def _steering_faults(e: Experiment) -> list[str]:
         faults += _repeated(f"steering.{field}", magnitudes)
     ablated = [entry for entry in (*s.kinds, *s.baselines) if isinstance(entry, str) and entry.startswith(kinds.ABLATE)]
     if ablated and any(_finite(magnitude) and abs(magnitude) > 1 for magnitude in s.magnitudes):
-        accepted = f"-1 to 1: of {ablated[0]!r} they are the share that is removed"
+        accepted = f"-1 to 1: for {ablated[0]!r} they are the share that is removed"
         faults.append(_fault("steering.magnitudes", s.magnitudes, accepted))
     swept = s.offsets or s.layers
     if s.grid_limit < 0 or (swept and s.limit and s.grid_limit > s.limit):
@@ -250,7 +250,7 @@ def _steering_faults(e: Experiment) -> list[str]:
 
 
 def _kind_faults(field: str, entries: Sequence[object], labels: Sequence[str] | None) -> list[str]:
-    """Entries that say nothing, or name what is neither a control, a file nor one of the labels (None: any)."""
+    """Entries that are malformed, or name something other than a control, a file or one of the labels (None: any)."""
     faults = []
     for entry in entries:
         if not isinstance(entry, str):
@@ -265,9 +265,7 @@ def _kind_faults(field: str, entries: Sequence[object], labels: Sequence[str] | 
             if labels and name not in (*labels, *kinds.CONTROLS) and not kinds.is_vector_file(name):
                 files = f"a file ({', '.join(kinds.VECTOR_SUFFIXES)})"
                 accepted = f"one of {', '.join((*labels, *kinds.CONTROLS, files))}"
-                faults.append(
-                    _fault(field, entry, accepted if name == entry else f"in the place of {name!r} {accepted}")
-                )
+                faults.append(_fault(field, entry, accepted if name == entry else f"in place of {name!r} {accepted}"))
     return faults
 
 

@@ -26,13 +26,13 @@ def check_architectures(e: Experiment, known: Mapping[str, ModelConfig]) -> None
         for field, layers in _layer_fields(e).items():
             if beyond := [layer for layer in layers if layer >= config.n_layers]:
                 raise ValueError(
-                    f"{field}={beyond[0]} is no block of the {role} model, {e.model(role).path}: "
+                    f"{field}={beyond[0]} is not a block of the {role} model, {e.model(role).path}: "
                     f"it has blocks 0..{config.n_layers - 1}"
                 )
         replacement = e.model(role).marker_replacement
         if replacement >= config.vocab_size:
             raise ValueError(
-                f"{role}.marker_replacement={replacement} is no token of {e.model(role).path}: "
+                f"{role}.marker_replacement={replacement} is not a token of {e.model(role).path}: "
                 f"its vocabulary has {config.vocab_size}"
             )
         _check_vector_files(e, role, config)
@@ -69,7 +69,7 @@ def _layer_fields(e: Experiment) -> dict[str, tuple[int, ...]]:
 
 
 def check_planned(e: Experiment) -> None:
-    """Refuses what is wrong with the models as far as it shows before they are fetched; see `check_architectures`.
+    """Refuses models that are wrong, as far as that shows before they are fetched; see `check_architectures`.
 
     Raises:
       FileNotFoundError, ValueError: names the field and its value.
@@ -86,7 +86,7 @@ def check_planned(e: Experiment) -> None:
 
 
 def check_fetched(e: Experiment, roles: Sequence[str]) -> None:
-    """Fetches the models that are not here and refuses what is wrong with any of them, before weights are read.
+    """Fetches models that are not here, and refuses any that are wrong before weights are read.
 
     Args:
       e: the experiment.

@@ -52,7 +52,7 @@ class Readings:
             return self.offsets[source, window]
         if (source, kind) not in self.vectors:
             known = sorted({k for s, k in self.vectors if s == source})
-            raise ValueError(f"no {kind!r} vector of the {source} model was read; there are {known}")
+            raise ValueError(f"no {kind!r} vector of the {source} model was read; available: {known}")
         return self.vectors[source, kind]
 
 
@@ -66,7 +66,7 @@ def make(experiment: Experiment, readings: Readings) -> dict[Condition, int]:
 
 
 def planned(experiment: Experiment) -> dict[Condition, int]:
-    """What `make` gives but for the lengths, known before anything was read."""
+    """What `make` gives except for the lengths; known before anything is read."""
     return _conditions(experiment, lambda *condition: 1.0)
 
 
@@ -153,7 +153,7 @@ class Interventions:
     def vector_hash(self, c: Condition) -> str:
         """Hash of the float32 direction at the condition's layer, empty where there is none.
 
-        Of a single direction as its file holds it, of a sum at norm 1.
+        A single direction is hashed as its file holds it, a sum at norm 1.
         """
         if c.kind in _UNDIRECTED:
             return ""
@@ -191,7 +191,7 @@ def random_direction(seed: int, name: str, d_model: int) -> np.ndarray:
 
 
 _DRAWN = {"random": random_direction}
-"""Controls that are a direction without being read: name -> its maker, of the run's seed, the name and the width."""
+"""Controls that are directions but are not read off a model: name -> function of the run's seed, name and width."""
 
 
 def _unsteered(c: Condition, **sizes: Any) -> Intervention:

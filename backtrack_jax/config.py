@@ -24,7 +24,7 @@ class ModelSpec:
         `package:module/file.gguf` for a file inside an installed Python package.
       revision: of a hub id; empty for the newest.
       dtype: `bfloat16`, `float16` or `float32`: of weights and matrix-product inputs. Sums are float32 whatever it is.
-      markers: what this model reads in the place of R1's turn and think tokens: `keep`, `replace`, `drop`.
+      markers: what this model reads in place of R1's turn and think tokens: `keep`, `replace`, `drop`.
       marker_replacement: the token id for `replace`; -1 otherwise.
     """
 
@@ -57,10 +57,10 @@ class TraceSpec:
     Attributes:
       path: a file or folder of annotated chains in the released format, or a `.jsonl` of traces; `package:module/file`
         for one that ships with a package. Empty: the reasoning model samples them.
-      stand_in: annotated chains that a run takes in the place of sampled traces if it reads vectors (stages 3-6): for
+      stand_in: annotated chains that a run takes in place of sampled traces if it reads vectors (stages 3-6): for
         a model that does not reason, and so has nothing to read in its own traces. Empty: vectors are read off the
         sampled traces. Stages 1 and 2 alone always sample.
-      limit: take only so many traces (problems, when sampling), spread evenly over the file; 0 takes all.
+      limit: take only this many traces (problems, when sampling), spread evenly over the file; 0 takes all.
       problems: for sampling, `.json` or `.jsonl` of problems; empty for the 300 that ship with the program.
       samples: replies per problem.
       temperature: of sampling; 0 is greedy.
@@ -92,9 +92,9 @@ class OpenAISpec:
       format: of the answers: `sentences` (numbered, answered by JSON) or `inline` (the paper's; five times as long).
       backtracking: definition of backtracking in the instructions, see `judges.openai.prompts.BACKTRACKING`.
       response_format: how `sentences` asks for JSON: `json_schema`, `json_object` or `none`.
-      votes: answers per trace. Of several, the sections are kept that more than half of them have (same label, same
-        first character); each ends where the first of these answers ends it.
-      reask: how often an unusable answer is asked for again. Each of these is paid, and has a place in the ledger.
+      votes: answers per trace. With several, a section is kept if more than half of them have it (same label, same
+        first character); it ends where the first of these answers ends it.
+      reask: how often an unusable answer is asked for again. Each repetition is paid for and has its own ledger entry.
       temperature: of the judge; below 0 it is left out of the request, for models that refuse it.
       seed: of the judge, the number of the vote is added; below 0 it is left out.
       max_tokens: limit of an answer; 0 leaves it out.
@@ -210,10 +210,10 @@ class SteeringSpec:
         magnitude all that come from one model's activations are equally long, whatever the kind, and so are files, but
         for the unit `raw`.
       layer: output of which block (0-based) is changed, and where the direction was read. An ablation changes the
-        outputs of the later blocks as well, which would else write the component anew. Several, to have every one of
+        outputs of the later blocks as well, which would otherwise restore the component. Give several to have all of
         `kinds` at each of them; `baselines` and `offsets` are at the first, and figures, lens and probe are about it. A
         single number is accepted too.
-      magnitudes: strengths, in `unit`; negative ones go the other way, and 0 is run once per model. Of an ablation the
+      magnitudes: strengths, in `unit`; negative ones go the other way, and 0 is run once per model. For an ablation the
         share of the component that is removed, whatever the unit: 1 removes it all, a negative one adds to it.
       baselines: further kinds, done only to the model that writes the traces, from its own activations (Fig. 4).
       offsets: of `vectors.offsets`, those whose vectors are added to that model as well (Fig. 2).
@@ -283,9 +283,9 @@ class AnalysisSpec:
 
     Attributes:
       judge: who labels the sentences of steered replies beside the keywords: `openai` (as `annotations.openai` says) or
-        `grammar` (exact, for the small pair); empty for nobody.
+        `grammar` (exact, for the small pair); empty for none.
       keywords: lower-case; vocabulary items whose text contains one are those of Eq. 2.
-      horizons: a token is positive if a section of `vectors.label` starts within so many tokens after it.
+      horizons: a token is positive if a section of `vectors.label` starts within this many tokens after it.
       positions: tokens of each trace that probes are fitted and scored on, drawn at random from the reply.
       folds: of problems; what is scored on one was fitted on the others.
       shown: traces that the report shows token by token.

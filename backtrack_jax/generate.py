@@ -125,7 +125,7 @@ def generate(
 
     def decode_step(state: DecodeState) -> DecodeState:
         last = lax.dynamic_slice_in_dim(state.ids, state.step - 1, 1, axis=1)
-        # A row that has stopped goes on as padding: nothing attends to it and nothing is done to it.
+        # A row that has stopped continues as padding: nothing attends to it and nothing is done to it.
         at = jnp.where(state.stopped, PAD, prompt_length + state.step - 1)[:, None]
         out = decoder(last, at, cache=state.cache, intervention=intervention)
         return record(dataclasses.replace(state, cache=out.cache), out.resid)
@@ -206,7 +206,7 @@ def generate_rows(
     """
     sampling.check()
     for field, value in vars(sampling).items():
-        if jnp.ndim(value):  # rows are sorted into batches, and it would meet others than it is meant for
+        if jnp.ndim(value):  # rows are sorted into batches, so each value would reach the wrong row
             raise ValueError(f"{field} has shape {jnp.shape(value)}, expected one number for all rows")
     for number, row in enumerate(rows):
         check_ids(row.prompt, model.config.vocab_size, row.name or f"row {number}")
@@ -252,11 +252,11 @@ def generate_text(
       model: the model.
       tokenizer: its tokenizer.
       prompts: token ids (`models.prompts.prompt_ids`).
-      interventions: single rows; `no_intervention` for a reply as it is. Noise is another one for every prompt, drawn
+      interventions: single rows; `no_intervention` for a reply as it is. Noise differs between prompts; it is drawn
         from `seed` and the noise's own key.
       max_new_tokens: limit of a reply.
       sampling: temperature, top-p and top-k; greedy by default.
-      seed: of the random numbers. One prompt's replies meet the same ones under every intervention.
+      seed: of the random numbers. A prompt's replies use the same ones under every intervention.
       batch_size: replies sampled at once.
 
     Returns:

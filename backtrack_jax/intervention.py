@@ -60,8 +60,8 @@ class Term(abc.ABC):
         """
 
     def plus(self, other: Any) -> Self:
-        """Both terms, of one class, in one, for sums of rows; ValueError where there is no such term."""
-        raise ValueError(f"both operands have a term {type(self).__name__}, of which a row has one")
+        """Both terms, of one class, combined into one, for sums of rows; ValueError if they cannot be."""
+        raise ValueError(f"both operands have a term {type(self).__name__}, but a row can have only one")
 
 
 @jax.tree_util.register_dataclass
@@ -381,7 +381,7 @@ def ablate(
       One row.
 
     Raises:
-      ValueError: a direction is zero (where it is not traced), or there is no layer.
+      ValueError: a direction is zero (where it is not traced), or no layer is given.
     """
     directions = _checked_vector(directions, 1, 2)
     directions = directions.reshape(-1, directions.shape[-1])
@@ -404,7 +404,7 @@ def stack_rows(rows: Sequence[Intervention]) -> Intervention:
     """Batch of B rows out of B single rows of the same model, with every kind of term that one of them has.
 
     Raises:
-      ValueError: there is no row, they are not of one model, or a term's class is not in `TERMS`.
+      ValueError: no row is given, they are not of one model, or a term's class is not in `TERMS`.
     """
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *with_same_terms(rows))
 

@@ -21,22 +21,22 @@ def reply_judges() -> tuple[str, ...]:
 
 
 def judge_named(name: str) -> Judge:
-    """The judge of a name.
+    """The judge with this name.
 
     Raises:
-      ValueError: there is none; lists those that there are.
+      ValueError: there is none; lists the judges that exist.
     """
     named = {judge.name: judge for judge in JUDGES}
     if name not in named:
-        raise ValueError(f"there is no judge {name!r}; there are {', '.join(named)}")
+        raise ValueError(f"unknown judge {name!r}; accepted: {', '.join(named)}")
     return named[name]
 
 
 def judge_of(e: Experiment) -> Judge:
-    """The judge of the traces, `released-or-...` resolved; ValueError if there is none of that name."""
+    """The judge of the traces, `released-or-...` resolved; ValueError if there is none with that name."""
     return judge_named(trace_judge(e))
 
 
 def judge_of_replies(e: Experiment) -> Judge | None:
-    """The judge of the steered replies, None where nobody labels them; ValueError if there is none of that name."""
+    """The judge of the steered replies, None if nobody labels them; ValueError if there is none with that name."""
     return judge_named(e.analysis.judge) if e.analysis.judge else None

@@ -42,7 +42,7 @@ def stage_names(wanted: Sequence[str], stages: Sequence[Stage] = STAGES) -> tupl
     names = {alias: stage.name for stage in stages for alias in (stage.name, *stage.name.split("-"))}
     if unknown := [w for w in wanted if w not in names]:
         known = ", ".join(stage.name for stage in stages)
-        raise ValueError(f"--stages: {unknown} unknown; there are {known} (or their numbers)")
+        raise ValueError(f"--stages: {unknown} unknown; accepted: {known} (or their numbers)")
     chosen = {names[w] for w in wanted} or set(names.values())
     return tuple(stage.name for stage in stages if stage.name in chosen)
 
@@ -175,7 +175,7 @@ class Run:
         return sorted(changed - {_EARLIER})
 
     def _mark_stale(self) -> str:
-        """Marks what stands on other results of an earlier stage than those that are in place; says what and why."""
+        """Marks stages made from results of an earlier stage that have since been replaced; says which and why."""
         stale: list[str] = []
         reason, before, earlier = "", "", ""
         for stage in self.stages:
@@ -200,7 +200,7 @@ class Run:
         return {role: commit for role, commit in commits.items() if commit}
 
     def _check_commits(self, stage: Stage) -> None:
-        """Refuses to build on what another commit of a hub id was read or sampled with, which no fingerprint shows.
+        """Refuses to build on results from another commit of a hub id, which no fingerprint shows.
 
         Raises:
           ValueError: names both commits and the stage.

@@ -26,10 +26,10 @@ from backtrack_jax.files.console import ends_in_one_line
 
 
 class _ListParser(flags.ArgumentParser):
-    """Lists of a config: `0,0.3`, or anything that Python reads; what it does not read is strings between commas."""
+    """Lists of a config: `0,0.3`, or any Python literal; anything else is taken as comma-separated strings."""
 
     def parse(self, argument: Any) -> tuple[Any, ...]:
-        """The list; the default comes as it is."""
+        """The list; a default is passed as it is."""
         try:
             value = ast.literal_eval(argument) if isinstance(argument, str) else argument
         except (ValueError, SyntaxError, TypeError):
@@ -42,16 +42,17 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, for i
 _STAGES = flags.DEFINE_list(
     "stages", [], f"Run only these stages: {', '.join(pipeline.stage_names([]))} (names or numbers)."
 )
-WORKDIR = flags.DEFINE_string("workdir", "", "Folder for results, in the place of the config's.")
+WORKDIR = flags.DEFINE_string("workdir", "", "Folder for results, in place of the config's.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the stages of the experiment that the flags describe."""
-    for name in ("jax", "httpx", "httpx2"):  # which accelerators are absent, and every request, is no news
+    for name in ("jax", "httpx", "httpx2"):  # silence routine messages: absent accelerators, every request
         logging.getLogger(name).setLevel(logging.WARNING)
     with ends_in_one_line(
-        remedy="lower batch_size of this stage and run again", resumed="the same command goes on where this run was"
+        remedy="lower batch_size of this stage and run again",
+        resumed="the same command resumes where this run left off",
     ):
         if len(argv) > 1:
             raise ValueError(f"unexpected arguments {argv[1:]}; overrides look like --config.steering.layer=9")
@@ -71,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _divide_cpu(devices: int) -> None:
-    """Has JAX take a CPU for as many devices as the config asks for; without effect beside an accelerator."""
+    """Has JAX split the CPU into as many devices as the config asks for; no effect if there is an accelerator."""
     if devices > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # devices are in use already
             jax.config.update("jax_num_cpu_devices", devices)
@@ -80,8 +81,8 @@ def _divide_cpu(devices: int) -> None:
 def _check_workdir(workdir: Path) -> None:
     """Refuses a folder for results that cannot be made or written to; leaves nothing behind."""
     try:
-        there = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
-        with tempfile.TemporaryFile(dir=there):
+        existing = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         raise ValueError(
@@ -96,7 +97,7 @@ def parse_flags(argv: Sequence[str]) -> Sequence[str]:
         check_overrides(argv[1:])
         return app.parse_flags_with_usage(list(argv))
     except SyntaxError as error:
-        sys.exit(f"error: --config: {error.filename}, line {error.lineno}, is no Python ({error.msg})")
+        sys.exit(f"error: --config: {error.filename}, line {error.lineno}, is not valid Python ({error.msg})")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -56,7 +56,7 @@ def describe(run: pipeline.Run, trace_id: str, *, colour: bool) -> str:
     found = [pair for pair in pairs if trace_id in (pair[0].id, pair[0].problem_id)]
     if not found:
         known = ", ".join(trace.id for trace, _ in pairs[:5])
-        raise ValueError(f"no annotated trace {trace_id!r} among {len(pairs)}; there are {known}, ...")
+        raise ValueError(f"no annotated trace {trace_id!r} among {len(pairs)}; available: {known}, ...")
     e = run.experiment
     trace, annotation = found[0]
     lines = [f"trace {trace.id} ({trace.category}), labelled by {annotation.judge}", f"problem: {trace.problem}", ""]
@@ -75,8 +75,8 @@ def _annotated(run: pipeline.Run) -> list[tuple[records.Trace, records.Annotatio
     """Traces and annotations of the run; imported ones are read anew if they are not there."""
     if not run.done(ANNOTATIONS):
         if not run.experiment.traces.path:
-            there = store.read_inputs(run.context.folder(TRACES)) is not None
-            other = f"; those in {run.workdir} are of another config: give the overrides of that run" if there else ""
+            sampled = store.read_inputs(run.context.folder(TRACES)) is not None
+            other = f"; those in {run.workdir} are from another config: give that run's overrides" if sampled else ""
             raise ValueError(f"the traces of this config are sampled; run it with --stages=1,2 first{other}")
         if labelling.judge_of(run.experiment).paid:
             raise ValueError("the labels of this config are paid for; run it with --stages=1,2 first")
@@ -84,7 +84,7 @@ def _annotated(run: pipeline.Run) -> list[tuple[records.Trace, records.Annotatio
             run.context.workdir = Path(folder)
             run.run()
             return read_pairs(run.context)
-    run.run()  # results that lie aside come back
+    run.run()  # results that were set aside come back
     return read_pairs(run.context)
 
 

@@ -25,12 +25,12 @@ def write(path: Path, directions: np.ndarray, provenance: Mapping[str, Any]) -> 
     """Writes the directions of all layers; the suffix chooses the format, and the file is whole or absent.
 
     Args:
-      path: the file; its folder is made where it is missing.
+      path: the file; its folder is created if missing.
       directions: [L, D] float32, NaN at layers that are absent.
       provenance: JSON values.
 
     Raises:
-      ValueError: if the suffix is none of `WRITTEN`, or a `.gguf` would hold no layer at all.
+      ValueError: if the suffix is not one of `WRITTEN`, or a `.gguf` would hold no layer at all.
     """
     writers: dict[str, Callable[[Path, np.ndarray, str], None]] = {
         ".safetensors": _write_safetensors,
@@ -145,10 +145,11 @@ def _read_gguf(path: Path, n_layers: int | None) -> tuple[np.ndarray, dict[str, 
     rows = {tensor.name: np.array(tensor.data, np.float32) for tensor in reader.tensors}
     count = reader.get_field("controlvector.layer_count")
     layers = [_layer_of(name) for name in rows]
-    told = int(count.contents()) + (0 not in layers) if count else 0  # the number of directions, and block 0 has none
+    # The file gives the number of directions, and block 0 has none.
+    stated = int(count.contents()) + (0 not in layers) if count else 0
     known = max([*layers, -1]) + 1
     provenance = reader.get_field("backtrack_jax.provenance")
-    return _by_layer(rows, max(known, n_layers or told)), _provenance(
+    return _by_layer(rows, max(known, n_layers or stated)), _provenance(
         path, provenance.contents() if provenance else None
     )
 
@@ -184,10 +185,10 @@ def _read_pt(path: Path, label: str, layer: int | None, n_layers: int | None) ->
 def _provenance(path: Path, text: str | None) -> dict[str, Any]:
     """What the file says of itself, or at least its name."""
     try:
-        told = {} if text is None else json.loads(text)
-    except json.JSONDecodeError:  # somebody's own words
-        told = text
-    return told if isinstance(told, dict) and told else {"file": path.name} | ({"note": told} if told else {})
+        said = {} if text is None else json.loads(text)
+    except json.JSONDecodeError:  # free text
+        said = text
+    return said if isinstance(said, dict) and said else {"file": path.name} | ({"note": said} if said else {})
 
 
 def _by_layer(rows: Mapping[str, np.ndarray], n_layers: int) -> np.ndarray:

@@ -162,7 +162,7 @@ def load(
       label: which entry of a `.pt` dictionary of labels, the paper's released form.
       layer: where a `.pt` tensor of shape [D] belongs.
       n_layers: L of the model. Needed to place a [D] tensor, and to recognise a [L + 1, D] tensor, whose row 0 belongs
-        to the embeddings and is dropped; a GGUF file, which need not tell, is filled up to it.
+        to the embeddings and is dropped; a GGUF file, which may not say, is filled up to it.
 
     Raises:
       FileNotFoundError: if there is no such file.

@@ -90,9 +90,9 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; settings look like --model=NAME")
     categories = list(dict.fromkeys(FLAGS.categories))
     if not categories:
-        raise app.UsageError(f"--categories: none is named; there are {', '.join(KINDS)}")
+        raise app.UsageError(f"--categories: none is named; accepted: {', '.join(KINDS)}")
     if unknown := [name for name in FLAGS.categories if name not in KINDS]:
-        raise app.UsageError(f"--categories: {unknown} unknown; there are {', '.join(KINDS)}")
+        raise app.UsageError(f"--categories: {unknown} unknown; accepted: {', '.join(KINDS)}")
     for name in ("httpx", "httpx2"):
         logging.getLogger(name).setLevel(logging.WARNING)  # which logs every request
     out = Path(FLAGS.out)

@@ -396,7 +396,7 @@ def test_a_new_term_is_a_class_and_a_line(monkeypatch: pytest.MonkeyPatch):
     np.testing.assert_allclose(steered[1, 0] @ unit, np.full(T, 7.0), rtol=1e-5)
     np.testing.assert_array_equal(steered[:, 1], states([NOTHING, PLUS])[:, 1])
     np.testing.assert_allclose(steered[1, 2] @ unit, np.full(T, 7.0 + 2 * jnp.linalg.norm(VECTOR)), rtol=1e-5)
-    with pytest.raises(ValueError, match="both operands have a term Clamp, of which a row has one"):
+    with pytest.raises(ValueError, match="both operands have a term Clamp, but a row can have only one"):
         operator.add(row, row)
     model, ids, positions = models()[1], jnp.asarray(IDS[:2]), jnp.asarray(POSITIONS[:2])
     replies = [

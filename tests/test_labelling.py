@@ -69,7 +69,7 @@ def test_names_that_a_config_may_hold() -> None:
     e.analysis.judge = "grammar"
     assert (judge := labelling.judge_of_replies(e)) and judge.name == "grammar"
     e.annotations.judge = "human"
-    with pytest.raises(ValueError, match=f"there is no judge 'human'; there are {', '.join(alone)}"):
+    with pytest.raises(ValueError, match=f"unknown judge 'human'; accepted: {', '.join(alone)}"):
         labelling.judge_of(e)
 
 
@@ -85,7 +85,7 @@ def test_a_new_judge_is_checked_as_any_other(registered: Experiment) -> None:
         ("annotations.judge", "released-or-dear", "released-or-openai, released-or-first-word$"),  # it reads no text
         ("annotations.judge", "second-word", "import, first-word, dear, released-or-keyword"),
         ("annotations.variant", "", r"annotations\.variant='', expected a word"),
-        ("annotations.path", "x.jsonl", r"annotations\.path='x\.jsonl', expected nothing, or .*'import'"),
+        ("annotations.path", "x.jsonl", r"annotations\.path='x\.jsonl', expected '', or .*'import'"),
         ("steering.kinds", ("deduction",), r"steering\.kinds='deduction', expected one of backtracking, other, "),
         ("analysis.judge", "keyword", "expected one of , grammar, openai, first-word, dear$"),
     ):

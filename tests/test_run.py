@@ -163,19 +163,19 @@ def test_plan_of_smollm2(tmp_path: Path, command: Command) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config.steering.layr=9"], "--config.steering.layr=9: there is no field 'layr'; there are kinds, layer"),
+        (["--config.steering.layr=9"], "--config.steering.layr=9: unknown config field 'layr'; accepted: kinds, layer"),
         (["--config.steering.layer=nine"], "steering.layer=('nine',), expected a block number >= 0"),
         (["--config.steering.temperature=hot"], "flag --config.steering.temperature=hot: could not convert"),
         (["--config.steering.magnitudes=(0,nan)"], "steering.magnitudes="),
         (["--config.steering.magnitudes=(0,'four')"], "steering.magnitudes=(0, 'four'), expected finite numbers"),
         (["--config.steering.magnitudes=[[1,2]]"], "steering.magnitudes=([1, 2],), expected finite numbers"),
         (["--config.steering.kinds={1:2}"], "steering.kinds={1: 2}, expected labels"),
-        (["--config.steering.layer=3"], "steering.layer=3 is no block of the base model, base: it has blocks 0..2"),
+        (["--config.steering.layer=3"], "steering.layer=3 is not a block of the base model, base: it has blocks 0..2"),
         (["--config.vectors.window=-13"], "vectors.window=(-13,)"),
         (["--config.traces.path=nowhere.json"], "nowhere.json: no such file or folder"),
         (["--config.steering.layers=1,2", "--config.steering.layers=5"], "--config.steering.layers is given 2 times"),
         (["--config.roles=teacher"], "roles=('teacher',), expected some of base, reasoning"),
-        (["--stages=7"], "--stages: ['7'] unknown; there are 1-traces, 2-annotations"),
+        (["--stages=7"], "--stages: ['7'] unknown; accepted: 1-traces, 2-annotations"),
         (["--config.base.path=/nope/model"], "base.path='/nope/model', expected a folder or .gguf file that exists"),
         (["--config.base.path=owner/nope.gguf"], "base.path='owner/nope.gguf', expected"),
         (["--config.tokenizer=./nope"], "tokenizer='./nope', expected"),
@@ -229,7 +229,7 @@ def test_a_config_file_that_is_not_there(tmp_path: Path, command: Command) -> No
 def test_a_config_that_is_no_python(tmp_path: Path, command: Command) -> None:
     (tmp_path / "README.md").write_text("# A title\n\nThis is text.\n")
     _, ended = command(f"--config={tmp_path}/README.md")
-    assert ended == f"error: --config: {tmp_path}/README.md, line 3, is no Python (invalid syntax)"
+    assert ended == f"error: --config: {tmp_path}/README.md, line 3, is not valid Python (invalid syntax)"
 
 
 @pytest.mark.usefixtures("no_model")
@@ -291,7 +291,7 @@ app.run(run.main, flags_parser=run.parse_flags)
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code, TINY], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (130, "a line of the run")
-    assert done.stderr == "stopped; the same command goes on where this run was\n"
+    assert done.stderr == "stopped; the same command resumes where this run left off\n"
 
 
 def test_ctrl_c_is_not_lost_in_a_callback_of_the_garbage_collector() -> None:

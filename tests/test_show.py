@@ -43,7 +43,7 @@ def test_a_window_that_leaves_the_reply_is_named(finished: Path) -> None:
 
 def test_what_cannot_be_shown_is_an_error(fresh: Path) -> None:
     e = tiny.get_config()
-    with pytest.raises(ValueError, match=r"no annotated trace 'x' among 12; there are verbal_0/0"):
+    with pytest.raises(ValueError, match=r"no annotated trace 'x' among 12; available: verbal_0/0"):
         show.describe(pipeline.Run(e, ("1-traces", "2-annotations")), "x", colour=False)
     e.annotations.judge = "openai"
     with pytest.raises(ValueError, match=r"labels of this config are paid for; run it with --stages=1,2 first"):
@@ -53,7 +53,7 @@ def test_what_cannot_be_shown_is_an_error(fresh: Path) -> None:
         show.describe(pipeline.Run(e, ("1-traces", "2-annotations")), "x", colour=False)
     (fresh / "1-traces").mkdir(parents=True)
     (fresh / "1-traces" / "inputs.json").write_text("{}")  # of another config
-    with pytest.raises(ValueError, match="those in results/tiny are of another config: give the overrides of that run"):
+    with pytest.raises(ValueError, match="those in results/tiny are from another config: give that run's overrides"):
         show.describe(pipeline.Run(e, ("1-traces", "2-annotations")), "x", colour=False)
 
 

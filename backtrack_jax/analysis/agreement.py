@@ -221,7 +221,7 @@ def _class_of(sections: Sequence[Section], start: int, stop: int, classes: Seque
         return None
     if classes[0] == _NONE:
         return int(classes[1] in shared)
-    return classes.index(max(shared, key=lambda name: shared[name]))  # of equals the first in the text
+    return classes.index(max(shared, key=lambda name: shared[name]))  # of ties, the first in the text
 
 
 def _measure(

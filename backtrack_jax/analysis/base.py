@@ -31,16 +31,16 @@ class Material:
     Attributes:
       experiment: what was asked for.
       tokenizer: of both models.
-      model: gives the model of a role. One is held at a time, so ask for it in `Analysis.of_role` alone.
-      prompt_ids: gives a problem's text as the model of a role is asked it, token ids with BOS.
+      model: gives the model of a role. One is held at a time, so ask for it only in `Analysis.of_role`.
+      prompt_ids: gives the prompt that the model of a role is given for a problem's text, token ids with BOS.
       token_trace: gives a trace with its annotation as the model of a role reads it.
       traces: all traces.
-      annotations: their labels; a trace may be without, and a judge may have failed on one (`records.failure`).
+      annotations: their labels; a trace may have none, and a judge may have failed on one (`records.failure`).
       labels: labels of sections that were read.
       vectors: (role, label) -> difference-of-means vector; none for a label whose windows were all dropped.
       sums: role -> window sums; `mean_norm` of them is the mean residual norm of every layer.
       replies: all steered replies.
-      judge: labels traces, or replies as traces, as `analysis.judge` does; None where nobody is asked.
+      judge: labels traces, or replies as traces, as `analysis.judge` does; None if there is no such judge.
     """
 
     experiment: Experiment
@@ -86,7 +86,7 @@ class Material:
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """What one model has before it, as far as a plan knows: estimates, and upper bounds.
+    """The work ahead of one model, as far as a plan knows it: estimates and upper bounds.
 
     Attributes:
       experiment: what is asked for.
@@ -144,9 +144,9 @@ class Analysis:
         return []
 
     def of_role(self, material: Material, role: str, folder: Path) -> dict[str, Table]:
-        """Its tables of the model of a role, the only place to ask for a model. What is not a table it writes itself.
+        """Its tables of one role's model; the only place to ask for a model. Files other than tables it writes itself.
 
-        Called for every role before `finish` is; not where the files of the role are there already.
+        Called for every role before `finish`, except for roles whose files exist already.
 
         Args:
           material: what there is to read.
@@ -157,7 +157,7 @@ class Analysis:
         return {}
 
     def finish(self, material: Material, folder: Path) -> dict[str, Table]:
-        """Its tables of the whole run, from what `of_role` left, or from other material. Others it writes itself."""
+        """Its tables of the whole run, from what `of_role` left or other material. Other files it writes itself."""
         del material, folder
         return {}
 
@@ -182,6 +182,6 @@ class Analysis:
         return ""
 
     def memory(self, planned: Planned, config: ModelConfig) -> dict[str, int]:
-        """What that takes on each device beside the weights: name -> bytes."""
+        """What that takes on each device besides the weights: name -> bytes."""
         del planned, config
         return {}

@@ -32,7 +32,7 @@ _UNITS = {
 
 
 def highest(cells: Sequence[Cell], *, either_way: bool = False) -> Cell | None:
-    """The steered cell that has the highest rate; of equal ones the most steered.
+    """The steered cell that has the highest rate; of ties, the most steered.
 
     Args:
       cells: lines of rates.csv.

@@ -18,7 +18,7 @@ class Judged(Analysis):
     settings = ("analysis.judge",)
 
     def files(self, e: Experiment) -> list[str]:
-        """The labels, in the order of the replies, where anybody is asked."""
+        """The labels, in the order of the replies, if a judge is asked."""
         return [FILE] if e.analysis.judge else []
 
     def finish(self, material: Material, folder: Path) -> dict[str, Table]:
@@ -32,5 +32,5 @@ JUDGED = Judged()
 
 
 def read(material: Material, folder: Path) -> Sequence[Annotation] | None:
-    """The labels of all replies; None where nobody was asked."""
+    """The labels of all replies; None if no judge was asked."""
     return read_annotations(folder / FILE) if material.judge else None

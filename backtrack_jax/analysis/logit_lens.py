@@ -103,7 +103,7 @@ def keyword_ids(tokenizer: Tokenizer, keywords: Sequence[str] = LENS_KEYWORDS) -
     """Ids whose decoded text contains a keyword, case-insensitively: ` Wait`, `waiting`, `button`, ...
 
     Raises:
-      ValueError: no token does, or the keywords are no sequence of words.
+      ValueError: no token does, or the keywords are not a sequence of words.
     """
     folded = _folded("keywords", keywords)
     texts = (tokenizer.decode([i]).casefold() for i in range(tokenizer.vocab_size))
@@ -117,7 +117,7 @@ def word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> frozenset[int]:
     """Ids whose text is one of the words, whatever its case and the white space around it.
 
     Raises:
-      ValueError: the words are no sequence of words.
+      ValueError: the words are not a sequence of words.
     """
     folded = _folded("words", words)
     return frozenset(i for i in range(tokenizer.vocab_size) if tokenizer.decode([i]).strip().casefold() in folded)
@@ -155,8 +155,8 @@ def logit_lens(
       Scores and items.
 
     Raises:
-      ValueError: directions that are no array, of another width than the model's, or not finite; no ids, or ids that
-        are no items; n_top < 1.
+      ValueError: directions that are not an array, not of the model's width, or not finite; no ids, or ids that
+        are not items; n_top < 1.
     """
     if not isinstance(directions, np.ndarray | jax.Array):
         raise ValueError(f"directions: expected an array [n_layers, d_model], got a {type(directions).__name__}")

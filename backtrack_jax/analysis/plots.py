@@ -96,7 +96,7 @@ class Plot:
       caption: conditions, unit, n and interval.
       panels: rows of panels.
       rows: the table that it was drawn from, for its CSV.
-      place: number of the paper's figure, or where among them it belongs; those of no place stand behind the others.
+      place: number of the paper's figure, or where among them it belongs; those without one come last.
     """
 
     name: str

@@ -46,9 +46,9 @@ class Probe(Analysis):
     def of_role(self, material: Material, role: str, folder: Path) -> dict[str, Table]:
         """Reads the activations of a model."""
         e, spec = material.experiment, material.experiment.analysis
-        pairs = [pair for pair in material.pairs if pair[1].sections]  # no label is not "no backtracking"
+        pairs = [pair for pair in material.pairs if pair[1].sections]  # no labels does not mean "no backtracking"
         if without := len(material.pairs) - len(pairs):
-            say(f"  the probe leaves {without} traces without labels out")
+            say(f"  the probe leaves out {without} traces without labels")
         layers = _layers(material)
         read = [material.token_trace(role, trace, annotation) for trace, annotation in pairs]
         rng = np.random.default_rng(e.seed)
@@ -211,7 +211,7 @@ def score(
                 len(names),
                 n_resamples=n_resamples,
                 seed=seed,
-                parts=10,  # weights of all tokens in all resamples would not fit memory
+                parts=10,  # weights of all tokens in all resamples would not fit into memory
             )
         )
     return Score(float(roc_auc(scores, positive)), low, high, average_precision(scores, positive))
@@ -280,7 +280,7 @@ def logistic_scores(tokens: SampledTokens, fold: np.ndarray, *, strength: float 
     Returns:
       [N] float64; nan where the other folds hold tokens of one kind only.
     """
-    # Here, since it takes a second that a plan or a later stage should not wait for.
+    # Imported here: it takes a second, for which a plan or a later stage should not wait.
     from sklearn.linear_model import LogisticRegression
 
     scores = np.full(len(tokens.traces), np.nan)

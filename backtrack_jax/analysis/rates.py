@@ -84,7 +84,7 @@ def _of(replies_: Sequence[Reply], role: str) -> list[Reply]:
 
 
 def measure_likelihoods(material: Material, role: str, partial: Path) -> None:
-    """Appends the likelihoods of a model's replies to a file, but for those that are in it."""
+    """Appends the likelihoods of a model's replies to a file, except those already in it."""
     found = _of(material.replies, role)
     done = {line["row"] for line in store.recover_lines(partial)}
     if len(done) == len(found):
@@ -355,7 +355,7 @@ def _reached(r: Results) -> dict[str, str]:
 
 
 def _baselines_reached(r: Results) -> dict[str, str]:
-    """Highest rates under what a vector is compared with; the experiment's own vector is no baseline."""
+    """Highest rates under what a vector is compared with; the experiment's own vector is not a baseline."""
     found = {}
     for key, kinds in {
         "noise": ("noise",),

@@ -181,7 +181,7 @@ def _summary(members: Sequence[Line], seed: int) -> dict[str, Any]:
         return np.array([line[name] for line in members], float)
 
     def ratio(name: str, above: np.ndarray, below: np.ndarray, empty: float = 0.0) -> dict[str, float]:
-        """Sum over sum, with its interval over problems; over those alone that count, where none would give NaN."""
+        """Sum over sum, with its interval over problems; if `empty` is NaN, over problems that have a value."""
         if not below.any():
             return {name: empty, f"{name}_low": NAN, f"{name}_high": NAN}
         sums = np.bincount(group, above), np.bincount(group, below)

@@ -65,7 +65,7 @@ def read_human(path: Path | str, traces: Sequence[Trace], judge: str = "human") 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is not UTF-8, or a column is missing; or in a named row: an unknown trace or label, a span
-            that is no sentence of the trace, a sentence that occurs twice; or no row has a label.
+            that is not a sentence of the trace, a sentence that occurs twice; or no row has a label.
     """
     path = Path(path)
     try:
@@ -113,6 +113,6 @@ def _span(row: Mapping[str, str], trace: Trace, where: str) -> tuple[int, int]:
         span = (-1, -1)
     if span not in sentence_spans(trace):
         raise ValueError(
-            f"{where}: [{row['start']}, {row['stop']}) is no sentence of trace {trace.id!r}; restore the row"
+            f"{where}: [{row['start']}, {row['stop']}) is not a sentence of trace {trace.id!r}; restore the row"
         )
     return span

@@ -23,7 +23,7 @@ def resampled(
       n: number of problems.
       n_resamples: number of resamples.
       seed: of the random generator; the same arguments give the same resamples.
-      parts: the statistic is asked for so many parts of the resamples in turn, where all at once would not fit memory.
+      parts: number of parts in which the resamples are computed, for when all at once would not fit into memory.
 
     Returns:
       [n_resamples, ...].

@@ -1,6 +1,6 @@
 """Labelled chains `["label"]text["end-section"]`: parse them and place every section in the original trace.
 
-A judge copies the trace while it labels it, and its copy is not to the letter: blank lines vanish, tags stay open,
+A judge copies the trace while it labels it, and its copy is not exact: blank lines vanish, tags stay open,
 labels are invented, the chain is copied past the end of the reasoning. So the copy only serves to *find* the sections;
 a section itself is a span of the original text. Every piece of the copy is placed there or rejected with a `Reason`,
 and `summarise` counts both.

@@ -21,7 +21,7 @@ class Fields:
         self.where = where
 
     def refuse_others(self, accepted: Iterable[str]) -> None:
-        """Refuses keys that are not fields of the record: a misspelt optional field must not be dropped in silence."""
+        """Refuses keys that are not fields of the record: a misspelt optional field must not be silently dropped."""
         accepted = tuple(accepted)
         unknown = sorted(set(self.value) - set(accepted))
         if unknown:
@@ -121,7 +121,7 @@ def _parse(text: str, where: str) -> object:
 
 
 def write_objects(path: Path, objects: Iterable[Mapping[str, Any]]) -> None:
-    """Writes one object a line; the file is whole or it is not there, and its folder is made where it is missing."""
+    """Writes one object a line; the file is whole or it is not there, and its folder is created if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     store.write_text(path, "".join(_line(value) + "\n" for value in objects))
 

@@ -460,7 +460,7 @@ def write_jsonl(path: Path | str, records: Iterable[Problem | Trace | Annotation
     """Writes one record a line; the file is whole or it is not there.
 
     Args:
-        path: target; its folder is made where it is missing.
+        path: target; its folder is created if missing.
         records: problems, traces or annotations.
     """
     jsonl.write_objects(Path(path), map(asdict, records))

@@ -1,4 +1,4 @@
-"""What a person at a terminal meets: progress, log lines, help with defaults, ends that say what to do next."""
+"""What a user at a terminal sees: progress, log lines, help with defaults, ends that say what to do next."""
 
 import argparse
 import contextlib
@@ -19,7 +19,7 @@ class Stopped(RuntimeError):
 class Progress:
     """A line that renews itself on a terminal; in a log, a line every ten seconds.
 
-    Used as a context manager. Rows done by an earlier, interrupted run count as done but not into the speed.
+    Used as a context manager. Rows done by an earlier, interrupted run count as done but not towards the speed.
     """
 
     def __init__(self, title: str, total: int, done: int = 0, unit: str = "rows"):
@@ -48,7 +48,7 @@ class Progress:
           rows: finished rows.
           tokens: of these rows.
           note: shown beside the speed from now on, e.g. money spent.
-          earlier: whether an earlier run had finished them: they count as done but not into the speed.
+          earlier: whether an earlier run had finished them: they count as done but not towards the speed.
         """
         self._done += rows
         self._earlier += rows if earlier else 0
@@ -83,19 +83,19 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 @contextlib.contextmanager
 def ends_in_one_line(*, remedy: str, resumed: str) -> Iterator[None]:
-    """Ends the process with one line where the block raises what a user can mend; other errors keep their traceback.
+    """Ends the process with one line where the block raises what a user can fix; other errors keep their traceback.
 
     Args:
-      remedy: what to do where the device's memory does not suffice.
-      resumed: how a command that was stopped by Ctrl-C goes on.
+      remedy: what to do when the device runs out of memory.
+      resumed: how to resume a command that was stopped by Ctrl-C.
     """
     import jax  # here, so that reading a config stays instant
 
     message = f"stopped; {resumed}"
     before = signal.getsignal(signal.SIGINT)
     try:
-        # A KeyboardInterrupt that comes while JAX's callback of the garbage collector runs would be lost. Who ignores
-        # SIGINT, as a shell's background jobs do, goes on ignoring it.
+        # A KeyboardInterrupt that comes while JAX's callback of the garbage collector runs would be lost. A process
+        # that ignores SIGINT, as a shell's background jobs do, keeps ignoring it.
         if before is signal.default_int_handler:
             signal.signal(signal.SIGINT, lambda number, frame: _leave(message))
         yield
@@ -121,5 +121,5 @@ def _leave(message: str) -> NoReturn:
         print(message, file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-    finally:  # also if nobody reads them any more
+    finally:  # even if nobody reads them any more
         os._exit(130)

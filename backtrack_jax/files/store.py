@@ -44,7 +44,7 @@ class StageFolder:
       changed: dotted names of the inputs that differ from those of the results that were here before; empty if none
         were.
       misfits: names of files that are missing or not as the finished stage wrote them; the stage is not done then.
-        What is there of them has been renamed to `*.damaged`, so that nothing goes on from it.
+        Those that exist have been renamed to `*.damaged`, so that nothing resumes from them.
     """
 
     def __init__(self, workdir: Path, name: str, inputs: Mapping[str, Any]):
@@ -73,7 +73,7 @@ class StageFolder:
             aside.parent.mkdir(exist_ok=True)
             self.path.replace(aside)
         elif self.path.exists():
-            raise ValueError(f"{self.path} has no inputs.json, so it is not of this program; move it away")
+            raise ValueError(f"{self.path} has no inputs.json, so this program did not make it; move it away")
         earlier = _aside(workdir, name, self.fingerprint)
         if earlier.exists():
             earlier.replace(self.path)
@@ -94,7 +94,7 @@ class StageFolder:
         write_text(self.path / "DONE", "".join([f"{self.fingerprint}\n", *lines]))
 
     def set_aside(self) -> None:
-        """Moves away what is of no known inputs, so that nothing goes on from it; for the eye it is kept."""
+        """Moves results of unknown inputs aside, so that nothing resumes from them; they are kept to look at."""
         aside = _aside(self.path.parent, self.path.name, self.fingerprint)
         aside.parent.mkdir(exist_ok=True)
         names = (aside.with_name(f"{aside.name}-mixed-{number}") for number in itertools.count(1))
@@ -127,7 +127,7 @@ def lock(file: int, message: str) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise BlockingIOError(message) from None
-    except OSError:  # a network drive without locks, where two processes are the user's own affair
+    except OSError:  # a network drive without locks, where keeping two processes apart is up to the user
         pass
 
 
@@ -188,7 +188,7 @@ def file_hash(path: Path) -> str:
 
 
 def weights_hash(path: Path) -> str:
-    """Hash of a checkpoint's file names, sizes and contents; of more than 1 GiB, of a part that every tensor is in.
+    """Hash of a checkpoint's file names, sizes and contents; above 1 GiB, of a part that includes some of every tensor.
 
     Reading 16 GB to compare them would take too long: of a safetensors file the header and both ends of every tensor
     are read then, of another file 256 MiB spread over it. Hidden files and folders do not count: what git and the hub's
@@ -213,7 +213,7 @@ def _spread_pieces(stream: BinaryIO, size: int) -> list[tuple[int, int]]:
     try:
         header = json.loads(stream.read(start - 8)) if start <= size else {}
         spans = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError):  # no safetensors file, or none that could be loaded
+    except (ValueError, KeyError, TypeError, AttributeError):  # not a safetensors file, or not one that could be loaded
         spans = []
     if not spans:
         offsets = [*range(0, size, max(_CHUNK, size // _CHUNKS_READ)), max(0, size - _CHUNK)]
@@ -250,7 +250,7 @@ def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray], metadata: Ma
 
 
 class Saver:
-    """Saves what a loop has done, now and then: no more than a twentieth of the time goes by in saving.
+    """Saves a loop's progress now and then: at most a twentieth of the time is spent on saving.
 
     What is small is saved in nearly every turn; half a gigabyte of window sums, which takes a second, every 20 seconds.
     """
@@ -314,7 +314,7 @@ def _parsed(data: bytes, where: str) -> dict[str, Any]:
     try:
         value = json.loads(data.decode())
     except ValueError as error:
-        raise ValueError(f"{where}: damaged, no JSON ({error})") from error
+        raise ValueError(f"{where}: damaged, not JSON ({error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{where}: damaged, expected a JSON object")
     return value
@@ -333,8 +333,8 @@ def _misfits(path: Path) -> list[str]:
     """What `DONE` lists and the folder has not, or not in this size; `DONE` itself where it lists nothing."""
     lines = (path / "DONE").read_text("utf-8").split("\n")[1:]
     sizes = {name: size for size, _, name in (line.partition(" ") for line in lines if line)}
-    there = _artifacts(path)
-    return [name for name, size in sizes.items() if str(there.get(name)) != size] if sizes else ["DONE"]
+    existing = _artifacts(path)
+    return [name for name, size in sizes.items() if str(existing.get(name)) != size] if sizes else ["DONE"]
 
 
 def _artifacts(path: Path) -> dict[str, int]:

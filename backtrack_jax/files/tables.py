@@ -34,7 +34,7 @@ def read(path: Path) -> Table:
     """What `write` wrote.
 
     Raises:
-      ValueError: names the file and the line that is none of a table, such as text without quotes.
+      ValueError: names the file and the row that does not belong in a table, such as text without quotes.
     """
     text = path.read_bytes().decode()
     if text == "\n":  # a table without lines has no columns either

@@ -81,14 +81,14 @@ def _within_reasoning(trace: Trace, annotation: Annotation) -> Annotation:
 
 
 def _check_left_out(e: Experiment, annotated: Sequence[Annotation], n_kept: int) -> None:
-    """Says how many annotations are left out; ValueError where one is of no trace of the source."""
+    """Says how many annotations are left out; ValueError if one is of a trace that the source does not have."""
     source = _ids_at_source(e)
     if unknown := [annotation.trace_id for annotation in annotated if annotation.trace_id not in source]:
         raise ValueError(
             f"{e.annotations.path}: annotation of trace {unknown[0]!r}, which is not among the {len(source)} traces of "
             f"{e.traces.path or 'this sampling'}"
         )
-    say(f"  {len(annotated) - n_kept} of {len(annotated)} annotations left out: of traces that traces.limit left out")
+    say(f"  {len(annotated) - n_kept} of {len(annotated)} annotations left out: traces.limit leaves out their traces")
 
 
 def _ids_at_source(e: Experiment) -> set[str]:

@@ -28,8 +28,8 @@ SENTENCES = range(8, 15)
 STORY_SHARE = 0.08
 """Share of little stories among the texts of the base model's corpus, in which wait and hmm are ordinary words."""
 
-# A and B are things, P is a place, N and M are people. No problem begins with a name: that would be another token than
-# the same name after a space. The last sentence of each is as long as the paper's window reaches back, so that windows
+# A and B are things, P is a place, N and M are people. No problem begins with a name: its token would differ from
+# the one after a space. The last sentence of each is as long as the paper's window reaches back, so that windows
 # at the start of a reply read the problem. It is worded in the sure register, as most of a reply is: else problems
 # would differ from the mean reply by their register, and so would the vector of `initializing` sentences.
 PROBLEMS = {
@@ -195,7 +195,7 @@ def as_trace(document: Document, trace_id: str) -> tuple[Trace, Annotation]:
       ValueError: the document is a story.
     """
     if document.problem is None:
-        raise ValueError("a story is no trace: it has no problem")
+        raise ValueError("a story is not a trace: it has no problem")
     problem_id, _, sample = trace_id.rpartition("/")
     trace = Trace(
         trace_id,

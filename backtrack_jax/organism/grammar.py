@@ -214,13 +214,13 @@ def join_tokens(tokens: Sequence[str]) -> str:
 
 
 def label_of(sentence: str) -> str | None:
-    """Label of a sentence of this language; None for anything else, in the slightest."""
+    """Label of a sentence of this language; None for anything that differs in the slightest."""
     words = len(split_tokens(sentence))
     return next((template.label for template in _beginning_with(sentence) if len(template.elements) == words), None)
 
 
 def may_go_on(beginning: str) -> bool:
-    """Whether a sentence of this language begins so."""
+    """Whether a sentence of this language begins like this."""
     return next(_beginning_with(beginning), None) is not None
 
 

@@ -16,7 +16,7 @@ class GrammarJudge(Judge):
     labels = (*LABELS, OTHER)
 
     def annotate(self, e: Experiment, traces: Sequence[Trace]) -> list[Annotation]:
-        """Labels every sentence, see the function `annotate`; ValueError where no text has one of the small pair's."""
+        """Labels every sentence, see the function `annotate`; ValueError if no text has one of the small pair's."""
         del e
         annotated = [annotate(trace) for trace in traces]
         if not any(section.label != OTHER for annotation in annotated for section in annotation.sections):
@@ -37,7 +37,7 @@ def annotate(trace: Trace) -> Annotation:
         trace: the trace; only its reasoning is labelled, up to `data.text.reasoning_end`.
 
     Returns:
-        One section per sentence, with the label that the grammar gives it, `other` where it is no sentence of it.
+        One section per sentence, with the label that the grammar gives it, `other` where it is not a sentence of it.
     """
     text = trace.text[: reasoning_end(trace.text)]
     spans = split_sentences(text)
@@ -49,8 +49,8 @@ def annotate(trace: Trace) -> Annotation:
 def fitting(reply: str) -> tuple[int, int]:
     """Sentences of a reply's reasoning that fit the grammar, and all its sentences.
 
-    A last sentence without its end, where the reply ran into the limit of new tokens, is not counted, unless it fits
-    already so far in no sentence: a reply may fall apart without another full stop.
+    A last sentence without its end, where the reply ran into the limit of new tokens, is not counted, unless even
+    what there is of it fits no sentence: a reply may fall apart without another full stop.
     """
     end = reasoning_end(reply)
     text = reply[:end]

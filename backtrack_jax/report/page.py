@@ -25,7 +25,7 @@ from backtrack_jax.report.reference import comparison, settings
 from backtrack_jax.report.summary import sentences
 
 STALE = ".stale.js"
-"""File beside the page, which says why it is out of date. No artifact, so that a mark does not damage the stage."""
+"""File beside the page, which says why it is out of date. Not an artifact, so that a mark does not damage the stage."""
 
 
 def render(r: Results, plots: Sequence[Plot], analyses: Sequence[Analysis]) -> str:

@@ -32,7 +32,7 @@ def comparison(r: Results, analyses: Sequence[Analysis]) -> list[dict[str, str]]
 
 
 def settings(r: Results) -> list[dict[str, str]]:
-    """Settings of the paper and of this run; `same` is `yes`, `no` or empty where that is for the reader to say."""
+    """Settings of the paper and of this run; `same` is `yes`, `no` or empty where the reader has to judge."""
     e, paper = r.experiment, numbers()["settings"]
     run = {
         "base model": e.base.path if "base" in e.roles else "-",

@@ -97,7 +97,7 @@ class AnalysisStage(Stage):
         layer, kept = context.experiment.steering.main_layer, context.experiment.vectors.layers
         if not kept or layer in kept:
             return []
-        return [f"probe and reliability are of vectors.layers={kept}; add steering.layer={layer} there to have it"]
+        return [f"probe and reliability cover vectors.layers={kept} only; add steering.layer={layer} to it"]
 
     def plan(self, context: Context) -> list[str]:
         """What the analyses that cannot be taken over ask of each model, and of the judge."""
@@ -171,7 +171,7 @@ class AnalysisStage(Stage):
                     yield from ((file, name, folder / file) for file in entry["files"] if store.is_whole(folder, file))
 
     def _take_over(self, context: Context, folder: Path) -> None:
-        """Copies what earlier runs computed, as far as it is still right, and says what the files here depend on."""
+        """Copies what earlier runs computed, as far as it is still valid, and says what the files here depend on."""
         e = context.experiment
         taken = {}
         for file, name, path in self._earlier(context):
@@ -214,9 +214,9 @@ def _same_models(earlier: Path, folder: Path) -> bool:
 
 
 def _write(folder: Path, analysis: Analysis, found: dict[str, Table], expected: Sequence[str], prefix: str) -> None:
-    """Writes tables; ValueError where the analysis gave others than it says that it has."""
+    """Writes tables; ValueError if the analysis did not make one that it declares."""
     if missing := [table for table in expected if table not in found]:
-        raise ValueError(f"the analysis {analysis.name!r} says that it makes the table {missing[0]!r} and gave none")
+        raise ValueError(f"the analysis {analysis.name!r} declares the table {missing[0]!r} but did not make it")
     for table, lines in found.items():
         tables.write(folder / f"{prefix}{table}.csv", lines)
 

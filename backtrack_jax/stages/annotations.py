@@ -44,7 +44,7 @@ class AnnotationsStage(Stage):
         labelling.judge_of(context.experiment).prepare(context.experiment)
 
     def plan(self, context: Context) -> list[str]:
-        """What the judge says that it takes, if that is anything; else how much there is to label."""
+        """The judge's own estimate if it has one; else how much there is to label."""
         e = context.experiment
         judge = labelling.judge_of(e)
         if traces := _traces_to_label(context):

@@ -72,7 +72,7 @@ class Context:
         """The devices of the run; None for the default one alone.
 
         Raises:
-          ValueError: there are not so many.
+          ValueError: there are not that many.
         """
         copies, parts, there = self.experiment.data_parallel, self.experiment.model_parallel, jax.device_count()
         if copies * parts > there:
@@ -115,7 +115,7 @@ class Context:
         return prompts.map_markers(ids, prompts.r1_markers(self.tokenizer), spec.markers, replacement)
 
     def prompt_ids(self, role: str, problem: str) -> list[int]:
-        """A problem as the model of a role is asked it, token ids with BOS."""
+        """The prompt that the model of a role is given for a problem, token ids with BOS."""
         return self.for_role(role, prompts.prompt_ids(self.tokenizer, problem, self.prompt))[0]
 
     def token_trace(
@@ -219,7 +219,7 @@ class Stage(abc.ABC):
         return []
 
     def mark_stale(self, folder: Path, reason: str) -> None:
-        """Shows in what a reader opens that it is out of date, or with an empty reason that it is not."""
+        """Shows in the file that a reader opens that it is out of date, or, with an empty reason, that it is not."""
         del folder, reason
 
     def path(self, workdir: Path) -> Path:

@@ -42,8 +42,8 @@ def prompt_tokens(e: Experiment, problem: str) -> int:
 
 def asked_problems(e: Experiment) -> int:
     """Problems that replies are steered on, at most."""
-    there = len(_problem_texts(e))
-    return min(there, e.steering.limit or there)
+    available = len(_problem_texts(e))
+    return min(available, e.steering.limit or available)
 
 
 def longest_prompt(e: Experiment) -> int:
@@ -52,7 +52,7 @@ def longest_prompt(e: Experiment) -> int:
 
 
 def _problem_texts(e: Experiment) -> Mapping[str, str]:
-    """Problem -> its text, of all that there are traces of."""
+    """Problem id -> its text, for every problem that has or will have a trace."""
     if e.traces.path:
         return {trace.problem_id: trace.problem for trace in imported_traces(e)}
     return {problem.id: problem.problem for problem in problems(e)}
@@ -68,7 +68,7 @@ def steered_rows(e: Experiment) -> dict[str, int]:
 
 
 def judging(e: Experiment, judge: Judge, asked: Sequence[tuple[records.Problem, int]], tokens: int) -> list[str]:
-    """What a judge's plan would be of replies that are not sampled yet: each as long as it can be, in usual sentences.
+    """A judge's plan for replies not sampled yet: each as long as it can be, in sentences of usual length.
 
     Args:
       e: the experiment.
@@ -118,7 +118,7 @@ def weights(e: Experiment, role: str, config: ModelConfig) -> str:
 
 
 def memory(e: Experiment) -> str:
-    """What the sizes are of: programs of a CPU hold another cache than those of a GPU."""
+    """Where the sizes apply: programs for a CPU hold another cache than those for a GPU."""
     devices = e.data_parallel * e.model_parallel
     return f"memory on {f'each of {devices} devices, ' if devices > 1 else ''}{ops.target().platform}"
 

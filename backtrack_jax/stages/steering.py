@@ -75,7 +75,7 @@ STEERING = SteeringStage()
 
 
 def _say_what_is_long(target: str, planned: Sequence[records.Condition], readings: conditions.Readings) -> None:
-    """Names the longest that is added, if it is longer than the residual stream: replies will hardly be sentences."""
+    """Reports the largest addition if it exceeds the residual stream's norm: replies will hardly be sentences."""
     norm = readings.mean_norm[target]
     added = (c for c in planned if not kinds.parse(c.kind).ablates and abs(c.length) > norm[c.layer])
     if longest := max(added, key=lambda c: abs(c.length), default=None):

@@ -32,10 +32,10 @@ class TracesStage(Stage):
     def inputs(self, e: Experiment) -> dict[str, Any]:
         """The file by content; or the sampling, the problems and the model that answers them.
 
-        The size of a batch is left out, so that a run that met the end of memory continues with smaller ones.
+        The size of a batch is left out, so that a run that ran out of memory resumes with smaller ones.
         """
         if e.traces.path:
-            # Of a folder what is read alone: results or a git repository in it would change it at every run.
+            # Of a folder, only what is read: results or a git repository in it would change it at every run.
             path = inputs.data_path(e.traces.path)
             files = {file.name if path.is_dir() else "": store.file_hash(file) for file in records.chain_files(path)}
             return {"traces": {"file": store.fingerprint(files), "limit": e.traces.limit}}

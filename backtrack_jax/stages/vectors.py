@@ -116,7 +116,7 @@ class VectorsStage(Stage):
         file = folder / _vector_name(role, kind)
         if not file.exists():
             known = sorted(path.name.split(".")[1] for path in folder.glob(_vector_name(role, "*")))
-            raise ValueError(f"steering.kinds: no {kind!r} vector of the {role} model was read; there are {known}")
+            raise ValueError(f"steering.kinds: no {kind!r} vector of the {role} model was read; available: {known}")
         return vectors.load(file)
 
 

@@ -72,7 +72,7 @@ class Recomputed(nnx.Module):
 
     def __call__(self, x: jax.Array, rope: Any, mask: jax.Array, cache: Any, edit: Callable) -> Any:
         """As the block."""
-        run = jax.checkpoint(lambda block, *arrays: block(*arrays, edit), prevent_cse=False)  # a scan needs it not
+        run = jax.checkpoint(lambda block, *arrays: block(*arrays, edit), prevent_cse=False)  # not needed inside a scan
         return run(self.block, x, rope, mask, cache)
 
 
@@ -162,7 +162,7 @@ def trainable(model: Decoder) -> tuple[Any, Callable[..., Decoder]]:
 
 
 def check_numbers(settings: Mapping[str, float], least: Mapping[str, int]) -> None:
-    """Refuses numbers that no training can have; takes no time.
+    """Refuses invalid settings of a training; takes no time.
 
     Args:
       settings: by name.
@@ -286,7 +286,7 @@ def _restored(manager: ocp.CheckpointManager, state: TrainState) -> tuple[TrainS
         leaves = manager.restore(newest, args=ocp.args.StandardRestore(target))
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
-    except Exception as error:  # whatever a damaged file makes of Orbax and the libraries below it
+    except Exception as error:  # a damaged file can raise anything in Orbax and the libraries below it
         before = max((step for step in manager.all_steps() if step < newest), default=None)
         raise ValueError(
             f"{manager.directory / str(newest)} cannot be read ({error or type(error).__name__}). Remove it, and the "

@@ -107,7 +107,7 @@ class Lora:
     targets: tuple[str, ...] = TARGETS
 
     def __post_init__(self) -> None:
-        """Refuses a rank below 1, an alpha that is not finite, and targets that are none or not matrices of a block."""
+        """Refuses a rank below 1, an alpha that is not finite, and targets that are empty or unknown."""
         if self.rank < 1 or self.rank != int(self.rank):
             raise ValueError(f"rank={self.rank}, expected an integer of at least 1")
         if not math.isfinite(self.alpha):
@@ -179,7 +179,7 @@ def save(adapters: Adapters, lora: Lora, folder: str | os.PathLike[str], base: s
       adapters: what was trained.
       lora: how they are applied.
       folder: made here.
-      base: where the model comes from that they belong to.
+      base: where the model that they belong to comes from.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -302,8 +302,11 @@ def change(row: dict[str, str], **changes: str) -> dict[str, str]:
             r"human.csv, row 2: unknown label 'wait'; accepted: initializing, ",
         ),
         (lambda rows: [rows[0], change(rows[1], key="t0")], r"row 3: key 't0' belongs to none of the 1 traces"),
-        (lambda rows: [change(rows[0], start="1")], r"row 2: \[1, 5\) is no sentence of trace '2/0'; restore the row"),
-        (lambda rows: [change(rows[0], stop="5,0")], r"row 2: \[0, 5,0\) is no sentence"),
+        (
+            lambda rows: [change(rows[0], start="1")],
+            r"row 2: \[1, 5\) is not a sentence of trace '2/0'; restore the row",
+        ),
+        (lambda rows: [change(rows[0], stop="5,0")], r"row 2: \[0, 5,0\) is not a sentence"),
         (lambda rows: [change(rows[0]), change(rows[0])], r"row 3: the sentence \(0, 5\) of trace '2/0' occurs more"),
         (lambda rows: rows, r"human.csv: no row has a label"),
     ],
@@ -329,7 +332,7 @@ def test_a_sheet_of_another_shape_or_text_is_refused(tmp_path):
     export_for_human(path, [PLAIN])
     key = read_sheet(path)[0]["key"]
     path.write_text(f"label,key,start,stop\ndeduction,{key}\n")
-    with pytest.raises(ValueError, match=r"row 2: \[, \) is no sentence of trace '2/0'"):
+    with pytest.raises(ValueError, match=r"row 2: \[, \) is not a sentence of trace '2/0'"):
         read_human(path, [PLAIN])
     path.write_text("label,key,start,stop\ndeduction\n")
     with pytest.raises(ValueError, match="row 2: key '' belongs to none"):

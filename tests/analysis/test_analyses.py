@@ -177,7 +177,7 @@ def test_an_analysis_without_the_table_that_it_names_is_refused(finished: Path) 
         def finish(self, material: Material, folder: Path) -> dict[str, Table]:
             return {}
 
-    with pytest.raises(ValueError, match="the analysis 'lengths' says that it makes the table 'lengths' and gave none"):
+    with pytest.raises(ValueError, match="the analysis 'lengths' declares the table 'lengths' but did not make it"):
         run(tiny.get_config(), (*ANALYSES, Empty()))
 
 

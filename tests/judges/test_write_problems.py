@@ -94,7 +94,7 @@ def test_a_run_that_fails_leaves_a_longer_file_alone(server: FaultServer, out: P
 
 def test_categories_are_named_and_count_once(server: FaultServer, out: Path) -> None:
     none = run(server, out, "--categories=")
-    assert none.returncode != 0 and "--categories: none is named; there are math_logic, " in none.stdout + none.stderr
+    assert none.returncode != 0 and "--categories: none is named; accepted: math_logic, " in none.stdout + none.stderr
     assert not out.exists() and server.seen == []
     twice = run(server, out, "--categories=spatial,spatial", "--per_category=10", "--dry_run")
     assert twice.stdout.startswith("1 calls to pay")
@@ -166,7 +166,7 @@ def test_the_estimate_needs_no_key_and_a_mistake_is_named(server: FaultServer, o
     assert plan.returncode == 0 and "30 calls to pay, 0 in the ledger" in plan.stdout
     assert "21,000 of answers; about $0.2" in plan.stdout
     for arguments, message in (
-        (["--categories=spatial,maths"], r"--categories: \['maths'\] unknown; there are math_logic, spatial"),
+        (["--categories=spatial,maths"], r"--categories: \['maths'\] unknown; accepted: math_logic, spatial"),
         (["--out=problems.json"], r"--out=problems\.json: the file is JSONL"),
         (["--modle=x"], r"Unknown command line flag 'modle'"),
         (["--base_url=host"], "base_url 'host' is not an address"),

@@ -44,9 +44,9 @@ def test_an_unknown_field_of_a_models_config(fresh: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda e: set_at(e.steering, "layer", 3), r"steering\.layer=3 is no block of the base model.*0\.\.2"),
-        (lambda e: set_at(e.steering, "layers", (1, 5)), r"steering\.layers=5 is no block"),
-        (lambda e: set_at(e.vectors, "layers", (0, 7)), r"vectors\.layers=7 is no block"),
+        (lambda e: set_at(e.steering, "layer", 3), r"steering\.layer=3 is not a block of the base model.*0\.\.2"),
+        (lambda e: set_at(e.steering, "layers", (1, 5)), r"steering\.layers=5 is not a block"),
+        (lambda e: set_at(e.vectors, "layers", (0, 7)), r"vectors\.layers=7 is not a block"),
         (lambda e: set_at(e.traces, "path", "nowhere.json"), r"nowhere\.json: no such file"),
         (lambda e: set_at(e.base, "path", "nowhere/at/all"), "nowhere/at/all"),
         (lambda e: set_at(e.base, "path", "package:llm_nothing/x.gguf"), "llm_nothing is not installed"),
@@ -72,7 +72,7 @@ def test_models_that_do_not_fit_each_other(fresh: Path) -> None:
 def test_a_replacement_beyond_the_vocabulary(fresh: Path) -> None:
     e = tiny.get_config()
     e.base.markers, e.base.marker_replacement = "replace", 27370
-    with pytest.raises(ValueError, match=r"base\.marker_replacement=27370 is no token"):
+    with pytest.raises(ValueError, match=r"base\.marker_replacement=27370 is not a token"):
         pipeline.Run(e)
 
 
@@ -156,7 +156,7 @@ def test_a_vector_of_the_wrong_width_or_depth(finished: Path, loaded: list[str])
 def test_a_vector_that_is_not_there(finished: Path, loaded: list[str]) -> None:
     e = tiny.get_config()
     e.steering.kinds, e.steering.layers = ("initializing",), ()  # its windows were all dropped
-    with pytest.raises(ValueError, match=r"no 'initializing' vector of the base model was read; there are \['adding-"):
+    with pytest.raises(ValueError, match=r"no 'initializing' vector of the base model was read; available: \['adding-"):
         run(e, "4")
     assert not loaded
 

@@ -33,7 +33,7 @@ from backtrack_jax.models import prompts
 def test_stage_names() -> None:
     assert pipeline.stage_names([]) == STAGES
     assert pipeline.stage_names(["vectors", "1", "6-report", "1-traces"]) == ("1-traces", "3-vectors", "6-report")
-    with pytest.raises(ValueError, match=r"\['7', ''\] unknown; there are 1-traces, 2-annotations"):
+    with pytest.raises(ValueError, match=r"\['7', ''\] unknown; accepted: 1-traces, 2-annotations"):
         pipeline.stage_names(["7", "", "2"])
 
 
@@ -70,7 +70,7 @@ def test_a_list_of_stages_is_chosen_from_like_that_of_the_paper(fresh: Path) -> 
     with pytest.raises(ValueError, match="3-page builds on 1-words, which is not done for this config"):
         pipeline.Run(e, ("3-page",), stages=toys.TOYS).run()
     assert pipeline.stage_names(["count", "1"], toys.TOYS) == ("1-words", "2-count")
-    with pytest.raises(ValueError, match=r"\['steering'\] unknown; there are 1-words, 2-count, 3-page"):
+    with pytest.raises(ValueError, match=r"\['steering'\] unknown; accepted: 1-words, 2-count, 3-page"):
         pipeline.stage_names(["steering"], toys.TOYS)
     pipeline.Run(e, ("1-words", "2-count"), stages=toys.TOYS).run()
     assert not (fresh / "3-page").exists()
@@ -209,7 +209,7 @@ def test_a_first_try_goes_all_the_way_and_what_would_mislead_is_said(
     run(e)
     said = capsys.readouterr().err
     assert re.search(r"magnitude 500 adds \d+\.?\d* times the mean residual norm; see steering\.unit", said)
-    assert "probe and reliability are of vectors.layers=(1, 2); add steering.layer=0 there to have it" in said
+    assert "probe and reliability cover vectors.layers=(1, 2) only; add steering.layer=0 to it" in said
     assert said.rstrip().endswith("results are in results/tiny/6-report/report.html")
     with (fresh / "5-analysis" / "reasoning.probe.csv").open() as file:
         aucs = [row["auc"] for row in csv.DictReader(file) if row["method"] != "random directions"]

@@ -45,7 +45,7 @@ class ChatClient:
         ledger: where paid calls are looked up and recorded.
 
     Raises:
-        ValueError: an endpoint or limit that cannot be meant.
+        ValueError: an invalid endpoint or limit.
         JudgeStopped: the key is not set, or cannot be one.
     """
 
@@ -208,7 +208,7 @@ class ChatClient:
         raise _Retry(CallFault.NOT_A_COMPLETION, f"the endpoint answered {text[:200]!r}")
 
     def _redact(self, text: str) -> str:
-        # The "key" of a local server may be any word, which is no secret and may well occur in an answer.
+        # The "key" of a local server may be any word, which is not a secret and may well occur in an answer.
         return text.replace(self._key, "[key]") if len(self._key) >= _SHORTEST_SECRET else text
 
     def _classify(self, error: Exception) -> Exception:
@@ -294,5 +294,5 @@ def _retry_after(headers: Mapping[str, str]) -> float:
         return max(0.0, seconds) if math.isfinite(seconds) else 0.0
     try:
         return max(0.0, email.utils.parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time())
-    except (KeyError, ValueError, OverflowError):  # the last: a date that no clock reaches
+    except (KeyError, ValueError, OverflowError):  # the last: a date out of range
         return 0.0

@@ -110,7 +110,7 @@ def label_traces(traces: Sequence[Trace], spec: OpenAISpec, ledger_path: Path | 
         The meter of the run.
 
     Raises:
-        ValueError: a value of the spec that cannot be meant.
+        ValueError: an invalid value of the spec.
         JudgeStopped: no call can succeed, or a limit was reached; the message says what to do. `on_done` had all traces
             that were done until then.
     """

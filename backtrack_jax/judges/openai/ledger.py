@@ -62,7 +62,7 @@ class Ledger:
     """An open ledger. Use it as a context manager; it is locked against other processes until it is closed.
 
     Args:
-        path: the file; it and its folder are made where they are missing.
+        path: the file; it and its folder are created if missing.
 
     Raises:
         BlockingIOError: another process has the ledger open.

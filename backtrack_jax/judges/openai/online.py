@@ -81,7 +81,7 @@ class OpenAIJudge(Judge):
         """Labels by the model; what was asked before is in the ledger.
 
         Raises:
-          ValueError: a value of `annotations.openai` that cannot be meant.
+          ValueError: an invalid value of `annotations.openai`.
           JudgeStopped: no call can succeed, a limit was reached, no trace was labelled, or calls that are not allowed
             to stay unanswered were; the message says what to do.
         """
@@ -135,8 +135,8 @@ def _check_answered(annotated: Sequence[Annotation], allowed: bool) -> None:
     if unanswered and not allowed:
         raise JudgeStopped(
             f"{len(unanswered)} of {len(annotated)} traces got no answer from the judge ({_counts(unanswered)}). The "
-            "others are kept: the same command asks for these alone, or goes on without them, counted as failed, with "
-            "--config.annotations.openai.allow_unanswered=True"
+            "others are kept: the same command asks for these alone, or continues without them, counted as failed, "
+            "with --config.annotations.openai.allow_unanswered=True"
         )
 
 

@@ -3,8 +3,8 @@
 Faults come in two kinds:
 
 - `CallFailed`: this call got no answer (rate limit, server error, time-out, dropped connection, refused request) after
-  all its retries. Nothing was paid (but a provider may bill an answer that came too late or broke off); the others go
-  on, and the next run asks again.
+  all its retries. Nothing was paid (but a provider may bill an answer that came too late or broke off); the others
+  continue, and the next run asks again.
 - `JudgeStopped`: no call can succeed (no key, wrong key, no such endpoint or model, no money) or a limit of the user's
   was reached. No new call starts, those in flight end and are recorded, then the error is raised with what to do. The
   same command resumes from there.
@@ -58,7 +58,7 @@ class JudgeStopped(Stopped):
 
 
 def check(spec: OpenAISpec) -> None:
-    """Refuses an endpoint or limits that cannot be meant: ValueError names the first."""
+    """Refuses an invalid endpoint or limits: ValueError names the first."""
     if not spec.model.strip():
         raise ValueError("the judge's model is empty; name one, e.g. gpt-4o-2024-08-06")
     url = urlsplit(spec.base_url)
@@ -162,7 +162,7 @@ class Meter:
 
 
 def _count(usage: object, name: str) -> int:
-    """A number of tokens out of what an endpoint tells; some write it as text, and 0 stands for what is none."""
+    """The number of tokens that an endpoint reports; some write it as text, and 0 stands for what is not a number."""
     value = usage.get(name) if isinstance(usage, Mapping) else None
     if isinstance(value, int | float):
         return int(value) if math.isfinite(value) else 0
