@@ -10,12 +10,13 @@ from backtrack_jax.analysis import cells, coherence, judged, logit_lens, replies
 from backtrack_jax.analysis.base import Analysis, Material, Planned
 from backtrack_jax.analysis.plots import COLOURS, MARKERS, Panel, Plot, Series, line_of
 from backtrack_jax.analysis.results import PAPER_LABEL, Cell, Results, extent
+from backtrack_jax.config import SteeringSpec
 from backtrack_jax.data.records import Reply
 from backtrack_jax.data.text import KEYWORDS
 from backtrack_jax.files import store, tables
 from backtrack_jax.files.console import Progress
 from backtrack_jax.files.tables import Table
-from backtrack_jax.kinds import is_vector_file
+from backtrack_jax.kinds import is_vector_file, parse
 from backtrack_jax.models.config import ModelConfig
 
 _REPLIES = "replies"
@@ -181,13 +182,18 @@ def baselines(r: Results) -> Plot | None:
     ]
     drawn = cells.unique([cell for of_kind in found.values() for cell in of_kind])
     files = " or as a file has them" if s.vector_files else ""
-    equal = "" if s.unit == "raw" and s.vector_files else ", all of equal norm at a magnitude"
+    equal = ", all of equal norm at a magnitude" if _equally_long(s, s.all_kinds) else ""
     caption = (
         f"{author} model, directions from its own activations{files}{equal}; {cells.setting(r)}; "
         f"{cells.counted(drawn)}. noise: fresh at every position and step; random: one fixed direction; shuffled: D+ "
         f"drawn from all sections. {cells.RATE_INTERVAL} Points of one magnitude stand side by side. {_COHERENCE}"
     )
     return Plot("fig4_baselines", f"Fig. 4: baselines on the {author} model", caption, panels, drawn, place=4)
+
+
+def _equally_long(s: SteeringSpec, entries: Sequence[str]) -> bool:
+    """Whether all of these are as long as each other at one magnitude; files may not be, and ablations add nothing."""
+    return not (s.unit == "raw" and s.vector_files) and not any(parse(entry).ablates for entry in entries)
 
 
 def metrics(r: Results) -> Plot | None:
@@ -284,7 +290,7 @@ def _others(r: Results) -> str:
     s = r.experiment.steering
     others = [kind for kind in s.all_kinds if kind != r.label]
     directions = f"{len(others)} other direction{'s' * (len(others) > 1)}"
-    directions += "" if s.unit == "raw" and s.vector_files else " of equal norm"
+    directions += " of equal norm" if _equally_long(s, others) else ""
     best = _highest_of_kinds(r, others)
     if not best:
         return ""

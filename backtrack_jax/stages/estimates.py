@@ -100,7 +100,7 @@ def sampling(e: Experiment, role: str, rows: int, prompt_tokens: int, new_tokens
     cache, logits = rows_at_once * (prompt + new_tokens) * per_token, 3 * 4 * rows_at_once * config.vocab_size // parts
     # Its own keys and values, before they are moved into the cache, and a block's activations: as compiled for a TPU.
     prefill = rows_at_once * prompt * (per_token + 6 * config.d_mlp // parts + 28 * config.d_model)
-    rows_bytes = 2 * 4 * rows_at_once * config.n_layers * config.d_model
+    rows_bytes = 4 * rows_at_once * config.n_layers * config.d_model  # of what is added
     blocks = config.n_parameters - (1 if config.tied else 2) * config.vocab_size * config.d_model
     second = gigabytes(blocks * _BYTES[e.model(role).dtype] // parts)
     room = {"tpu": "", "cpu": f", second copy of the blocks {second}"}
