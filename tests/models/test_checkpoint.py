@@ -327,7 +327,7 @@ def test_a_single_file_beside_an_index_is_refused(shards, original):
 @pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": 3}', "nonsense"])
 def test_a_malformed_index_is_named(shards, index):
     (shards / "model.safetensors.index.json").write_text(index)
-    assert "model.safetensors.index.json is no index" in message(shards)
+    assert "model.safetensors.index.json is not an index" in message(shards)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "fp16", jnp.int8, float, torch.float32])
