@@ -14,12 +14,13 @@ BIN := $(VENV)/bin
 # --no-compile: bytecode is written on first import, for the few modules that are imported, not for all of torch.
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --no-compile $(addprefix --constraint ,$(CONSTRAINTS))
 
-.PHONY: help demo test lint docs format bench constraints clean
+.PHONY: help demo check test lint docs format bench constraints clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 help:
 	@echo "make demo         run the paper's six stages on the small models that ship with the program"
+	@echo "make check        run the unit tests that compile little: a minute and a half at most"
 	@echo "make test         run the tests"
 	@echo "make lint         check format, lint and types"
 	@echo "make docs         build the documentation into site/; a link that leads nowhere is an error"
@@ -39,6 +40,16 @@ demo: $(VENV)/.installed-demo
 test: export XLA_FLAGS ?= --xla_backend_optimization_level=0
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+# Unit tests that compile little, to be run while one works.
+CHECKED := data models/test_model_config.py models/test_batching.py models/test_attention.py judges/test_keyword.py \
+	judges/test_judge_prompts.py judges/test_ledger.py analysis/test_backtracking.py analysis/test_agreement.py \
+	analysis/test_replies.py analysis/test_similarity.py analysis/test_statistics.py analysis/test_probe.py test_api.py \
+	test_conditions.py test_config.py test_imports.py test_store.py test_tables.py test_vectors.py
+
+check: export XLA_FLAGS ?= --xla_backend_optimization_level=0
+check: $(VENV)/.installed-test
+	$(BIN)/python -m pytest --quiet --numprocesses auto --maxprocesses 2 --dist loadfile $(addprefix tests/,$(CHECKED)) $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
