@@ -52,7 +52,9 @@ def reference(model: Decoder, tmp_path_factory: pytest.TempPathFactory) -> trans
     return transformers.LlamaForCausalLM.from_pretrained(folder)
 
 
-def test_steered_sweep_equals_torch_with_a_hook(model, tokenizer, reference):
+def test_steered_sweep_equals_torch_with_a_hook(
+    model: Decoder, tokenizer: Tokenizer, reference: transformers.LlamaForCausalLM
+) -> None:
     """8 ragged prompts x 5 magnitudes x 64 greedy tokens in one batch; each row equals the same row alone."""
     direction = np.random.default_rng(0).standard_normal(D).astype(np.float32)
     direction /= np.linalg.norm(direction)
@@ -83,7 +85,9 @@ def sampled(model: Decoder, rows: Sequence[generate.Row], batch_size: int) -> li
     return [list(replies[row].ids) for row in range(len(rows))]
 
 
-def test_vectors_of_the_released_chains_equal_torch(ward2025: Path, model, tokenizer, reference):
+def test_vectors_of_the_released_chains_equal_torch(
+    ward2025: Path, model: Decoder, tokenizer: Tokenizer, reference: transformers.LlamaForCausalLM
+) -> None:
     """Every layer and both estimators, from all 300 chains, against one trace at a time in torch and float64 means."""
     traces, annotated = records.read_released(ward2025)
     placed = [annotations.align(trace, text) for trace, text in zip(traces, annotated, strict=True)]

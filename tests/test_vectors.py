@@ -3,6 +3,7 @@
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -32,7 +33,7 @@ def with_absent(*layers: int) -> SteeringVector:
 # Directions
 
 
-def test_at_and_unit_and_norms():
+def test_at_and_unit_and_norms() -> None:
     vector = SteeringVector(np.array([[3, 4, 0], [0, 0, -2]], np.float32))
     np.testing.assert_array_equal(vector.at(0), [3, 4, 0])
     np.testing.assert_allclose(vector.unit(0), [0.6, 0.8, 0])
@@ -42,12 +43,12 @@ def test_at_and_unit_and_norms():
 
 
 @pytest.mark.parametrize("layer", [-1, L, 99])
-def test_a_layer_out_of_range_is_refused(layer):
+def test_a_layer_out_of_range_is_refused(layer: int) -> None:
     with pytest.raises(ValueError, match=rf"layer={layer} is outside 0\.\.3"):
         random_vector().at(layer)
 
 
-def test_an_absent_layer_is_refused():
+def test_an_absent_layer_is_refused() -> None:
     vector = with_absent(2)
     for use in (vector.at, vector.unit):
         with pytest.raises(ValueError, match="no finite direction at layer 2"):
@@ -55,13 +56,13 @@ def test_an_absent_layer_is_refused():
     assert np.isfinite(vector.unit(1)).all()
 
 
-def test_a_zero_direction_has_no_unit():
+def test_a_zero_direction_has_no_unit() -> None:
     with pytest.raises(ValueError, match="the vector is zero at layer 1"):
         (0 * random_vector()).unit(1)
 
 
 @pytest.mark.parametrize("shape", [(D,), (1, L, D)])
-def test_directions_are_layers_by_width(shape):
+def test_directions_are_layers_by_width(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"expected \[n_layers, d_model\]"):
         SteeringVector(np.zeros(shape, np.float32))
 
@@ -69,7 +70,7 @@ def test_directions_are_layers_by_width(shape):
 # Arithmetic
 
 
-def test_activations_of_16_bits_make_a_vector_of_32():
+def test_activations_of_16_bits_make_a_vector_of_32() -> None:
     """The norm of 5000 numbers of 8 is no float16."""
     vector = SteeringVector(np.full((2, 5000), 8.0, np.float16))
     assert vector.directions.dtype == np.float32
@@ -77,7 +78,7 @@ def test_activations_of_16_bits_make_a_vector_of_32():
     np.testing.assert_allclose(vector.norms, 8 * 5000**0.5, rtol=1e-6)
 
 
-def test_a_provenance_is_kept_whatever_its_numbers_are(tmp_path):
+def test_a_provenance_is_kept_whatever_its_numbers_are(tmp_path: Path) -> None:
     vector = SteeringVector(np.ones((L, D)), {"n": np.int64(3), "share": np.float32(0.5), "file": Path("a/b")})
     for suffix in SUFFIXES:
         save(vector, tmp_path / f"v{suffix}")
@@ -86,7 +87,7 @@ def test_a_provenance_is_kept_whatever_its_numbers_are(tmp_path):
         SteeringVector(np.ones((L, D)), "happy")  # pyright: ignore[reportArgumentType]
 
 
-def test_arithmetic_works_layer_by_layer():
+def test_arithmetic_works_layer_by_layer() -> None:
     a, b = random_vector(0), random_vector(1)
     combined = 2 * a - b
     np.testing.assert_allclose(combined.directions, 2 * a.directions - b.directions, rtol=1e-6)
@@ -97,20 +98,20 @@ def test_arithmetic_works_layer_by_layer():
     np.testing.assert_array_equal(a.directions, random_vector(0).directions, "operands stay as they were")
 
 
-def test_a_sum_remembers_its_terms():
+def test_a_sum_remembers_its_terms() -> None:
     a, b = (SteeringVector(np.ones((1, 2), np.float32), {"label": label}) for label in "ab")
     assert (2 * a - b).provenance == {
         "sum": [{"factor": 2.0, "of": {"label": "a"}}, {"factor": -1.0, "of": {"label": "b"}}]
     }
 
 
-def test_an_absent_layer_stays_absent():
+def test_an_absent_layer_stays_absent() -> None:
     total = with_absent(1) + random_vector(1)
     assert np.isnan(total.directions).all(axis=1).tolist() == [False, True, False, False]
 
 
 @pytest.mark.parametrize("shape", [(L, D + 1), (L + 1, D), (L, 1), (1, D)])
-def test_unlike_shapes_never_combine(shape):
+def test_unlike_shapes_never_combine(shape: tuple[int, ...]) -> None:
     """Complaint 12: shapes that numpy would broadcast included."""
     other = SteeringVector(np.ones(shape, np.float32))
     for combine in (lambda a, b: a + b, lambda a, b: a - b, cosine):
@@ -118,14 +119,14 @@ def test_unlike_shapes_never_combine(shape):
             combine(random_vector(), other)
 
 
-def test_cosine_equals_scikit_learn():
+def test_cosine_equals_scikit_learn() -> None:
     a, b = random_vector(0), random_vector(1)
     expected = np.diag(cosine_similarity(a.directions.astype(float), b.directions.astype(float)))
     np.testing.assert_allclose(cosine(a, b), expected, rtol=1e-12)
     np.testing.assert_allclose(cosine(a, -3 * a), -1, rtol=1e-6)
 
 
-def test_cosine_is_nan_where_there_is_no_direction():
+def test_cosine_is_nan_where_there_is_no_direction() -> None:
     zero = SteeringVector(random_vector().directions * np.array([[1], [0], [1], [1]], np.float32))
     assert np.isnan(cosine(zero, with_absent(3))).tolist() == [False, True, False, True]
 
@@ -151,14 +152,14 @@ def sums() -> WindowSums:
     ("contrast", "estimator", "expected"),
     [("all", "trace_mean", 3), ("rest", "trace_mean", 4), ("all", "token_mean", 4), ("rest", "token_mean", 6)],
 )
-def test_difference_of_means(sums, contrast, estimator, expected):
+def test_difference_of_means(sums: WindowSums, contrast: str, estimator: str, expected: int) -> None:
     """Eq. 3 at every layer; layer l holds l + 1 times the means."""
     vector = difference_of_means(sums, "backtracking", (-13, -8), contrast=contrast, estimator=estimator)
     assert vector.directions.dtype == np.float32
     np.testing.assert_allclose(vector.directions, expected * np.arange(1.0, L + 1)[:, None] * np.ones(D))
 
 
-def test_a_vector_says_where_it_comes_from(sums):
+def test_a_vector_says_where_it_comes_from(sums: WindowSums) -> None:
     vector = difference_of_means(sums, "backtracking", (-13, -8), contrast="rest", provenance={"model": "m"})
     assert vector.provenance == {
         "model": "m",
@@ -173,7 +174,7 @@ def test_a_vector_says_where_it_comes_from(sums):
     assert json.loads(json.dumps(vector.provenance)) == vector.provenance
 
 
-def test_paper_defaults(sums):
+def test_paper_defaults(sums: WindowSums) -> None:
     """Contrast `all`, estimator `trace_mean`."""
     vector = difference_of_means(sums, "backtracking", (-13, -8))
     assert (vector.provenance["contrast"], vector.provenance["estimator"]) == ("all", "trace_mean")
@@ -189,7 +190,9 @@ def test_paper_defaults(sums):
         ("backtracking", (-1, 0), {}, r"no window \(-1, 0\) of group 'backtracking' was read"),
     ],
 )
-def test_a_difference_of_what_was_not_summed_is_refused(sums, label, window, changes, message):
+def test_a_difference_of_what_was_not_summed_is_refused(
+    sums: WindowSums, label: str, window: tuple[int, int], changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         difference_of_means(sums, label, window, **changes)
 
@@ -199,7 +202,7 @@ def test_a_difference_of_what_was_not_summed_is_refused(sums, label, window, cha
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("absent", [(0,), (0, 2), (0, 3), (0, 1, 2)])
-def test_round_trip(tmp_path, suffix, absent):
+def test_round_trip(tmp_path: Path, suffix: str, absent: tuple[int, ...]) -> None:
     """What a file holds is what was saved, to the bit; a GGUF file cannot hold layer 0, so it is absent here."""
     vector = with_absent(*absent)
     path = tmp_path / "deep" / f"vector{suffix}"
@@ -213,25 +216,25 @@ def test_round_trip(tmp_path, suffix, absent):
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
-def test_layer_0_is_kept(tmp_path, suffix):
+def test_layer_0_is_kept(tmp_path: Path, suffix: str) -> None:
     save(random_vector(), tmp_path / f"vector{suffix}")
     np.testing.assert_array_equal(load(tmp_path / f"vector{suffix}").directions, random_vector().directions)
 
 
-def test_a_path_may_be_a_string(tmp_path):
+def test_a_path_may_be_a_string(tmp_path: Path) -> None:
     save(random_vector(), f"{tmp_path}/v.safetensors")
     np.testing.assert_array_equal(load(f"{tmp_path}/v.safetensors").directions, random_vector().directions)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_saving_again_replaces(tmp_path, suffix):
+def test_saving_again_replaces(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"vector{suffix}"
     for seed in (0, 1):
         save(random_vector(seed), path)
         np.testing.assert_array_equal(load(path).directions[1:], random_vector(seed).directions[1:])
 
 
-def test_safetensors_file_as_others_read_it(tmp_path):
+def test_safetensors_file_as_others_read_it(tmp_path: Path) -> None:
     """`direction.{layer}` float32, one tensor a layer; raw norms and layer convention in the metadata (T14, T27)."""
     vector = with_absent(1)
     save(vector, tmp_path / "vector.safetensors")
@@ -255,7 +258,7 @@ def test_safetensors_file_as_others_read_it(tmp_path):
     assert json.loads(metadata["provenance"], parse_constant=refuse) == PROVENANCE
 
 
-def test_gguf_file_as_llama_cpp_reads_it(tmp_path):
+def test_gguf_file_as_llama_cpp_reads_it(tmp_path: Path) -> None:
     """Architecture `controlvector`, 1-D F32 `direction.N` with N > 0; an absent layer is left out, not zero."""
     vector = with_absent(2)
     save(vector, tmp_path / "vector.gguf")
@@ -283,7 +286,7 @@ def write_gguf(path: Path, tensors: dict[str, np.ndarray], **fields: int) -> Pat
     return path
 
 
-def test_gguf_file_of_repeng(tmp_path):
+def test_gguf_file_of_repeng(tmp_path: Path) -> None:
     """It may hold a few layers only, in half precision, and tell nothing of the model's depth."""
     tensors = {f"direction.{layer}": np.full(D, layer, np.float16) for layer in (1, 2)}
     path = write_gguf(tmp_path / "repeng.gguf", tensors, layer_count=2)
@@ -293,7 +296,7 @@ def test_gguf_file_of_repeng(tmp_path):
     assert vector.provenance == {"file": "repeng.gguf"}
 
 
-def test_gguf_file_with_a_direction_of_every_block(tmp_path):
+def test_gguf_file_with_a_direction_of_every_block(tmp_path: Path) -> None:
     """Some exporters count the directions and begin with block 0."""
     tensors = {f"direction.{layer}": np.full(D, layer, np.float32) for layer in range(L)}
     path = write_gguf(tmp_path / "all.gguf", tensors, layer_count=L)
@@ -301,7 +304,7 @@ def test_gguf_file_with_a_direction_of_every_block(tmp_path):
         np.testing.assert_array_equal(vector.directions[:, 0], np.arange(L))
 
 
-def test_npz_file_as_numpy_reads_it(tmp_path):
+def test_npz_file_as_numpy_reads_it(tmp_path: Path) -> None:
     save(random_vector(), tmp_path / "vector.npz")
     with np.load(tmp_path / "vector.npz", allow_pickle=False) as file:
         np.testing.assert_array_equal(file["directions"], random_vector().directions)
@@ -309,7 +312,7 @@ def test_npz_file_as_numpy_reads_it(tmp_path):
         assert str(file["layer_convention"]) == LAYER_CONVENTION
 
 
-def test_npz_file_of_others(tmp_path):
+def test_npz_file_of_others(tmp_path: Path) -> None:
     np.savez(tmp_path / "other.npz", directions=np.ones((L, D)))
     vector = load(tmp_path / "other.npz")
     assert vector.directions.dtype == np.float32
@@ -320,11 +323,11 @@ def test_npz_file_of_others(tmp_path):
 
 
 @pytest.fixture
-def torch():
+def torch() -> Any:
     return pytest.importorskip("torch", reason="reading .pt needs torch")
 
 
-def test_pt_file_of_labels(tmp_path, torch):
+def test_pt_file_of_labels(tmp_path: Path, torch: Any) -> None:
     """The paper's released form: label -> [D], of one layer."""
     torch.save({"backtracking": torch.arange(D), "deduction": -torch.arange(D)}, tmp_path / "v.pt")
     vector = load(tmp_path / "v.pt", layer=2, n_layers=L)
@@ -335,7 +338,7 @@ def test_pt_file_of_labels(tmp_path, torch):
 
 
 @pytest.mark.parametrize("extra", [0, 1], ids=["layers", "embeddings and layers"])
-def test_pt_file_of_layers(tmp_path, torch, extra):
+def test_pt_file_of_layers(tmp_path: Path, torch: Any, extra: int) -> None:
     """[L + 1, D] starts with the embeddings, as Hugging Face's hidden states do (T14)."""
     rows = torch.nn.Parameter(torch.randn(L + extra, D, dtype=torch.bfloat16))
     torch.save(rows, tmp_path / "v.pt")
@@ -354,7 +357,7 @@ class Malicious:
         return (Path.touch, (self.path,))
 
 
-def test_a_malicious_pickle_is_refused(tmp_path, torch):
+def test_a_malicious_pickle_is_refused(tmp_path: Path, torch: Any) -> None:
     for number, contents in enumerate([Malicious(tmp_path / "owned"), {"backtracking": Malicious(tmp_path / "owned")}]):
         torch.save(contents, tmp_path / f"{number}.pt")
         (tmp_path / f"plain {number}.pt").write_bytes(pickle.dumps(contents, protocol=2))
@@ -380,7 +383,9 @@ def test_a_malicious_pickle_is_refused(tmp_path, torch):
         ({1: 1, "deduction": 1}, {}, r"labels \['1', 'deduction'\], not 'backtracking'"),
     ],
 )
-def test_pt_files_that_are_no_vector(tmp_path, torch, contents, arguments, message):
+def test_pt_files_that_are_no_vector(
+    tmp_path: Path, torch: Any, contents: Any, arguments: dict[str, Any], message: str
+) -> None:
     torch.save(torch.zeros(contents) if isinstance(contents, list) else contents, tmp_path / "v.pt")
     with pytest.raises(ValueError, match=rf"v\.pt: .*{message}"):
         load(tmp_path / "v.pt", **arguments)
@@ -391,7 +396,7 @@ def test_pt_files_that_are_no_vector(tmp_path, torch, contents, arguments, messa
 
 @pytest.mark.parametrize("suffix", [*SUFFIXES, ".pt"])
 @pytest.mark.parametrize("contents", [b"", b"not a vector\n" * 9], ids=["empty", "text"])
-def test_a_file_of_another_format_is_named(tmp_path, suffix, contents):
+def test_a_file_of_another_format_is_named(tmp_path: Path, suffix: str, contents: Any) -> None:
     if suffix == ".pt":
         pytest.importorskip("torch", reason="reading .pt needs torch")
     path = tmp_path / f"broken{suffix}"
@@ -401,7 +406,7 @@ def test_a_file_of_another_format_is_named(tmp_path, suffix, contents):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_truncated_file_is_named(tmp_path, suffix):
+def test_a_truncated_file_is_named(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"cut{suffix}"
     save(random_vector(), path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -410,18 +415,18 @@ def test_a_truncated_file_is_named(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_vector_of_another_model_is_named(tmp_path, suffix):
+def test_a_vector_of_another_model_is_named(tmp_path: Path, suffix: str) -> None:
     save(random_vector(), tmp_path / f"vector{suffix}")
     with pytest.raises(ValueError, match=rf"vector\{suffix}: 4 layers, expected 3"):
         load(tmp_path / f"vector{suffix}", n_layers=3)
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"absent\.npz: no such vector file"):
         load(tmp_path / "absent.npz")
 
 
-def test_an_unknown_suffix_is_named(tmp_path):
+def test_an_unknown_suffix_is_named(tmp_path: Path) -> None:
     (tmp_path / "vector.bin").write_bytes(b"")
     with pytest.raises(ValueError, match=r"vector\.bin: a vector is read from one of \['\.gguf', .*'\.safetensors'\]"):
         load(tmp_path / "vector.bin")
@@ -442,7 +447,9 @@ def test_an_unknown_suffix_is_named(tmp_path):
         ({}, {}, r"shapes \[\], expected one \[d_model\]"),
     ],
 )
-def test_safetensors_files_that_are_no_vector(tmp_path, tensors, metadata, message):
+def test_safetensors_files_that_are_no_vector(
+    tmp_path: Path, tensors: dict[str, Any], metadata: dict[str, Any], message: str
+) -> None:
     metadata = {"layer_convention": LAYER_CONVENTION, "n_layers": str(L)} | metadata
     arrays = {name: np.zeros(shape, np.float32) for name, shape in tensors.items()}
     save_file(arrays, tmp_path / "v.safetensors", {key: value for key, value in metadata.items() if value is not None})
@@ -450,25 +457,25 @@ def test_safetensors_files_that_are_no_vector(tmp_path, tensors, metadata, messa
         load(tmp_path / "v.safetensors")
 
 
-def test_tensors_that_are_not_plain_numbers(tmp_path, torch):
+def test_tensors_that_are_not_plain_numbers(tmp_path: Path, torch: Any) -> None:
     for tensor in (torch.zeros((L, D), dtype=torch.complex64), torch.zeros((L, D)).to_sparse()):
         torch.save(tensor, tmp_path / "v.pt")
         with pytest.raises(ValueError, match=r"v\.pt: holds a tensor of .*, expected real and dense numbers"):
             load(tmp_path / "v.pt")
 
 
-def test_units_of_extreme_vectors_have_norm_one():
+def test_units_of_extreme_vectors_have_norm_one() -> None:
     for factor in (1e-30, 1e-22, 1.0, 1e30):
         unit = SteeringVector((factor * np.ones((1, D))).astype(np.float32)).unit(0)
         assert unit.dtype == np.float32 and np.linalg.norm(unit) == pytest.approx(1, abs=1e-6)
 
 
-def test_provenance_in_somebody_s_own_words(tmp_path):
+def test_provenance_in_somebody_s_own_words(tmp_path: Path) -> None:
     np.savez(tmp_path / "v.npz", directions=np.ones((L, D)), provenance="mine, by hand")
     assert load(tmp_path / "v.npz").provenance == {"file": "v.npz", "note": "mine, by hand"}
 
 
-def test_a_damaged_npz_file(tmp_path):
+def test_a_damaged_npz_file(tmp_path: Path) -> None:
     np.savez(tmp_path / "v.npz", directions=np.ones((L, D)))
     content = bytearray((tmp_path / "v.npz").read_bytes())
     content[200] ^= 1
@@ -487,13 +494,13 @@ def test_a_damaged_npz_file(tmp_path):
         ({"directions": np.zeros((L, D)), "layer_convention": "other"}, "layer_convention='other', expected"),
     ],
 )
-def test_npz_files_that_are_no_vector(tmp_path, arrays, message):
+def test_npz_files_that_are_no_vector(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
     np.savez(tmp_path / "v.npz", **arrays)
     with pytest.raises(ValueError, match=rf"v\.npz: .*{message}"):
         load(tmp_path / "v.npz")
 
 
-def test_gguf_files_that_are_no_vector(tmp_path):
+def test_gguf_files_that_are_no_vector(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "model.gguf", {"token_embd.weight": np.zeros((L, D), np.float32)})
     with pytest.raises(ValueError, match=r"model\.gguf: holds 'token_embd\.weight', expected direction\.0"):
         load(path)
@@ -508,7 +515,7 @@ def test_gguf_files_that_are_no_vector(tmp_path):
         load(tmp_path / "small.gguf")
 
 
-def test_layer_0_alone_cannot_become_gguf(tmp_path):
+def test_layer_0_alone_cannot_become_gguf(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot hold layer 0"):
         save(with_absent(1, 2, 3), tmp_path / "v.gguf")
     assert not list(tmp_path.iterdir())
@@ -517,7 +524,7 @@ def test_layer_0_alone_cannot_become_gguf(tmp_path):
 # The released vectors
 
 
-def test_released_vectors(ward2025, torch):
+def test_released_vectors(ward2025: Path, torch: Any) -> None:
     """Set A of the authors: norms 0.631 (base) and 0.656 (reasoning), cosine 0.716."""
     base = load(ward2025 / "base_steering_vectors.pt", layer=10, n_layers=32)
     released = load_file(ward2025 / "layer10_vectors.safetensors")
@@ -531,7 +538,7 @@ def test_released_vectors(ward2025, torch):
     assert np.isnan(np.delete(cosine(base, reasoning), 10)).all()
 
 
-def test_released_labels(ward2025, torch):
+def test_released_labels(ward2025: Path, torch: Any) -> None:
     with pytest.raises(ValueError, match=r"labels .*'uncertainty-estimation'.*, not 'wait'"):
         load(ward2025 / "base_steering_vectors.pt", label="wait", layer=10, n_layers=32)
     with pytest.raises(ValueError, match="layer_convention=None in the metadata"):

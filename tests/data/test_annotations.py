@@ -6,11 +6,13 @@ import re
 import time
 from collections import Counter
 from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from backtrack_jax.data.annotations import Reason, align, format_summary, parse_sections, summarise
-from backtrack_jax.data.records import LABELS, Trace, pair_annotations, read_released
+from backtrack_jax.data.records import LABELS, Annotation, Trace, pair_annotations, read_released
 from backtrack_jax.data.text import reasoning_end
 
 TEXT = (
@@ -44,7 +46,7 @@ def codes(annotated: str, text: str = TEXT) -> tuple[list[str], list[tuple[str, 
     return [n.code for n in annotation.notes], [(r.reason, r.label, r.text) for r in annotation.rejected]
 
 
-def test_a_perfect_answer_is_placed_without_notes():
+def test_a_perfect_answer_is_placed_without_notes() -> None:
     annotated = tag("deduction", "A cat has 4 legs.") + "\n\n" + tag("backtracking", " Wait, that adds. ")
     assert placed(annotated) == [("deduction", "A cat has 4 legs."), ("backtracking", "Wait, that adds.")]
     assert codes(annotated) == ([], [])
@@ -98,7 +100,9 @@ def test_a_perfect_answer_is_placed_without_notes():
         ),
     ],
 )
-def test_repaired_defects_are_placed_and_noted(annotated, sections, notes):
+def test_repaired_defects_are_placed_and_noted(
+    annotated: str, sections: list[tuple[str, str]], notes: list[Any]
+) -> None:
     assert placed(annotated) == sections
     assert codes(annotated) == (notes, [])
 
@@ -150,19 +154,21 @@ def test_repaired_defects_are_placed_and_noted(annotated, sections, notes):
         ),
     ],
 )
-def test_unusable_pieces_are_rejected_with_their_reason(annotated, sections, rejected):
+def test_unusable_pieces_are_rejected_with_their_reason(
+    annotated: str, sections: list[tuple[str, str]], rejected: list[Any]
+) -> None:
     assert placed(annotated) == sections
     assert codes(annotated)[1] == rejected
 
 
-def test_reasoning_ends_at_the_first_marker():
+def test_reasoning_ends_at_the_first_marker() -> None:
     answered = TEXT + ".\n</think>\n\nTwelve legs.<\uff5cend\u2581of\u2581sentence\uff5c>"
     assert reasoning_end(answered) == len(TEXT) + 2
     assert reasoning_end("It is 12.<|eot_id|></think>") == len("It is 12.")
     assert reasoning_end(TEXT) == len(TEXT)
 
 
-def test_sections_of_the_answer_are_rejected_and_those_that_run_into_it_are_clipped():
+def test_sections_of_the_answer_are_rejected_and_those_that_run_into_it_are_clipped() -> None:
     answered = TEXT + ".\n</think>\n\nTwelve legs.<\uff5cend\u2581of\u2581sentence\uff5c>"
     annotated = tag("deduction", "So it is 12.\n</think>\n\nTwelve") + tag("deduction", "legs.")
     assert placed(annotated, answered) == [("deduction", "So it is 12.")]
@@ -174,7 +180,7 @@ def test_sections_of_the_answer_are_rejected_and_those_that_run_into_it_are_clip
     assert codes(annotated, repeated) == ([], [("after_end", "deduction", "Twelve legs.")])
 
 
-def test_a_repeated_text_goes_to_the_occurrence_that_its_neighbours_allow():
+def test_a_repeated_text_goes_to_the_occurrence_that_its_neighbours_allow() -> None:
     second = TEXT.index("Wait, that adds nothing")
     annotation = align(trace(), tag("deduction", "3 * 4 = 12.") + tag("backtracking", "Wait, that adds"))
     assert annotation.sections[1].start == second  # str.find would answer the first
@@ -183,12 +189,12 @@ def test_a_repeated_text_goes_to_the_occurrence_that_its_neighbours_allow():
     assert annotation.notes == first.notes == ()
 
 
-def test_a_section_that_ends_with_the_text_stays():
+def test_a_section_that_ends_with_the_text_stays() -> None:
     annotation = align(trace(), tag("deduction", "So it is 12"))
     assert [(s.start, s.stop) for s in annotation.sections] == [(len(TEXT) - 11, len(TEXT))]
 
 
-def test_one_stray_section_does_not_displace_the_others():
+def test_one_stray_section_does_not_displace_the_others() -> None:
     annotated = (
         tag("deduction", "Wait, that adds nothing new.")  # labelled too early
         + tag("deduction", "A cat has 4 legs.")
@@ -203,25 +209,25 @@ def test_one_stray_section_does_not_displace_the_others():
     assert codes(annotated)[1] == [("out_of_order", "deduction", "Wait, that adds nothing new.")]
 
 
-def test_words_are_not_split_where_the_whole_word_occurs():
+def test_words_are_not_split_where_the_whole_word_occurs() -> None:
     text = "Sometimes it fails. So it holds."
     annotation = align(trace(text), tag("deduction", "So"))
     assert (annotation.sections[0].start, annotation.notes) == (text.index("So it"), ())
 
 
-def test_an_unknown_word_behind_a_slash_is_text():
+def test_an_unknown_word_behind_a_slash_is_text() -> None:
     text = 'The path is ["/usr"] here.'
     assert placed(tag("deduction", text), text) == [("deduction", text)]
 
 
-def test_white_space_of_the_original_makes_no_occurrence_a_better_one():
+def test_white_space_of_the_original_makes_no_occurrence_a_better_one() -> None:
     text = "Try 3. Hmm, no. Wait, let me check.\nSo 9.\nTry 2. Hmm, no.\n\n\nWait, let me check."
     annotation = align(trace(text), tag("backtracking", "Hmm, no. Wait, let me check."))
     assert [section.start for section in annotation.sections] == [text.index("Hmm")]
     assert annotation.notes == ()
 
 
-def test_many_exact_words_do_not_outweigh_a_character_more():
+def test_many_exact_words_do_not_outweigh_a_character_more() -> None:
     """The long text comes last in the trace and first in the answer: it is placed, or the ten words are."""
     words = [f"a{number}" for number in range(10)]
     for length, kept in ((21, 1), (19, 10)):
@@ -230,7 +236,7 @@ def test_many_exact_words_do_not_outweigh_a_character_more():
         assert len(placed(annotated, " ".join([*words, long_text]))) == kept
 
 
-def test_a_sentence_that_is_repeated_thousands_of_times_takes_no_minutes():
+def test_a_sentence_that_is_repeated_thousands_of_times_takes_no_minutes() -> None:
     n = 2000
     began = time.perf_counter()
     annotation = align(trace(" ".join(["Wait, hold on."] * n)), tag("backtracking", "Wait, hold on.") * n)
@@ -238,7 +244,7 @@ def test_a_sentence_that_is_repeated_thousands_of_times_takes_no_minutes():
     assert time.perf_counter() - began < 8  # it takes 0.2 s; comparing span by span took 23 s
 
 
-def test_looking_for_an_altered_text_ends(monkeypatch):
+def test_looking_for_an_altered_text_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("backtrack_jax.data.annotations._MOST_COMPARED", 100_000)
     rng = random.Random(0)
     words = rng.choices(["the", "so", "x", "is", "two", "then"], k=600)
@@ -249,7 +255,7 @@ def test_looking_for_an_altered_text_ends(monkeypatch):
     assert time.perf_counter() - began < 2
 
 
-def test_the_first_of_several_occurrences_that_fit_is_taken_and_noted():
+def test_the_first_of_several_occurrences_that_fit_is_taken_and_noted() -> None:
     annotation = align(trace(), tag("initializing", "Okay,") + tag("deduction", "So") + tag("deduction", "it is 12"))
     assert annotation.sections[1].start == TEXT.index("So 3 cats")
     assert [(note.code, note.section) for note in annotation.notes] == [(Reason.AMBIGUOUS, 1)]
@@ -264,7 +270,7 @@ def test_the_first_of_several_occurrences_that_fit_is_taken_and_noted():
         ("I would rather divide: 3 / 4.", False),
     ],
 )
-def test_an_altered_text_is_placed_only_when_it_is_alike_from_its_first_word(copy, found):
+def test_an_altered_text_is_placed_only_when_it_is_alike_from_its_first_word(copy: str, found: bool) -> None:
     annotation = align(trace(), tag("deduction", copy))
     if found:
         assert annotation.sections[0].start == TEXT.index("I should multiply")
@@ -279,7 +285,7 @@ def test_an_altered_text_is_placed_only_when_it_is_alike_from_its_first_word(cop
         "Some 3 * 4 = 12 holds here.",
     ],
 )
-def test_the_first_word_of_an_altered_text_is_a_whole_word(text):
+def test_the_first_word_of_an_altered_text_is_a_whole_word(text: str) -> None:
     assert codes(tag("deduction", "So 3 x 4 = 12 holds here."), text)[1][0][0] == Reason.NOT_FOUND
 
 
@@ -292,21 +298,21 @@ def test_the_first_word_of_an_altered_text_is_a_whole_word(text):
         ("Stop.", "", "Stop. " + "Then it goes on. " * 20 + "Then 3 * 4 = 12 holds here."),  # too far away
     ],
 )
-def test_an_altered_text_is_looked_for_between_its_neighbours_only(before, after, text):
+def test_an_altered_text_is_looked_for_between_its_neighbours_only(before: str, after: str, text: str) -> None:
     altered = tag("deduction", "Then 3 x 4 = 12 holds here.")
     annotated = tag("backtracking", before) + altered + (tag("deduction", after) if after else "")
     assert placed(annotated, text) == [("backtracking", before)] + ([("deduction", after)] if after else [])
     assert [reason for reason, *_ in codes(annotated, text)[1]] == [Reason.NOT_FOUND]
 
 
-def test_the_search_for_an_altered_text_goes_on_behind_what_was_not_found():
+def test_the_search_for_an_altered_text_goes_on_behind_what_was_not_found() -> None:
     text = "Stop. " + "Here the model says other things. " * 12 + "Then 3 * 4 = 12 holds here."
     altered = tag("deduction", "Then 3 x 4 = 12 holds here.")
     lost = tag("deduction", "Of this the judge made up a free summary. " * 10)
     assert placed(tag("backtracking", "Stop.") + lost + altered, text)[1][1] == "Then 3 * 4 = 12 holds here."
 
 
-def test_brackets_of_the_trace_are_text_and_not_tags():
+def test_brackets_of_the_trace_are_text_and_not_tags() -> None:
     text = 'Take d["key"] and d[X]. Then d["key"] is set. Hmm, is it?'
     annotated = tag("deduction", 'Take d["key"] and d[X].') + tag("backtracking", "Hmm, is it?")
     assert placed(annotated, text) == [("deduction", 'Take d["key"] and d[X].'), ("backtracking", "Hmm, is it?")]
@@ -326,7 +332,7 @@ def random_case(rng: random.Random) -> tuple[str, str, list[tuple[str, int]]]:
     return text, annotated, truth
 
 
-def test_positions_of_random_traces_are_those_of_their_making():
+def test_positions_of_random_traces_are_those_of_their_making() -> None:
     # Every sentence of the trace is labelled, so the full chain covers most and every start is determined.
     rng = random.Random(0)
     for _ in range(300):
@@ -336,7 +342,7 @@ def test_positions_of_random_traces_are_those_of_their_making():
         assert annotation.rejected == ()
 
 
-def test_placement_covers_as_much_as_exhaustive_search():
+def test_placement_covers_as_much_as_exhaustive_search() -> None:
     rng = random.Random(1)
     for _ in range(200):
         words = [rng.choice("abc") for _ in range(9)]
@@ -358,7 +364,7 @@ def test_placement_covers_as_much_as_exhaustive_search():
         assert len(annotation.sections) + len(annotation.rejected) == 4
 
 
-def test_the_summary_counts_everything_once():
+def test_the_summary_counts_everything_once() -> None:
     answered = TEXT + ".\n</think>\n\nTwelve."
     annotations = [
         align(trace(answered), tag("backtracking", "Wait, that adds.") + tag("backtracking", "Twelve.")),
@@ -390,12 +396,14 @@ TAG = re.compile(r'\["([a-z-]+)"?\]')
 
 
 @pytest.fixture(scope="module")
-def chains(ward2025):
+def chains(ward2025: Path) -> list[tuple[Trace, str, Annotation]]:
     traces, annotated = read_released(ward2025)
     return [(trace, labelled, align(trace, labelled)) for trace, labelled in zip(traces, annotated, strict=True)]
 
 
-def test_released_chains_are_placed_or_rejected_with_these_counts(chains):
+def test_released_chains_are_placed_or_rejected_with_these_counts(
+    chains: list[tuple[Trace, str, Annotation]],
+) -> None:
     assert not any(trace.text.startswith("<think>") for trace, _, _ in chains)
     summary = summarise(annotation for _, _, annotation in chains)
     assert summary["placed"] == {
@@ -413,7 +421,9 @@ def test_released_chains_are_placed_or_rejected_with_these_counts(chains):
     assert opened == sum(summary["placed"].values()) + 7 + 12  # every tag is accounted for
 
 
-def test_released_sections_are_where_counting_characters_puts_them(chains):
+def test_released_sections_are_where_counting_characters_puts_them(
+    chains: list[tuple[Trace, str, Annotation]],
+) -> None:
     """Where the copy without tags is the trace but for white space, counting non-space characters gives positions."""
     checked = Counter()
     for trace, labelled, annotation in chains:
@@ -434,7 +444,9 @@ def test_released_sections_are_where_counting_characters_puts_them(chains):
     assert sum(checked.values()) >= 5400
 
 
-def test_well_formed_backtracking_sections_of_the_released_chains_are_placed_to_the_letter(chains):
+def test_well_formed_backtracking_sections_of_the_released_chains_are_placed_to_the_letter(
+    chains: list[tuple[Trace, str, Annotation]],
+) -> None:
     total = exact = 0
     for trace, labelled, annotation in chains:
         found = [trace.text[s.start : s.stop] for s in annotation.sections if s.label == "backtracking"]
@@ -447,14 +459,18 @@ def test_well_formed_backtracking_sections_of_the_released_chains_are_placed_to_
     assert exact / total >= 0.99
 
 
-def test_well_formed_pieces_are_those_of_the_plain_pattern(chains):
+def test_well_formed_pieces_are_those_of_the_plain_pattern(
+    chains: list[tuple[Trace, str, Annotation]],
+) -> None:
     for trace, labelled, _ in chains:
         plain = re.findall(r'\["([\w-]+)"\]((?:(?!\["[a-z-]+"?\]).)*)\["end-section"\]', labelled, re.DOTALL)
         ours = [(p.label, p.text) for p in parse_sections(labelled, trace.text) if p.well_formed]
         assert ours == [(label, text.strip()) for label, text in plain if text.strip()]
 
 
-def test_altered_copies_of_released_chains_are_placed_at_the_same_starts(chains):
+def test_altered_copies_of_released_chains_are_placed_at_the_same_starts(
+    chains: list[tuple[Trace, str, Annotation]],
+) -> None:
     """Typing errors in every few words: starts stay exact or the section is rejected, none is misplaced."""
     rng = random.Random(2)
 

@@ -1,7 +1,9 @@
 """Records: the round trip through files, and what bad input is told."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,7 +53,7 @@ def write(path: Path, value: object) -> Path:
         'quote " and \\ slash',
     ],
 )
-def test_traces_make_the_round_trip_to_the_letter(tmp_path, text):
+def test_traces_make_the_round_trip_to_the_letter(tmp_path: Path, text: str) -> None:
     traces = [
         Trace("p/0", "p", "c", "q", text, 0, (1, 2, 128000), "length"),
         Trace("p/1", "p", "c", "q", text, 1),
@@ -72,20 +74,22 @@ def test_traces_make_the_round_trip_to_the_letter(tmp_path, text):
         (read_released, CHAIN, "reasoning_chain"),
     ],
 )
-def test_half_a_character_is_refused_where_it_stands(tmp_path, read, entry, field):
+def test_half_a_character_is_refused_where_it_stands(
+    tmp_path: Path, read: Callable[..., Any], entry: dict[str, Any], field: str
+) -> None:
     path = write(tmp_path / "x.jsonl", json.dumps(entry) + "\n" + json.dumps(entry | {field: "Yes \ud83d."}))
     with pytest.raises(ValueError, match=rf"x.jsonl, line 2: field '{field}' holds half of a character \(\\ud83d, at "):
         read(path)
 
 
 @pytest.mark.parametrize("line", ["[" * 100_000, '{"id":' + "9" * 5000 + "}"])
-def test_json_that_python_cannot_hold_is_named_by_line(tmp_path, line):
+def test_json_that_python_cannot_hold_is_named_by_line(tmp_path: Path, line: str) -> None:
     path = write(tmp_path / "x.jsonl", json.dumps(TRACE) + "\n" + line)
     with pytest.raises(ValueError, match=r"x.jsonl, line 2: not valid JSON"):
         read_traces(path)
 
 
-def test_chains_behind_a_blank_line_are_chains(tmp_path):
+def test_chains_behind_a_blank_line_are_chains(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", "\n  \n" + json.dumps(CHAIN))
     assert is_released(path) and read_any_traces(path) == read_released(path)[0]
 
@@ -105,14 +109,14 @@ def test_chains_behind_a_blank_line_are_chains(tmp_path):
         *((name, "uses itself") for name in CONTROLS),
     ],
 )
-def test_labels_that_would_be_lost_are_refused(tmp_path, label, message):
+def test_labels_that_would_be_lost_are_refused(tmp_path: Path, label: str, message: str) -> None:
     sections = [{"label": "my-own", "start": 0, "stop": 2}, {"label": label, "start": 2, "stop": 3}]
     path = write(tmp_path / "x.jsonl", json.dumps({"trace_id": "p/0", "judge": "me", "sections": sections}))
     with pytest.raises(ValueError, match=rf"x.jsonl, line 1, sections\[1\]: .*{message}"):
         read_annotations(path)
 
 
-def test_annotations_and_problems_make_the_round_trip(tmp_path):
+def test_annotations_and_problems_make_the_round_trip(tmp_path: Path) -> None:
     annotations = [
         Annotation(
             "p/0",
@@ -131,7 +135,7 @@ def test_annotations_and_problems_make_the_round_trip(tmp_path):
     assert read_problems(tmp_path / "problems.jsonl") == problems
 
 
-def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "traces.jsonl"
     write_jsonl(path, [trace()])
 
@@ -145,7 +149,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_reader_of_the_old_file_is_not_disturbed_by_a_new_one(tmp_path):
+def test_a_reader_of_the_old_file_is_not_disturbed_by_a_new_one(tmp_path: Path) -> None:
     path = tmp_path / "problems.jsonl"
     write_jsonl(path, [Problem("a", "c", "old")])
     with path.open(encoding="utf-8") as old:
@@ -154,7 +158,7 @@ def test_a_reader_of_the_old_file_is_not_disturbed_by_a_new_one(tmp_path):
     assert read_problems(path) == [Problem("a", "c", "new")]
 
 
-def test_problems_are_read_from_json_and_jsonl_and_may_hold_other_keys(tmp_path):
+def test_problems_are_read_from_json_and_jsonl_and_may_hold_other_keys(tmp_path: Path) -> None:
     entries = [PROBLEM | {"difficulty": 3}, PROBLEM | {"id": "logic_2"}]
     expected = [Problem("logic_1", "logic", "Is 7 prime?"), Problem("logic_2", "logic", "Is 7 prime?")]
     assert read_problems(write(tmp_path / "a.json", entries)) == expected
@@ -179,12 +183,12 @@ def test_problems_are_read_from_json_and_jsonl_and_may_hold_other_keys(tmp_path)
         ("a.jsonl", json.dumps(PROBLEM) + "\n{'id'}", r"a\.jsonl, line 2: not valid JSON"),
     ],
 )
-def test_faulty_problems_are_named(tmp_path, name, content, message):
+def test_faulty_problems_are_named(tmp_path: Path, name: str, content: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_problems(write(tmp_path / name, content))
 
 
-def test_a_missing_file_and_one_that_is_not_text_are_named(tmp_path):
+def test_a_missing_file_and_one_that_is_not_text_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.json: no such file"):
         read_problems(tmp_path / "nowhere.json")
     (tmp_path / "a.json").write_bytes(b"\xff\xfe[\x00")
@@ -204,7 +208,7 @@ def test_a_missing_file_and_one_that_is_not_text_are_named(tmp_path):
         ({"tokenids": [1]}, "unknown field 'tokenids'; accepted: id, problem_id"),
     ],
 )
-def test_faulty_traces_are_named(tmp_path, change, message):
+def test_faulty_traces_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_traces(write(tmp_path / "t.jsonl", json.dumps(TRACE | change)))
 
@@ -220,19 +224,19 @@ def test_faulty_traces_are_named(tmp_path, change, message):
         ({"spans": []}, "unknown field 'spans'"),
     ],
 )
-def test_faulty_annotations_are_named(tmp_path, change, message):
+def test_faulty_annotations_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     value = {"trace_id": "p/0", "judge": "me", "sections": []} | change
     with pytest.raises(ValueError, match=r"t\.jsonl, line 1.*" + message):
         read_annotations(write(tmp_path / "t.jsonl", json.dumps(value)))
 
 
-def test_a_judge_annotates_a_trace_once(tmp_path):
+def test_a_judge_annotates_a_trace_once(tmp_path: Path) -> None:
     line = json.dumps({"trace_id": "p/0", "judge": "me", "sections": []})
     with pytest.raises(ValueError, match="trace 'p/0' is annotated more than once by the judge 'me'"):
         read_annotations(write(tmp_path / "t.jsonl", f"{line}\n{line}"))
 
 
-def test_pairs_follow_the_traces_and_leave_out_those_without_annotation():
+def test_pairs_follow_the_traces_and_leave_out_those_without_annotation() -> None:
     traces = [trace(id="p/0"), trace(id="p/1"), trace(id="p/2")]
     annotations = [Annotation("p/2", "me", (Section("deduction", 4, 7),)), Annotation("p/0", "me", ())]
     assert pair_annotations(traces, annotations) == [(traces[0], annotations[1]), (traces[2], annotations[0])]
@@ -246,13 +250,13 @@ def test_pairs_follow_the_traces_and_leave_out_those_without_annotation():
         ([(4, 7), (0, 3)], r"section 1 \[0, 3\): starts before the section in front of it"),
     ],
 )
-def test_spans_that_do_not_fit_the_text_are_refused(spans, message):
+def test_spans_that_do_not_fit_the_text_are_refused(spans: list[tuple[int, int]], message: str) -> None:
     annotation = Annotation("p/0", "me", tuple(Section("deduction", *span) for span in spans))
     with pytest.raises(ValueError, match=r"trace 'p/0', " + message):
         pair_annotations([trace()], [annotation])
 
 
-def test_pairs_need_known_traces_one_judge_and_notes_on_sections():
+def test_pairs_need_known_traces_one_judge_and_notes_on_sections() -> None:
     empty = Annotation("p/0", "me", ())
     with pytest.raises(ValueError, match="annotation of trace 'p/9', which is not among the 1 traces"):
         pair_annotations([trace()], [Annotation("p/9", "me", ())])
@@ -262,7 +266,7 @@ def test_pairs_need_known_traces_one_judge_and_notes_on_sections():
         pair_annotations([trace()], [Annotation("p/0", "me", (), (), (Note("folded", 0),))])
 
 
-def test_released_chains_are_read_from_a_file_a_folder_and_several(tmp_path):
+def test_released_chains_are_read_from_a_file_a_folder_and_several(tmp_path: Path) -> None:
     first = write(tmp_path / "a_annotated_chains.json", [CHAIN, CHAIN | {"reasoning_chain": "No."}])
     second = write(tmp_path / "b_annotated_chains.json", [CHAIN | {"task_id": "own", "annotated_chain": ""}])
     write(tmp_path / "b_tasks.json", [PROBLEM])
@@ -277,7 +281,7 @@ def test_released_chains_are_read_from_a_file_a_folder_and_several(tmp_path):
     assert read_released(first)[0] == traces[:2]
 
 
-def test_lines_of_chains_and_lines_of_traces_are_told_apart(tmp_path):
+def test_lines_of_chains_and_lines_of_traces_are_told_apart(tmp_path: Path) -> None:
     chains = tmp_path / "chains.jsonl"
     chains.write_text(json.dumps(CHAIN) + "\n" + json.dumps(CHAIN | {"reasoning_chain": "No."}) + "\n")
     assert (
@@ -299,17 +303,17 @@ def test_lines_of_chains_and_lines_of_traces_are_told_apart(tmp_path):
         ("{", r"a\.json: not valid JSON"),
     ],
 )
-def test_faulty_released_chains_are_named(tmp_path, chains, message):
+def test_faulty_released_chains_are_named(tmp_path: Path, chains: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_released(write(tmp_path / "a.json", chains))
 
 
-def test_a_folder_without_chains_is_named(tmp_path):
+def test_a_folder_without_chains_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no file of this folder is named"):
         read_released(tmp_path)
 
 
-def test_the_released_files_load_unchanged(ward2025):
+def test_the_released_files_load_unchanged(ward2025: Path) -> None:
     traces, annotated = read_released(ward2025)
     assert len(traces) == len(annotated) == 300
     assert {trace.category for trace in traces} == {"math_logic", "probability", "spatial"}
