@@ -15,10 +15,6 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from backtrack_jax import pipeline
 
-# float32 beside bfloat16, or an integer beside either, is an error in the tests and in the processes that they start.
-os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-
 # A file is one process's; those that take longest come first, so that no process is left alone with one at the end.
 LONGEST = (
     "test_death.py",
