@@ -221,7 +221,7 @@ def _steering_faults(e: Experiment) -> list[str]:
     s, labels = e.steering, _labels(e)
     faults = [] if s.kinds else [_fault("steering.kinds", s.kinds, "at least one")]
     for field, entries in (("steering.kinds", s.kinds), ("steering.baselines", s.baselines)):
-        faults += [*_kind_faults(field, entries, labels), *_repeated(field, entries)]
+        faults += [*kind_faults(field, entries, labels), *_repeated(field, entries)]
     faults += _not_one_of("steering.unit", s.unit, UNITS)
     faults += _not_one_of("steering.span", s.span, ("all", "prompt", "generated"))
     if not s.kind_layers or not _integers(s.kind_layers) or min(s.kind_layers) < 0:
@@ -236,9 +236,9 @@ def _steering_faults(e: Experiment) -> list[str]:
         if not any(magnitudes) or not all(map(_finite, magnitudes)):
             faults.append(_fault(f"steering.{field}", magnitudes, "finite numbers, at least one of them not 0"))
         faults += _repeated(f"steering.{field}", magnitudes)
-    ablated = [entry for entry in (*s.kinds, *s.baselines) if isinstance(entry, str) and entry.startswith(kinds.ABLATE)]
-    if ablated and any(_finite(magnitude) and abs(magnitude) > 1 for magnitude in s.magnitudes):
-        accepted = f"-1 to 1: for {ablated[0]!r} they are the share that is removed"
+    shares = [entry for entry in (*s.kinds, *s.baselines) if isinstance(entry, str) and kinds.by_share(entry)]
+    if shares and any(_finite(magnitude) and abs(magnitude) > 1 for magnitude in s.magnitudes):
+        accepted = f"-1 to 1: for {shares[0]!r} they are shares"
         faults.append(_fault("steering.magnitudes", s.magnitudes, accepted))
     swept = s.offsets or s.layers
     if s.grid_limit < 0 or (swept and s.limit and s.grid_limit > s.limit):
@@ -249,7 +249,7 @@ def _steering_faults(e: Experiment) -> list[str]:
     return faults + _sampling_faults("steering", s)
 
 
-def _kind_faults(field: str, entries: Sequence[object], labels: Sequence[str] | None) -> list[str]:
+def kind_faults(field: str, entries: Sequence[object], labels: Sequence[str] | None) -> list[str]:
     """Entries that are malformed, or name something other than a control, a file or one of the labels (None: any)."""
     faults = []
     for entry in entries:
@@ -261,10 +261,11 @@ def _kind_faults(field: str, entries: Sequence[object], labels: Sequence[str] | 
         except ValueError as error:
             faults.append(f"{field}: {error}")
             continue
+        files = f"a file ({', '.join(kinds.VECTOR_SUFFIXES)})"
         for name in names:
-            if labels and name not in (*labels, *kinds.CONTROLS) and not kinds.is_vector_file(name):
-                files = f"a file ({', '.join(kinds.VECTOR_SUFFIXES)})"
-                accepted = f"one of {', '.join((*labels, *kinds.CONTROLS, files))}"
+            if labels and name not in (*labels, *kinds.DIRECTIONS) and not kinds.is_vector_file(name):
+                operations = kinds.forms() if name == entry else ()
+                accepted = f"one of {', '.join((*labels, *kinds.DIRECTIONS, *operations, files))}"
                 faults.append(_fault(field, entry, accepted if name == entry else f"in place of {name!r} {accepted}"))
     return faults
 

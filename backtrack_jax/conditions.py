@@ -3,9 +3,9 @@
 import dataclasses
 import functools
 import hashlib
+import pkgutil
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +14,8 @@ import numpy as np
 from backtrack_jax.config import Experiment
 from backtrack_jax.data.records import UNSTEERED, Condition, window_name
 from backtrack_jax.generate import noise_key
-from backtrack_jax.intervention import (
-    Intervention,
-    Span,
-    ablate,
-    add_vector,
-    gaussian_noise,
-    key_of,
-    no_intervention,
-    self_amplify,
-)
-from backtrack_jax.kinds import CONTROLS, is_vector_file, parse
+from backtrack_jax.intervention import Intervention, Span, no_intervention
+from backtrack_jax.kinds import DIRECTIONS, is_vector_file, parse
 from backtrack_jax.vectors import SteeringVector
 
 
@@ -114,8 +105,8 @@ def _conditions(e: Experiment, scale: Callable[[str, str, str, int, str], float]
 def _scale(
     experiment: Experiment, readings: Readings, target: str, kind: str, source: str, layer: int, window: str
 ) -> float:
-    """Length of magnitude 1. A control without a source takes the target's own vector as its measure."""
-    if parse(kind).ablates:  # magnitudes are shares
+    """Length of magnitude 1. What has no source takes the target's own vector as its measure."""
+    if parse(kind).what.strength == "share":
         return 1.0
     if experiment.steering.unit == "relative":
         return float(readings.mean_norm[target][layer])
@@ -142,20 +133,20 @@ class Interventions:
         return dataclasses.replace(self._built[condition], key=noise_key(key))
 
     def _build(self, c: Condition) -> Intervention:
-        n_layers, span = self._n_layers, self._span
-        if c.kind in _UNDIRECTED:
-            return _UNDIRECTED[c.kind](c, n_layers=n_layers, d_model=self._d_model, span=span)
-        direction = jnp.asarray(self._unit(c))
-        if parse(c.kind).ablates:
-            return ablate(direction, range(c.layer, n_layers), c.length, n_layers=n_layers, span=span)
-        return add_vector(direction, c.layer, c.length, n_layers=n_layers, span=span)
+        if c.kind == UNSTEERED:
+            return no_intervention(self._n_layers, self._d_model, self._span)
+        what = parse(c.kind).what
+        make = pkgutil.resolve_name(what.make)
+        if what.directed:
+            return make(jnp.asarray(self._unit(c)), c.layer, c.length, n_layers=self._n_layers, span=self._span)
+        return make(c.layer, c.length, n_layers=self._n_layers, d_model=self._d_model, span=self._span)
 
     def vector_hash(self, c: Condition) -> str:
         """Hash of the float32 direction at the condition's layer, empty where there is none.
 
         A single direction is hashed as its file holds it, a sum at norm 1.
         """
-        if c.kind in _UNDIRECTED:
+        if c.kind == UNSTEERED or not parse(c.kind).what.directed:
             return ""
         names = parse(c.kind).names
         direction = self._direction(c, names[0]) if len(names) == 1 else self._unit(c)
@@ -173,14 +164,14 @@ class Interventions:
         return (summed / norm).astype(np.float32)
 
     def _unit_of(self, c: Condition, name: str) -> np.ndarray:
-        if name in _DRAWN:
+        if name in DIRECTIONS and DIRECTIONS[name].draw:
             return self._direction(c, name)
         return self._readings.vector(c.source, name, c.window).unit(c.layer)
 
     def _direction(self, c: Condition, name: str) -> np.ndarray:
         """The direction [D] float32 of one name, as it was found."""
-        if name in _DRAWN:
-            return _DRAWN[name](self._seed, name, self._d_model)
+        if name in DIRECTIONS and (draw := DIRECTIONS[name].draw):
+            return pkgutil.resolve_name(draw)(self._seed, name, self._d_model)
         return self._readings.vector(c.source, name, c.window).at(c.layer)
 
 
@@ -190,30 +181,10 @@ def random_direction(seed: int, name: str, d_model: int) -> np.ndarray:
     return (e / np.linalg.norm(e)).astype(np.float32)
 
 
-_DRAWN = {"random": random_direction}
-"""Controls that are directions but are not read off a model: name -> function of the run's seed, name and width."""
-
-
-def _unsteered(c: Condition, **sizes: Any) -> Intervention:
-    return no_intervention(**sizes)
-
-
-def _noise(c: Condition, **sizes: Any) -> Intervention:
-    return gaussian_noise(c.layer, c.length, key_of(0), **sizes)  # every row has a key of its own
-
-
-def _self_amplification(c: Condition, **sizes: Any) -> Intervention:
-    return self_amplify(c.layer, c.length, **sizes)
-
-
-_UNDIRECTED = {UNSTEERED: _unsteered, "noise": _noise, "self-amplification": _self_amplification}
-"""Kinds without a direction: name -> the row of a condition, of the model's sizes and the span."""
-
-
 def needed_vectors(experiment: Experiment) -> set[str]:
     """Names of the vectors that the sweep takes from stage 3."""
     raw = {experiment.vectors.label} if experiment.steering.unit == "raw" else set()
-    read = {name for name in experiment.steering.names if name in CONTROLS and CONTROLS[name].read}
+    read = {name for name in experiment.steering.names if name in DIRECTIONS and not DIRECTIONS[name].draw}
     return needed_labels(experiment) | raw | read
 
 
@@ -221,4 +192,4 @@ def needed_labels(experiment: Experiment) -> set[str]:
     """Labels whose vectors the sweeps need."""
     s = experiment.steering
     swept = {experiment.vectors.label} if s.offsets or s.layers else set()
-    return swept | {name for name in s.names if name not in CONTROLS and not is_vector_file(name)}
+    return swept | {name for name in s.names if name not in DIRECTIONS and not is_vector_file(name)}

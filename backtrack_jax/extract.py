@@ -266,7 +266,7 @@ def load_sums(path: Path, plan: WindowPlan | None = None) -> WindowSums:
             arrays = {name: file.get_tensor(name) for name in _ARRAYS}
             metadata = file.metadata()
     except SafetensorError as error:
-        raise ValueError(f"{path}: not whole ({error}); delete it to read again") from error
+        raise ValueError(f"{path}: damaged ({error}); delete it to read again") from error
     if plan is None:
         plan = _plan(json.loads(metadata["plan"]))
     elif metadata["plan"] != json.dumps(dataclasses.asdict(plan)):

@@ -10,7 +10,7 @@ vector, layer, length and span are values and not code, every condition of an ex
 one compiled program; static is only which kinds of terms the batch has. A row is built by one of the constructors
 below, rows combine with `+`, and `stack_rows` makes the batch.
 
-A new term is a class like those below and a line in `TERMS`.
+A new term is a class like those below.
 """
 
 import abc
@@ -162,9 +162,6 @@ class Noise(Term):
         return dataclasses.replace(self, strength=self.strength + other.strength)
 
 
-TERMS: tuple[type[Term], ...] = (Add, Amplify, Ablate, Noise)
-"""The kinds of terms, in the order in which they are summed. A row has at most one of each."""
-
 _Term = TypeVar("_Term", bound=Term)
 
 
@@ -176,7 +173,7 @@ class Intervention:
     It is the `Edit` that `models.decoder` applies.
 
     Attributes:
-      terms: what is done, in the order of `TERMS`; empty for nothing.
+      terms: what is done, at most one term of each class, by the names of the classes; empty for nothing.
       span: [B, 2] int32, absolute positions [start, stop) that are changed; position 0 is BOS.
       key: [B] typed PRNG keys of what is drawn.
       n_layers: L, static.
@@ -347,7 +344,7 @@ def self_amplify(
 def gaussian_noise(
     layer: jax.Array | int,
     length: jax.Array | float,
-    key: jax.Array,
+    key: jax.Array | None = None,
     *,
     n_layers: int,
     d_model: int,
@@ -400,11 +397,18 @@ def ablate(
     return dataclasses.replace(no_intervention(n_layers, directions.shape[-1], span), terms=(term,))
 
 
+def ablate_from(
+    direction: jax.Array, layer: int, share: jax.Array | float = 1.0, *, n_layers: int, span: Span = "all"
+) -> Intervention:
+    """`ablate` in block `layer` and all later ones, so that nothing writes the component anew."""
+    return ablate(direction, range(layer, n_layers), share, n_layers=n_layers, span=span)
+
+
 def stack_rows(rows: Sequence[Intervention]) -> Intervention:
     """Batch of B rows out of B single rows of the same model, with every kind of term that one of them has.
 
     Raises:
-      ValueError: no row is given, they are not of one model, or a term's class is not in `TERMS`.
+      ValueError: no row is given, or they are not of one model.
     """
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *with_same_terms(rows))
 
@@ -452,9 +456,8 @@ def _grown(term: Term, shapes: Sequence[tuple[int, ...]]) -> Term:
 
 
 def _in_order(terms: Mapping[type[Term], Term]) -> tuple[Term, ...]:
-    if unknown := [kind.__name__ for kind in terms if kind not in TERMS]:
-        raise ValueError(f"{unknown[0]} is not in TERMS, which has {', '.join(kind.__name__ for kind in TERMS)}")
-    return tuple(terms[kind] for kind in TERMS if kind in terms)
+    """The same order in every batch, since it is a part of what is compiled."""
+    return tuple(terms[kind] for kind in sorted(terms, key=lambda kind: (kind.__qualname__, kind.__module__)))
 
 
 def _checked(term: Term, delta: jax.Array, x: jax.Array) -> jax.Array:

@@ -1,10 +1,11 @@
-"""What an entry of `steering.kinds` says: a name, a weighted sum of directions, or the ablation of either.
+"""What an entry of `steering.kinds` says: an operation, and the direction that it acts along, if it has one.
 
-    entry = ["ablate:"] part {(" + " | " - ") part}
-    part  = [number "*"] name
+    entry     = direction | operation | operation ":" direction
+    direction = part {(" + " | " - ") part}
+    part      = [number "*"] name
 
-A name is a label, one of `CONTROLS` or the path of a vector file. Labels have hyphens in them, so the signs of a sum
-stand between spaces: `adding-knowledge - 0.5 * deduction`. Nothing here imports JAX.
+A name is a label, one of `DIRECTIONS` or the path of a vector file; a direction alone is added. Labels have hyphens in
+them, so the signs of a sum stand between spaces: `adding-knowledge - 0.5 * deduction`. Nothing here imports JAX.
 """
 
 import dataclasses
@@ -16,33 +17,60 @@ VECTOR_SUFFIXES = (".safetensors", ".npz", ".gguf", ".pt")
 
 
 @dataclasses.dataclass(frozen=True)
-class Control:
-    """What a name stands for that is neither a label nor a file.
+class Operation:
+    """One way to change the residual stream.
 
     Attributes:
-      read: whether it is read off a model's activations, as the vectors of labels are.
-      directed: whether it is a direction that is known beforehand, and so can be weighted, summed and ablated.
+      make: "module:function" of what makes a row, found by `conditions`. It is called with the direction ([D] float32
+        of norm 1; only if `directed`), the layer, the strength, and the keywords `n_layers`, `span` and, without a
+        direction, `d_model`.
+      directed: whether it acts along a direction, which then stands behind a colon.
+      strength: what its strength is: "length", the norm of what is added, a magnitude in `steering.unit`; "value", a
+        magnitude in that unit that is something else, such as a component; or "share", the magnitude itself, from -1
+        to 1.
     """
 
-    read: bool
-    directed: bool
+    make: str
+    directed: bool = True
+    strength: str = "length"
 
 
-CONTROLS = {
-    "overall-mean": Control(read=True, directed=True),
-    "noise": Control(read=False, directed=False),
-    "self-amplification": Control(read=False, directed=False),
-    "random": Control(read=False, directed=True),
-    "shuffled": Control(read=True, directed=True),
+ADD = Operation("backtrack_jax.intervention:add_vector")
+"""What is done with a direction alone."""
+
+OPERATIONS = {
+    "ablate": Operation("backtrack_jax.intervention:ablate_from", strength="share"),
+    "noise": Operation("backtrack_jax.intervention:gaussian_noise", directed=False),
+    "self-amplification": Operation("backtrack_jax.intervention:self_amplify", directed=False),
 }
-"""Name -> control; `conditions` builds what is not read."""
+"""Name -> operation. A line here makes one reachable from a config."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Direction:
+    """A direction that is neither a label's nor in a file.
+
+    Attributes:
+      draw: "module:function" of what draws it, called with the run's seed, the name and the width; empty if it is read
+        off a model's activations, as the vectors of labels are.
+    """
+
+    draw: str = ""
+
+
+DIRECTIONS = {
+    "overall-mean": Direction(),
+    "random": Direction(draw="backtrack_jax.conditions:random_direction"),
+    "shuffled": Direction(),
+}
+"""Name -> direction; `stages.vectors` makes those that are read."""
+
+RESERVED = (*DIRECTIONS, *OPERATIONS)
+"""Names that mean something of their own, and so cannot be labels."""
 
 ACCEPTED = (
     "a label, control or vector file, a sum of them such as 'backtracking + 0.5 * deduction', or 'ablate:' and either"
 )
-
-ABLATE = "ablate:"
-"""What an entry begins with whose direction is removed."""
 
 _SIGN = re.compile(r"\s+([+-])\s+")
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
@@ -53,27 +81,28 @@ class Kind:
     """An entry of `steering.kinds`, parsed.
 
     Attributes:
-      parts: (weight, name) of each summand; the weight of a lone name is 1.
-      ablates: whether the component along the direction is removed instead of the direction added.
+      parts: (weight, name) of each summand of the direction; the weight of a lone name is 1. Empty for an operation
+        without a direction.
+      operation: key of `OPERATIONS`; empty if the direction is added.
     """
 
     parts: tuple[tuple[float, str], ...]
-    ablates: bool = False
+    operation: str = ""
+
+    @property
+    def what(self) -> Operation:
+        """The operation."""
+        return OPERATIONS[self.operation] if self.operation else ADD
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Labels, controls and vector files that it is made of."""
+        """Labels, directions and vector files that its direction is made of."""
         return tuple(name for _, name in self.parts)
-
-    @property
-    def directed(self) -> bool:
-        """Whether it has a direction: not noise and self-amplification."""
-        return all(name not in CONTROLS or CONTROLS[name].directed for name in self.names)
 
     @property
     def read(self) -> bool:
         """Whether it comes from a model's activations; what does not is run once per steered model."""
-        return any(CONTROLS[name].read if name in CONTROLS else not is_vector_file(name) for name in self.names)
+        return any(not ((name in DIRECTIONS and DIRECTIONS[name].draw) or is_vector_file(name)) for name in self.names)
 
 
 @functools.cache
@@ -83,29 +112,51 @@ def parse(entry: str) -> Kind:
     Raises:
       ValueError: says what is wrong with the entry; whether its names exist is not known here.
     """
-    ablates = entry.startswith(ABLATE)
-    first, *others = _SIGN.split(entry.removeprefix(ABLATE).lstrip() if ablates else entry)
+    operation, colon, direction = entry.partition(":")
+    if operation not in OPERATIONS:
+        operation, direction = "", entry
+    elif not OPERATIONS[operation].directed:
+        if colon:
+            raise ValueError(f"{entry!r}: {operation!r} acts along no direction, expected {operation!r} alone")
+        return Kind((), operation)
+    first, *others = _SIGN.split(direction.lstrip() if operation else direction)
     signs, terms = ["+", *others[::2]], [first, *others[1::2]]
-    kind = Kind(tuple(_part(*signed) for signed in zip(signs, terms, strict=True)), ablates)
+    kind = Kind(tuple(_part(*signed) for signed in zip(signs, terms, strict=True)), operation)
     if len(set(kind.names)) < len(kind.names):
         raise ValueError(f"{entry!r} has a name twice, expected every name once")
     if len(terms) == 1 and terms[0] != kind.names[0]:
         raise ValueError(f"{entry!r} weights a single name, which steering.magnitudes do; expected the name alone")
-    if (ablates or len(terms) > 1) and not kind.directed:
-        undirected = next(name for name in kind.names if name in CONTROLS and not CONTROLS[name].directed)
-        raise ValueError(f"{entry!r}: {undirected!r} has no direction that could be summed or ablated")
     return kind
+
+
+def by_share(entry: str) -> bool:
+    """Whether the magnitudes of an entry, which may be malformed, are shares."""
+    operation = _operation(entry)
+    return bool(operation) and OPERATIONS[operation].strength == "share"
+
+
+def forms() -> tuple[str, ...]:
+    """How operations are written: their names, with a colon where a direction follows."""
+    return tuple(f"{name}:..." if operation.directed else name for name, operation in OPERATIONS.items())
 
 
 def is_vector_file(name: str) -> bool:
     """Whether a name, or an entry that is a name alone, is a file, by its suffix."""
-    return name.endswith(VECTOR_SUFFIXES) and not name.startswith(ABLATE) and len(_SIGN.split(name)) == 1
+    return name.endswith(VECTOR_SUFFIXES) and not _operation(name) and len(_SIGN.split(name)) == 1
+
+
+def _operation(text: str) -> str:
+    """The operation that a text begins with, colon or not; empty if it begins with none."""
+    name = text.partition(":")[0].strip()
+    return name if name in OPERATIONS else ""
 
 
 def _part(sign: str, text: str) -> tuple[float, str]:
     weighted = re.fullmatch(rf"({_NUMBER})\s*\*\s*(.*)", text, re.DOTALL)
     weight, name = (float(weighted[1]), weighted[2]) if weighted else (1.0, text)
-    if not name or name.startswith(ABLATE) or re.search(r"(^|\s)[-+*](\s|$)", name):
+    if operation := _operation(name):
+        raise ValueError(f"{operation!r} is an operation, not a direction that could be summed, weighted or ablated")
+    if not name or re.search(r"(^|\s)[-+*](\s|$)", name):
         raise ValueError(f"{text!r} is not a name with an optional weight, expected {ACCEPTED}")
     if not weight or not math.isfinite(weight):
         raise ValueError(f"{text!r} has the weight {weight:g}, expected a finite number other than 0")

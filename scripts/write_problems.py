@@ -126,7 +126,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def lines_in(path: Path) -> int:
-    """Lines that hold anything; 0 where there is no such file."""
+    """Non-empty lines; 0 where there is no such file."""
     return sum(bool(line.strip()) for line in path.read_bytes().split(b"\n")) if path.exists() else 0
 
 

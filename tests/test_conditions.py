@@ -4,6 +4,8 @@ import dataclasses
 import hashlib
 import itertools
 import random
+import re
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,17 +13,19 @@ import numpy as np
 import pytest
 import tiny
 
-from backtrack_jax import conditions
+from backtrack_jax import checks, conditions, kinds
 from backtrack_jax.conditions import Interventions, Readings
 from backtrack_jax.config import UNITS, Experiment
-from backtrack_jax.data.records import UNSTEERED, Condition
+from backtrack_jax.data.records import LABELS, UNSTEERED, Condition
 from backtrack_jax.generate import noise_key, row_key
 from backtrack_jax.intervention import Ablate, Add, Amplify, Intervention, Noise
-from backtrack_jax.kinds import CONTROLS
+from backtrack_jax.kinds import parse
 from backtrack_jax.vectors import SteeringVector
 
 L, D = 3, 8
+ROOT = Path(__file__).parents[1]
 SOURCELESS = {"noise", "self-amplification", "random"}
+CONTROLS = ("overall-mean", "shuffled", *sorted(SOURCELESS))
 
 
 @pytest.fixture
@@ -362,12 +366,40 @@ def test_hash_of_a_sum_is_that_of_its_direction(readings: Readings) -> None:
     np.testing.assert_allclose(added, unit(units[0] + units[1]), rtol=1e-5)
 
 
-def test_every_control_can_be_done(readings: Readings) -> None:
-    """One row for each line of `kinds.CONTROLS`, with a hash where there is a direction."""
+def test_every_direction_and_operation_can_be_done(readings: Readings) -> None:
+    """One row for each line of the tables of `kinds`, with a hash where there is a direction."""
+    directed, alone = [], []
+    for name, operation in kinds.OPERATIONS.items():
+        (directed if operation.directed else alone).append(name)
+    entries = [f"{operation}{name}" for name in kinds.DIRECTIONS for operation in ("", *(f"{o}:" for o in directed))]
     built = Interventions(readings, L, D, "all", 0)
-    for c in conditions.make(experiment(kinds=tuple(CONTROLS), magnitudes=(1.0,)), readings):
+    for c in conditions.make(experiment(kinds=(*entries, *alone), magnitudes=(1.0,)), readings):
         assert len(built.row(c, row_key(0, "p", 0)).terms) == 1
-        assert bool(c.source) == CONTROLS[c.kind].read and bool(built.vector_hash(c)) == CONTROLS[c.kind].directed
+        assert bool(c.source) == parse(c.kind).read and bool(built.vector_hash(c)) == (c.kind not in alone)
+
+
+def test_a_new_term_takes_one_line_to_be_in_a_config(
+    readings: Readings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As docs/howto says; with the strength that its line asks for."""
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "howto" / "term.md").read_text(), re.DOTALL)
+    (tmp_path / "clamp_of_the_docs.py").write_text(code[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    line = code[1].replace("backtrack_jax.clamp", "clamp_of_the_docs")
+    monkeypatch.setattr(kinds, "OPERATIONS", kinds.OPERATIONS | eval(f"{{{line}}}", {"Operation": kinds.Operation}))
+    kinds.parse.cache_clear()
+    e = experiment(kinds=("clamp:backtracking - deduction",), magnitudes=(2.0,), unit="relative")
+    assert not checks.kind_faults("steering.kinds", e.steering.kinds, LABELS)
+    made = {c for c in conditions.make(e, readings) if c.target == "base"}
+    assert {c.length for c in made} == {2 * 5.0}
+    built = Interventions(readings, L, D, "all", 0)
+    for c in made:
+        clamp: Any = built.row(c, row_key(0, "p", 0)).terms[0]
+        np.testing.assert_allclose(clamp.value, [0, 2 * 5.0, 0])
+        parts = [readings.vector(c.source, kind).unit(1) for kind in ("backtracking", "deduction")]
+        np.testing.assert_allclose(clamp.direction[1], unit(parts[0] - parts[1]), rtol=1e-5)
+    (fault,) = checks.kind_faults("steering.kinds", ("clmp:backtracking",), LABELS)
+    assert "ablate:..., noise, self-amplification, clamp:..." in fault
 
 
 def test_needed_vectors() -> None:

@@ -15,7 +15,7 @@ from backtrack_jax.report.stage import read_results
 @pytest.mark.parametrize(
     ("entry", "parts"),
     [
-        *((name, ((1.0, name),)) for name in (*LABELS, *kinds.CONTROLS)),
+        *((name, ((1.0, name),)) for name in (*LABELS, *kinds.DIRECTIONS)),
         ("vectors/my file.npz", ((1.0, "vectors/my file.npz"),)),
         ("a+b", ((1.0, "a+b"),)),  # a label of somebody's, as long as no spaces are around the sign
         ("backtracking + deduction", ((1.0, "backtracking"), (1.0, "deduction"))),
@@ -29,8 +29,13 @@ from backtrack_jax.report.stage import read_results
 def test_what_an_entry_says(entry: str, parts: tuple[tuple[float, str], ...]) -> None:
     assert kinds.parse(entry) == kinds.Kind(parts)
     assert kinds.parse(entry).names == tuple(name for _, name in parts)
-    if kinds.parse(entry).directed:
-        assert kinds.parse(f"ablate:{entry}") == kinds.parse(f"ablate: {entry}") == kinds.Kind(parts, ablates=True)
+    assert kinds.parse(f"ablate:{entry}") == kinds.parse(f"ablate: {entry}") == kinds.Kind(parts, "ablate")
+
+
+def test_an_operation_without_a_direction() -> None:
+    assert kinds.parse("noise") == kinds.Kind((), "noise") and not kinds.parse("noise").read
+    assert kinds.parse("ablate:random").what.strength == "share" and not kinds.parse("ablate:random").read
+    assert kinds.parse("backtracking").what is kinds.ADD and kinds.parse("backtracking").read
 
 
 @pytest.mark.parametrize(
@@ -44,16 +49,19 @@ def test_what_an_entry_says(entry: str, parts: tuple[tuple[float, str], ...]) ->
         ("x * backtracking + deduction", "'x * backtracking' is not a name"),
         ("0.5 *", "'0.5 *' is not a name"),
         ("backtracking + 2 * 3 * deduction", "'2 * 3 * deduction' is not a name"),
-        ("backtracking + ablate:deduction", "'ablate:deduction' is not a name"),
-        ("ablate:ablate:deduction", "'ablate:deduction' is not a name"),
+        ("backtracking + ablate:deduction", "'ablate' is an operation, not a direction"),
+        ("ablate:ablate:deduction", "'ablate' is an operation, not a direction"),
         ("backtracking + 0 * deduction", "'0 * deduction' has the weight 0, expected a finite number other than 0"),
         ("backtracking + 1e999 * deduction", "'1e999 * deduction' has the weight inf"),
         ("backtracking - backtracking", "'backtracking - backtracking' has a name twice, expected every name once"),
         ("2 * backtracking", "'2 * backtracking' weights a single name, which steering.magnitudes do"),
         ("1 * backtracking", "weights a single name"),
-        ("backtracking + noise", "'noise' has no direction that could be summed or ablated"),
-        ("self-amplification - backtracking", "'self-amplification' has no direction"),
-        ("ablate:noise", "'noise' has no direction"),
+        ("backtracking + noise", "'noise' is an operation, not a direction that could be summed, weighted or ablated"),
+        ("self-amplification - backtracking", "'self-amplification' is an operation"),
+        ("2 * noise", "'noise' is an operation"),
+        ("ablate:noise", "'noise' is an operation"),
+        ("ablate", "'' is not a name with an optional weight"),
+        ("noise:backtracking", "'noise:backtracking': 'noise' acts along no direction, expected 'noise' alone"),
     ],
 )
 def test_an_entry_that_says_nothing(entry: str, message: str) -> None:

@@ -8,6 +8,7 @@ from backtrack_jax.analysis.plots import Series
 from backtrack_jax.analysis.results import Cell, Results, extent
 from backtrack_jax.analysis.statistics import NAN
 from backtrack_jax.data.records import UNSTEERED
+from backtrack_jax.kinds import parse
 
 MEASURES = (
     ("rate", "wait, hmm: % of words", 100),
@@ -91,15 +92,22 @@ def setting(r: Results) -> str:
     return f"layer {r.layer}, span '{s.span}', window {r.window}, at most {s.max_new_tokens} new tokens"
 
 
-def unit_label(r: Results, role: str) -> str:
-    """Label of a magnitude axis: its unit, and the mean residual norm."""
-    return _UNITS[r.experiment.steering.unit].format(norm=r.mean_norm(role, r.layer))
+def unit_label(r: Results, role: str, kinds: Sequence[str] = ()) -> str:
+    """Label of the magnitude axis of these kinds (none: directions that are added): unit and mean residual norm."""
+    return _with_shares(_UNITS[r.experiment.steering.unit].format(norm=r.mean_norm(role, r.layer)), kinds)
 
 
-def unit_of_layers(r: Results) -> str:
-    """Label of a magnitude axis over several layers, whose norms differ."""
+def unit_of_layers(r: Results, kinds: Sequence[str] = ()) -> str:
+    """Label of the magnitude axis of these kinds over several layers, whose norms differ."""
     units = {"absolute": "magnitude = norm added", "relative": "magnitude, in each layer's mean residual norm"}
-    return units.get(r.experiment.steering.unit, "magnitude, in each layer's raw vector")
+    return _with_shares(units.get(r.experiment.steering.unit, "magnitude, in each layer's raw vector"), kinds)
+
+
+def _with_shares(label: str, kinds: Sequence[str]) -> str:
+    shares = [parse(kind).operation for kind in kinds if parse(kind).what.strength == "share"]
+    if not shares:
+        return label
+    return "magnitude = share" if len(shares) == len(kinds) else f"{label}\n{', '.join(dict.fromkeys(shares))}: share"
 
 
 def curve(

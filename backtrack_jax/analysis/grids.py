@@ -136,12 +136,12 @@ def kinds_by_layer(r: Results) -> Plot | None:
             series.append(cells.curve(kind, found, "rate", 100, line_of(number, "base")))
             drawn += found
         title = f"layer {layer} (mean residual norm {r.mean_norm(author, layer):.3g})"
-        panels.append(Panel(title, cells.unit_of_layers(r), cells.MEASURES[0][1], series, from_zero=True))
+        panels.append(Panel(title, cells.unit_of_layers(r, s.kinds), cells.MEASURES[0][1], series, from_zero=True))
     if not drawn:
         return None
     drawn = cells.unique(drawn)
     caption = (
-        f"What is added to the {author} model, from its own activations, at one layer each; span '{s.span}', window "
+        f"What is done to the {author} model, from its own activations, at one layer each; span '{s.span}', window "
         f"{r.window}; {cells.counted(drawn)}. {cells.RATE_INTERVAL}"
     )
     return Plot("kinds_by_layer", "Kinds by layer", caption, [panels], drawn)

@@ -16,7 +16,7 @@ from backtrack_jax.data.text import KEYWORDS
 from backtrack_jax.files import store, tables
 from backtrack_jax.files.console import Progress
 from backtrack_jax.files.tables import Table
-from backtrack_jax.kinds import is_vector_file, parse
+from backtrack_jax.kinds import ADD, is_vector_file, parse
 from backtrack_jax.models.config import ModelConfig
 
 _REPLIES = "replies"
@@ -172,7 +172,7 @@ def baselines(r: Results) -> Plot | None:
         [
             Panel(
                 "",
-                cells.unit_label(r, author),
+                cells.unit_label(r, author, list(found)),
                 y_label,
                 [cells.curve(name, of_kind, measure, factor, line, shift) for name, of_kind, line, shift in lines],
                 from_zero=measure == "rate",
@@ -192,8 +192,9 @@ def baselines(r: Results) -> Plot | None:
 
 
 def _equally_long(s: SteeringSpec, entries: Sequence[str]) -> bool:
-    """Whether all of these are as long as each other at one magnitude; files may not be, and ablations add nothing."""
-    return not (s.unit == "raw" and s.vector_files) and not any(parse(entry).ablates for entry in entries)
+    """Whether all of these are as long as each other at one magnitude; files may not be, and shares are no lengths."""
+    lengths = all(parse(entry).what.strength == "length" for entry in entries)
+    return lengths and not (s.unit == "raw" and s.vector_files)
 
 
 def metrics(r: Results) -> Plot | None:
@@ -210,9 +211,7 @@ def metrics(r: Results) -> Plot | None:
     by_judge = ""
     if not all(math.isnan(cell["judge_rate"]) for cell in own):
         by_judge = f", of which the judge labelled {extent(own, 'n_judged')}"
-        judge, e = r.experiment.analysis.judge, r.experiment
-        who = e.annotations.openai.model if judge == "openai" else f"the {judge}"
-        names["judge_rate"] = f"sentences that backtrack, by {who}"
+        names["judge_rate"] = f"sentences that backtrack, by {r.judge}"
     curves = [cells.curve(text, own, n, 100, line_of(i, "base")) for i, (n, text) in enumerate(names.items())]
     panels = [
         Panel("", cells.unit_label(r, r.author), y_label, series, from_zero=True)
@@ -289,7 +288,8 @@ def _steering(r: Results) -> list[str]:
 def _others(r: Results) -> str:
     s = r.experiment.steering
     others = [kind for kind in s.all_kinds if kind != r.label]
-    directions = f"{len(others)} other direction{'s' * (len(others) > 1)}"
+    noun = "direction" if all(parse(kind).what is ADD for kind in others) else "intervention"
+    directions = f"{len(others)} other {noun}{'s' * (len(others) > 1)}"
     directions += " of equal norm" if _equally_long(s, others) else ""
     best = _highest_of_kinds(r, others)
     if not best:

@@ -28,6 +28,7 @@ class Results:
       replies: the steered replies.
       annotations: summary of the annotations, as text.
       environment: versions, device and revision of the run.
+      judge: who labelled the sentences of replies, as figures name it; empty if nobody did.
     """
 
     experiment: Experiment
@@ -37,6 +38,7 @@ class Results:
     replies: Sequence[Reply]
     annotations: str
     environment: dict[str, Any]
+    judge: str = ""
 
     @property
     def window(self) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 from backtrack_jax.data import jsonl
 from backtrack_jax.data.jsonl import Fields
-from backtrack_jax.kinds import CONTROLS
+from backtrack_jax.kinds import RESERVED
 
 LABELS = ("initializing", "deduction", "adding-knowledge", "example-testing", "uncertainty-estimation", "backtracking")
 """The labels of the paper, in the order of its annotation prompt."""
@@ -24,7 +24,7 @@ LABELS = ("initializing", "deduction", "adding-knowledge", "example-testing", "u
 OTHER = "other"
 """Label that a judge with one question (is this backtracking?) gives sections that are not; see `judges.keyword`."""
 
-RESERVED_LABELS = ("all", "rest", "sums", "unsteered", *CONTROLS)
+RESERVED_LABELS = ("all", "rest", "sums", "unsteered", *RESERVED)
 """Names of groups of sections, files of stage 3 and conditions; no label may have them."""
 
 FINISH_REASONS = ("stop", "length")

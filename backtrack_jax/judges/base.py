@@ -68,6 +68,11 @@ class Judge(abc.ABC):
         del came_with
         return self.annotate(e, traces)
 
+    def title(self, e: Experiment) -> str:
+        """What figures and tables call it."""
+        del e
+        return self.name
+
     def faults(self, e: Experiment) -> list[str]:
         """What is wrong with the fields that set it up: each names the field, its value, and what is accepted."""
         del e

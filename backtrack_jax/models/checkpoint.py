@@ -208,7 +208,7 @@ def write_hf(
     """
     folder = Path(folder)
     if folder.exists():
-        raise FileExistsError(f"{folder} exists; a checkpoint is not written over")
+        raise FileExistsError(f"{folder} exists; a checkpoint is never overwritten")
     faults = _faults(config, tensors, set())
     if faults:
         raise ValueError("these are not the weights that the configuration describes:\n  " + "\n  ".join(faults))
@@ -230,7 +230,7 @@ def save_orbax(model: Decoder, folder: str | os.PathLike[str]) -> None:
     """
     folder = Path(folder)
     if (folder / _ORBAX).exists():
-        raise FileExistsError(f"{folder} holds a checkpoint; it is not written over")
+        raise FileExistsError(f"{folder} holds a checkpoint, which is never overwritten")
     folder.mkdir(parents=True, exist_ok=True)
     _write_config(model.config, folder)
     with ocp.StandardCheckpointer() as checkpointer:
@@ -264,7 +264,7 @@ def _open_folder(path: Path) -> tuple[dict[str, LazyTensor], list[str], set[str]
     """
     single, index = path / _WEIGHTS, path / _INDEX
     if single.is_file() and index.is_file():
-        raise ValueError(f"{path} has both {_WEIGHTS} and {_INDEX}; remove the one that is not meant")
+        raise ValueError(f"{path} has both {_WEIGHTS} and {_INDEX}; remove the one that is not wanted")
     if single.is_file():
         found, faults = safetensors.read_header(single)
         if not found:

@@ -184,7 +184,7 @@ def _parse_header(cursor: _Cursor) -> GgufHeader:
     for _ in range(n_keys):
         key = cursor.string()
         if key in metadata:
-            raise ValueError(f"{key} is in it twice")
+            raise ValueError(f"{key} occurs twice")
         metadata[key] = cursor.value(GGUFValueType(cursor.scalar("<I")))
     alignment = metadata.get("general.alignment", 32)
     placed: dict[str, GgufTensor] = {}
@@ -195,7 +195,7 @@ def _parse_header(cursor: _Cursor) -> GgufHeader:
         if code not in _KIND_CODES:
             raise ValueError(f"tensor {name} is stored as type {code}, which the gguf package does not know")
         if name in placed:
-            raise ValueError(f"tensor {name} is in it twice")
+            raise ValueError(f"tensor {name} occurs twice")
         if offset % alignment:
             raise ValueError(f"tensor {name} starts at byte {offset} of the data, not a multiple of {alignment}")
         placed[name] = GgufTensor(shape, GGMLQuantizationType(code), offset)

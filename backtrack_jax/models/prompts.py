@@ -158,7 +158,7 @@ def r1_markers(tokenizer: Tokenizer) -> R1Markers:
 
 
 def prompt_ids(tokenizer: Tokenizer, problem: str, prompt: PromptFormat, prefill: str = "") -> list[int]:
-    """Ids of a prompt, up to where the model's reply goes on.
+    """Ids of a prompt, up to where the model's reply begins.
 
     Args:
         tokenizer: the model's tokenizer.
@@ -170,7 +170,7 @@ def prompt_ids(tokenizer: Tokenizer, problem: str, prompt: PromptFormat, prefill
         The ids; one BOS, at index 0, if the model has one.
 
     Raises:
-        ValueError: a text brings a BOS of its own or is no text, or the tokenizer does not fit the format.
+        ValueError: a text brings a BOS of its own or is not text, or the tokenizer does not fit the format.
     """
     if not isinstance(prompt, PromptFormat):
         raise ValueError(f"prompt={prompt!r}, expected a PromptFormat, such as PromptFormat('chat')")
@@ -232,7 +232,7 @@ def encode_trace(
         if decoded[:end] != text[: _end(tokenizer, text, answer, sampled=True)]:
             at = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(decoded, text, strict=False)))
             raise ValueError(
-                f"the reply's token ids do not decode to its text: they part at character {at}, "
+                f"the reply's token ids do not decode to its text: they differ from character {at}, "
                 f"ids {decoded[at : at + 20]!r}, text {text[at : at + 20]!r}"
             )
         kept = bisect_right(spans, end, key=lambda span: span[1])
@@ -313,9 +313,9 @@ def check_tokenizer(tokenizer: Tokenizer, samples: Sequence[str] = _SAMPLES) -> 
         golden = GOLDEN_LLAMA3 | GOLDEN_R1_LLAMA
     for text, expected in golden.items():
         if (ids := tuple(tokenizer.encode(text))) != expected:
-            faults.append(f"{text!r} gives the ids {ids}, should give {expected}")
+            faults.append(f"{text!r} gives the ids {ids}, expected {expected}")
     if faults:
-        raise ValueError(f"the tokenizer of {tokenizer.name} is not what it should be:\n" + "\n".join(faults))
+        raise ValueError(f"the tokenizer of {tokenizer.name} does not fit:\n" + "\n".join(faults))
 
 
 def _r1_ids(tokenizer: Tokenizer, problem: str, prompt: PromptFormat) -> list[int]:
@@ -369,7 +369,7 @@ def _require_one_bos(tokenizer: Tokenizer, ids: list[int]) -> None:
         return
     at = [i for i, token in enumerate(ids) if token == tokenizer.bos_id]
     if at != [0]:
-        raise ValueError(f"{tokenizer.name}: BOS id {tokenizer.bos_id} stands at {at}, it must stand at index 0 alone")
+        raise ValueError(f"{tokenizer.name}: BOS id {tokenizer.bos_id} is at {at}, expected at index 0 only")
 
 
 def _member(kind: type[_E], value: str, what: str) -> _E:

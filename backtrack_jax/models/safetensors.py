@@ -107,7 +107,7 @@ def _without_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in pairs:
         if name in result:
-            raise ValueError(f"{name} is in it twice")
+            raise ValueError(f"{name} occurs twice")
         result[name] = value
     return result
 

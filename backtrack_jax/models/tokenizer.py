@@ -156,7 +156,7 @@ class Tokenizer:
         # The library numbers added tokens itself where the file's ids do not fit.
         moved = [t for t in added if vocab.get(t["content"]) != t["id"]]
         if moved:
-            raise ValueError(f"{name}: added tokens that stand twice or leave gaps in the ids: {moved[:3]}")
+            raise ValueError(f"{name}: added tokens that occur twice or leave gaps in the ids: {moved[:3]}")
         tokens = [token for token in added if _is_marker(token["content"])]
         self.name = name
         self.bos_id = bos_id
@@ -420,7 +420,7 @@ class Tokenizer:
             The ids, with a BOS only if the template writes one.
 
         Raises:
-            ValueError: there is no template, it fails or refuses the messages, or a message is none or holds U+FDD0.
+            ValueError: there is no template, it fails or refuses the messages, or one is not text or holds U+FDD0.
         """
         for message in messages or [None]:
             if not isinstance(message, Mapping) or not all(

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
+from backtrack_jax import labelling
 from backtrack_jax.analysis.base import Analysis
 from backtrack_jax.analysis.results import Results
-from backtrack_jax.judges.base import trace_judge
 
 
 @functools.cache
@@ -38,7 +38,7 @@ def settings(r: Results) -> list[dict[str, str]]:
         "base model": e.base.path if "base" in e.roles else "-",
         "reasoning model": e.reasoning.path if "reasoning" in e.roles else "-",
         "layers": r.n_layers,
-        "labels by": e.annotations.openai.model if trace_judge(e) == "openai" else trace_judge(e),
+        "labels by": labelling.judge_of(e).title(e),
         "label of the vector": r.label,
         "vector read at layer": r.layer,
         "window": list(e.vectors.window),

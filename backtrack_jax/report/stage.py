@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from backtrack_jax import labelling
 from backtrack_jax.analysis import projections
 from backtrack_jax.analysis.base import Analysis
 from backtrack_jax.analysis.plots import Plot
@@ -73,6 +74,7 @@ def read_results(experiment: Experiment, workdir: Path) -> Results:
     for path in sorted(analysis.glob("*.csv")):
         joined.setdefault(path.stem.split(".")[-1], []).extend(tables.read(path))
     described = store.read_json(STEERING.path(workdir) / store.RUN)
+    judge = labelling.judge_of_replies(experiment)
     return Results(
         experiment,
         VECTORS.read_summary(VECTORS.path(workdir)),
@@ -81,6 +83,7 @@ def read_results(experiment: Experiment, workdir: Path) -> Results:
         STEERING.read(STEERING.path(workdir)),
         ANNOTATIONS.read_summary(ANNOTATIONS.path(workdir)),
         {name: described[name] for name in ("versions", "device", "git_revision")},
+        judge.title(experiment) if judge else "",
     )
 
 

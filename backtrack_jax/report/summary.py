@@ -6,6 +6,7 @@ from backtrack_jax.analysis.base import Analysis
 from backtrack_jax.analysis.cells import TOO_NARROW, interval
 from backtrack_jax.analysis.results import Cell, Results
 from backtrack_jax.data.records import UNSTEERED
+from backtrack_jax.kinds import parse
 from backtrack_jax.report.reference import comparison, settings
 
 
@@ -48,7 +49,7 @@ def _cells(rates: Sequence[Cell]) -> list[dict[str, str]]:
             "layer": "-" if cell["kind"] == UNSTEERED else str(cell["layer"]),
             "window": cell["window"] or "-",
             "magnitude": f"{cell['magnitude']:g}",
-            "norm added": f"{cell['length']:.3g}",
+            "norm added": f"{cell['length']:.3g}" if parse(cell["kind"]).what.strength == "length" else "-",
             "rate %": f"{100 * cell['rate']:.2f}",
             "interval %": interval(cell) or "-",
             "log-likelihood": f"{cell['log_likelihood']:.2f}",

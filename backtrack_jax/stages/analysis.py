@@ -104,6 +104,8 @@ class AnalysisStage(Stage):
         e = context.experiment
         found = {name for name, _, _ in self._earlier(context)}
         to_do = [a for a in self.analyses if not found.issuperset(_files(a, e))]
+        if not to_do:
+            return ["tables from earlier results; no model is held"]
         lengths, replies = estimates.trace_lengths(e), estimates.steered_rows(e)
         longest = estimates.longest_prompt(e) + e.steering.max_new_tokens
         lines = []
@@ -121,7 +123,13 @@ class AnalysisStage(Stage):
             parts += [f"{name} about {estimates.gigabytes(size)}" for name, size in sizes]
             lines.append(f"  {estimates.memory(e)}: {', '.join(parts)}")
         judged = _plan_of_judge(context, sum(replies.values())) if JUDGED in to_do else []
-        return [*lines, *judged] or ["tables from earlier results; no model is held"]
+        head = []
+        if len(to_do) < len(self.analyses):
+            held = "" if lines else "; no model is held"
+            head = [
+                f"computes {', '.join(a.name for a in to_do)}; other tables are taken over from earlier results{held}"
+            ]
+        return [*head, *lines, *judged]
 
     def run(self, context: Context, folder: Path) -> None:
         """Every analysis: those that read a model role by role, so that one model is held at a time."""

@@ -77,7 +77,7 @@ STEERING = SteeringStage()
 def _say_what_is_long(target: str, planned: Sequence[records.Condition], readings: conditions.Readings) -> None:
     """Reports the largest addition if it exceeds the residual stream's norm: replies will hardly be sentences."""
     norm = readings.mean_norm[target]
-    added = (c for c in planned if not kinds.parse(c.kind).ablates and abs(c.length) > norm[c.layer])
+    added = (c for c in planned if kinds.parse(c.kind).what.strength == "length" and abs(c.length) > norm[c.layer])
     if longest := max(added, key=lambda c: abs(c.length), default=None):
         share = abs(longest.length) / norm[longest.layer]
         say(f"  magnitude {longest.magnitude:g} adds {share:.3g} times the mean residual norm; see steering.unit")

@@ -23,7 +23,7 @@ from backtrack_jax.data.records import (
     read_traces,
     write_jsonl,
 )
-from backtrack_jax.kinds import CONTROLS
+from backtrack_jax.kinds import RESERVED
 
 PROBLEM = {"id": "logic_1", "category": "logic", "problem": "Is 7 prime?"}
 TRACE = {"id": "logic_1/0", "problem_id": "logic_1", "category": "logic", "problem": "Is 7 prime?", "text": "Yes."}
@@ -106,7 +106,7 @@ def test_chains_behind_a_blank_line_are_chains(tmp_path: Path) -> None:
         ("all", "uses itself .*choose another"),
         ("shuffled", "uses itself"),
         ("sums", "uses itself"),  # its vector would overwrite the window sums
-        *((name, "uses itself") for name in CONTROLS),
+        *((name, "uses itself") for name in RESERVED),
     ],
 )
 def test_labels_that_would_be_lost_are_refused(tmp_path: Path, label: str, message: str) -> None:

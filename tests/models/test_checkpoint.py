@@ -262,7 +262,7 @@ def test_a_truncated_shard_is_named_among_other_faults(shards):
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "not a safetensors file"),
         ((3).to_bytes(8, "little") + b"{]}", "not JSON"),
-        ((38).to_bytes(8, "little") + b'{"a":{"dtype":"F32"},"a":{"dtype":1}} ', "a is in it twice"),
+        ((38).to_bytes(8, "little") + b'{"a":{"dtype":"F32"},"a":{"dtype":1}} ', "a occurs twice"),
         ((20).to_bytes(8, "little") + b'{"a":{"dtype":"F3"}}', "expected dtype, shape and data_offsets"),
     ],
 )
@@ -321,7 +321,7 @@ def test_a_folder_without_config_is_no_checkpoint(folder):
 
 def test_a_single_file_beside_an_index_is_refused(shards, original):
     shutil.copy(original / "model.safetensors", shards)
-    assert "remove the one that is not meant" in message(shards)
+    assert "remove the one that is not wanted" in message(shards)
 
 
 @pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": 3}', "nonsense"])
@@ -443,7 +443,7 @@ def test_a_written_folder_is_read_by_transformers_and_here(original, tmp_path, r
         assert torch.equal(tensor, again.state_dict()[name]), name
     assert again.config.rope_parameters == reference.config.rope_parameters
     assert_same(checkpoint.load(str(tmp_path / "out")), numpy_weights(reference))
-    with pytest.raises(FileExistsError, match="not written over"):
+    with pytest.raises(FileExistsError, match="never overwritten"):
         checkpoint.save_hf(model, tmp_path / "out")
 
 

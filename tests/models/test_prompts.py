@@ -107,7 +107,7 @@ def test_second_bos_is_an_error(r1_chat: Tokenizer, kind: Format) -> None:
     with pytest.raises(ValueError, match="reply holds the BOS text"):
         encode_trace(r1_chat, "hello", decoded, PromptFormat(kind))
     ids = [BOS, *r1_chat.encode("Wait")]
-    with pytest.raises(ValueError, match=r"BOS id 128000 stands at \[0, \d+\]"):
+    with pytest.raises(ValueError, match=r"BOS id 128000 is at \[0, \d+\]"):
         encode_trace(r1_chat, "hello", r1_chat.decode(ids), PromptFormat(kind), token_ids=ids)
 
 
@@ -129,7 +129,7 @@ def test_a_sampled_bos_ends_the_reply(r1: Tokenizer, answer: bool) -> None:
 def test_template_that_repeats_bos_is_an_error(r1: Tokenizer) -> None:
     tokenizer = copy.copy(r1)
     tokenizer.chat_template = "{{ bos_token }}{{ bos_token }}{{ messages[0]['content'] }}"
-    with pytest.raises(ValueError, match=r"stands at \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"is at \[0, 1\]"):
         prompt_ids(tokenizer, "hi", PromptFormat("chat"))
 
 
@@ -306,7 +306,7 @@ def test_check_tokenizer(
         check_tokenizer(tokenizer)
     # Byte-level, but not Llama-3's: the loader cannot see that this is wrong.
     monkeypatch.setattr(r1._backend, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True))
-    with pytest.raises(ValueError, match=r"is not what it should be:\n(.*\n)*'hello world!' gives the ids \(24748"):
+    with pytest.raises(ValueError, match=r"does not fit:\n(.*\n)*'hello world!' gives the ids \(24748"):
         check_tokenizer(r1)
 
 

@@ -64,8 +64,8 @@ def test_a_file_that_is_gone_or_cut_off_is_made_again(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("3-vectors/base.sums.safetensors", b"", r"base\.sums\.safetensors: not whole \(.*\); delete it to read again"),
-        ("3-vectors/base.sums.safetensors", b"half" * 99, r"base\.sums\.safetensors: not whole"),
+        ("3-vectors/base.sums.safetensors", b"", r"base\.sums\.safetensors: damaged \(.*\); delete it to read again"),
+        ("3-vectors/base.sums.safetensors", b"half" * 99, r"base\.sums\.safetensors: damaged"),
         ("3-vectors/run.json", b"{", r"run\.json: damaged"),
         ("5-analysis/base.likelihoods.jsonl", b'{"row": 0,\n', r"base\.likelihoods\.jsonl, line 1: damaged"),
     ],

@@ -26,6 +26,10 @@ class OpenAIJudge(Judge):
     labels = LABELS
     paid = True
 
+    def title(self, e: Experiment) -> str:
+        """The model that is asked."""
+        return e.annotations.openai.model
+
     def faults(self, e: Experiment) -> list[str]:
         """Of the question, the endpoint and the limits."""
         spec = e.annotations.openai
