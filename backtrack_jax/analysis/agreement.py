@@ -27,7 +27,7 @@ from backtrack_jax.analysis.results import PAPER_LABEL, Results
 from backtrack_jax.analysis.sheets import SHEET_COLUMNS as SHEET_COLUMNS
 from backtrack_jax.analysis.sheets import export_for_human as export_for_human
 from backtrack_jax.analysis.sheets import read_human as read_human
-from backtrack_jax.analysis.statistics import NAN, percentiles, resampled, tails
+from backtrack_jax.analysis.statistics import NAN, rate_interval, share_interval
 from backtrack_jax.config import Experiment
 from backtrack_jax.data.annotations import align
 from backtrack_jax.data.records import (
@@ -57,7 +57,7 @@ _COUNTED = ("group", "unit", "n_units", "n_reference", "n_traces", "n_problems",
 
 
 class Measure(NamedTuple):
-    """A value and its percentile bootstrap interval over problems; nan where it is not defined."""
+    """A value and its interval over problems; nan where it is not defined."""
 
     value: float
     low: float
@@ -76,7 +76,7 @@ class Agreement:
         recall: of the units to which the reference gives the label, the share that the other judge finds.
         f1: harmonic mean of both. For `any` the three are one number, the share of units with equal labels.
         kappa: Cohen's kappa, (p_o - p_e) / (1 - p_e): agreement above what the frequencies of the labels give.
-        n_problems: problems, the unit of the bootstrap.
+        n_problems: problems, the unit of the intervals.
         n_traces: traces that both judges labelled.
         n_units: units that both judges gave a label.
         n_reference: of these, units that the reference gives the label.
@@ -119,8 +119,6 @@ def agreement(
     label: str | None = "backtracking",
     groups: Mapping[str, str] | None = None,
     level: float = 0.95,
-    n_resamples: int = 2000,
-    seed: int = 0,
 ) -> list[Agreement]:
     """Compares a judge with a reference, over all traces and by group.
 
@@ -133,8 +131,6 @@ def agreement(
         groups: trace id -> group, e.g. the category, or the strength of a steered reply; traces without one count in
             `all` only.
         level: coverage of the intervals.
-        n_resamples: resamples of the bootstrap.
-        seed: of the bootstrap.
 
     Returns:
         A row for all traces, then one per group in the order of `traces`.
@@ -161,7 +157,7 @@ def agreement(
     rows = []
     for group, ids in members.items():
         found = [counts[i] for i in ids if i in counts]
-        measures, matrix = _measure(found, len(classes), label is not None, level, n_resamples, seed)
+        measures, matrix = _measure(found, len(classes), label is not None, level)
         rows.append(
             Agreement(
                 group,
@@ -224,39 +220,47 @@ def _class_of(sections: Sequence[Section], start: int, stop: int, classes: Seque
     return classes.index(max(shared, key=lambda name: shared[name]))  # of ties, the first in the text
 
 
-def _measure(
-    counts: Sequence[_Counts], n_classes: int, binary: bool, level: float, n_resamples: int, seed: int
-) -> tuple[list[Measure], np.ndarray]:
-    """Precision, recall, F1 and kappa of the pooled matrix, and that matrix, [K, K]."""
+def _measure(counts: Sequence[_Counts], n_classes: int, binary: bool, level: float) -> tuple[list[Measure], np.ndarray]:
+    """Precision, recall, F1 and kappa of the pooled matrix, and that matrix, [K, K].
+
+    The first three are shares of units that are counted problem by problem, with `rate_interval`; F1 is that of true
+    hits among the mean of both judges' counts.
+    """
     by_problem: dict[str, np.ndarray] = {}
     for one in counts:
         by_problem[one.problem] = by_problem.get(one.problem, 0) + one.matrix
-    stacked = np.array(list(by_problem.values())).reshape(len(by_problem), n_classes, n_classes)
-    pooled = stacked.sum(0)
-    values = _statistics(pooled.astype(np.float64), binary)
-    bounds = [(NAN, NAN)] * 4
-    if len(by_problem) > 1:
-        drawn = resampled(
-            lambda draws: _statistics(np.tensordot(draws, stacked, axes=1), binary),
-            len(by_problem),
-            n_resamples=n_resamples,
-            seed=seed,
-        )
-        bounds = [percentiles(column, tails(level)) for column in drawn.T]
-    return [Measure(float(value), *ends) for value, ends in zip(values, bounds, strict=True)], pooled
+    stacked = np.array(list(by_problem.values()), float).reshape(len(by_problem), n_classes, n_classes)
+    true, called = stacked.sum(2), stacked.sum(1)
+    if binary:
+        hits, true, called = stacked[:, 1, 1], true[:, 1], called[:, 1]
+    else:
+        hits, true, called = np.trace(stacked, axis1=1, axis2=2), true.sum(1), called.sum(1)
+    shares = [
+        Measure(float(hits.sum() / of.sum()) if of.any() else NAN, *rate_interval(hits, of, level=level))
+        for of in (called, true, (true + called) / 2)
+    ]
+    return [*shares, _kappa(stacked, level)], stacked.sum(0).astype(np.int64)
 
 
-def _statistics(matrix: np.ndarray, binary: bool) -> np.ndarray:
-    """[..., K, K] float64 -> [..., 4]: precision, recall, F1, kappa; nan where a denominator is zero."""
-    total = matrix.sum((-2, -1))
-    diagonal = np.trace(matrix, axis1=-2, axis2=-1)
-    rows, columns = matrix.sum(-1), matrix.sum(-2)
-    hits, true, called = (matrix[..., 1, 1], rows[..., 1], columns[..., 1]) if binary else (diagonal, total, total)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        expected = (rows * columns).sum(-1) / total
-        return np.stack(
-            [hits / called, hits / true, 2 * hits / (true + called), (diagonal - expected) / (total - expected)], -1
-        )
+def _kappa(matrices: np.ndarray, level: float) -> Measure:
+    """Cohen's kappa of problems' matrices, [P, K, K], with its interval.
+
+    1 - kappa is the share of units on which the judges differ over the share that chance would give. Its interval is
+    that of a share (`share_interval`), in which the linearised deviation of the other share counts as well; so judges
+    that never differ have one too.
+    """
+    pooled, n = matrices.sum(0), matrices.sum()
+    rows, columns = pooled.sum(1), pooled.sum(0)
+    chance = 1 - rows @ columns / n**2 if n else 0.0
+    if chance <= 0:
+        return Measure(NAN, NAN, NAN)
+    units = matrices.sum((1, 2))
+    differ = units - np.trace(matrices, axis1=1, axis2=2)
+    share = differ.sum() / n
+    by_chance = 2 * units * (1 - chance) - (matrices.sum(2) @ columns + matrices.sum(1) @ rows) / n
+    residuals = differ - share * units - share / chance * by_chance
+    low, high = share_interval(float(share), residuals, float(n), burst=min(2.0, units.max()), level=level)
+    return Measure(float(1 - share / chance), float(1 - high / chance), float(1 - low / chance))
 
 
 def format_agreement(rows: Sequence[Agreement]) -> str:
@@ -290,6 +294,7 @@ class AgreementAnalysis(Analysis):
     """Table C.1: the keyword judge against the labels of the run, and against `analysis.judge` on steered replies."""
 
     name = "agreement"
+    version = 2  # other intervals
     reads = (judged.JUDGED.name,)
     tables = ("agreement",)
 
@@ -300,7 +305,7 @@ class AgreementAnalysis(Analysis):
     def finish(self, material: Material, folder: Path) -> dict[str, Table]:
         """Labels by keyword, and compares."""
         labels = judged.read(material, folder)
-        by_strength = {} if labels is None else {_ON_REPLIES: _table(_on_replies(material, labels))}
+        by_strength = {} if labels is None else {_ON_REPLIES: _on_replies(material, labels)}
         return {"agreement": _table(_on_traces(material))} | by_strength
 
     def reference(self, r: Results) -> dict[str, str]:
@@ -330,7 +335,7 @@ def _on_traces(material: Material) -> list[Agreement]:
     return found
 
 
-def _on_replies(material: Material, labels: Sequence[Annotation]) -> list[Agreement]:
+def _on_replies(material: Material, labels: Sequence[Annotation]) -> Table:
     """On replies of the model that writes the traces, unsteered and under its own vector at the experiment's layer."""
     e = material.experiment
     own = (e.vectors.label, e.author, e.steering.main_layer, window_name(e.vectors.window))
@@ -342,7 +347,7 @@ def _on_replies(material: Material, labels: Sequence[Annotation]) -> list[Agreem
     traces, strengths = reply_traces(material.replies)
     traces = [traces[number] for number in kept]
     by_keyword = [annotate(trace) for trace in traces]
-    return agreement(traces, [labels[n] for n in kept], by_keyword, unit="sentence", groups=strengths)
+    return _table(agreement(traces, [labels[n] for n in kept], by_keyword, unit="sentence", groups=strengths))
 
 
 def _table(found: Sequence[Agreement]) -> Table:

@@ -149,17 +149,25 @@ def kinds_by_layer(r: Results) -> Plot | None:
 
 def best_places(r: Results) -> dict[str, str]:
     """Highest rate over offsets, and at offset 0; the layer of the highest rate of either model's vectors."""
-    found, windows = {}, _windows(r)
-    swept = [cell for cell in offset_cells(r) if cell["kind"] != UNSTEERED]
-    if best := cells.highest(swept):
-        at = f"offset {windows[best['window']]}, magnitude {best['magnitude']:g}" if best["rate"] else "every offset"
-        found["best_offset"] = f"{cells.rate(best)} at {at}{cells.on_fewer(r, best)}"
-    if best := cells.highest([cell for cell in swept if windows[cell["window"]] == 0]):
-        found["offset_zero"] = cells.at_magnitude(best) + cells.on_fewer(r, best)
-    by_layer = layer_cells(r)
-    for source in r.roles:
-        if best := cells.highest([cell for cell in by_layer if cell["source"] == source]):
-            which = f"{best['layer']} of {r.n_layers}" if best["rate"] else "none"
-            share = f"{cells.percent(best['rate'])} % of words{cells.on_fewer(r, best)}"
-            found[f"best_layer_{source}"] = f"{which} ({share})"
-    return found
+    windows = _windows(r)
+    swept, by_layer = cells.steered(offset_cells(r)), cells.steered(layer_cells(r))
+
+    def offset(best: Cell) -> str:
+        return f"{cells.rate(best)} at offset {windows[best['window']]}, magnitude {best['magnitude']:g}"
+
+    def layer(best: Cell) -> str:
+        return f"{best['layer']} of {r.n_layers} ({cells.rate(best)} % of words)"
+
+    asked: dict[str, tuple[list[Cell], Callable[[Cell], str]]] = {
+        "best_offset": (swept, offset),
+        "offset_zero": ([cell for cell in swept if windows[cell["window"]] == 0], cells.at_magnitude),
+    }
+    asked |= {f"best_layer_{s}": ([cell for cell in by_layer if cell["source"] == s], layer) for s in r.roles}
+    return {key: _best(r, tried, say) for key, (tried, say) in asked.items() if tried}
+
+
+def _best(r: Results, tried: Sequence[Cell], say: Callable[[Cell], str]) -> str:
+    if not any(cell["n_hits"] for cell in tried):
+        return f"none: no hit in {sum(cell['n_words'] for cell in tried)} words"
+    best = cells.highest(r, tried)
+    return say(best.cell) + cells.by_halves(best) if best else cells.TOO_FEW
