@@ -17,17 +17,18 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from backtrack_jax.analysis import cells, judged
 from backtrack_jax.analysis.base import Analysis, Material
+from backtrack_jax.analysis.claims import Claim, all_of, measured
 from backtrack_jax.analysis.results import PAPER_LABEL, Results
 from backtrack_jax.analysis.sheets import SHEET_COLUMNS as SHEET_COLUMNS
 from backtrack_jax.analysis.sheets import export_for_human as export_for_human
 from backtrack_jax.analysis.sheets import read_human as read_human
-from backtrack_jax.analysis.statistics import NAN, rate_interval, share_interval
+from backtrack_jax.analysis.statistics import NAN, Region, rate_interval, share_interval, verdict
 from backtrack_jax.config import Experiment
 from backtrack_jax.data.annotations import align
 from backtrack_jax.data.records import (
@@ -53,6 +54,9 @@ UNITS = ("section", "sentence")
 
 _NONE = "none of these"
 _ON_REPLIES = "judge_agreement"  # table
+_PAPER_F1 = {"0": 0.6412, "4": 0.6452, "8": 0.5635, "12": 0.5424}  # Table C.1, by strength: norm added
+_WITHIN = 0.1
+_LEVELS = {"90": 0.9, "975": 0.975}  # of the interval that decides, and of one that may err a quarter as often
 _COUNTED = ("group", "unit", "n_units", "n_reference", "n_traces", "n_problems", "left_out_units", "left_out_traces")
 
 
@@ -321,8 +325,45 @@ class AgreementAnalysis(Analysis):
         ]
         return {"judge": "; ".join(texts)}
 
+    def claims(self, r: Results) -> Sequence[Claim]:
+        """Table C.1, where a judge read replies at the paper's strengths."""
+        lines = [line for line in r.tables.get(_ON_REPLIES, []) if str(line["group"]) in _PAPER_F1]
+        comparable = r.label == PAPER_LABEL and r.experiment.steering.unit == "absolute"
+        return [_table_c1(lines)] if lines and comparable else []
+
 
 AGREEMENT = AgreementAnalysis()
+
+
+def _table_c1(lines: Sequence[Mapping[str, Any]]) -> Claim:
+    """F1 at each of the paper's strengths less the paper's; the claim is shown at the one that is furthest from it."""
+    region, verdicts, texts = Region(-_WITHIN, _WITHIN), [], []
+    apart = []
+    for line in lines:
+        paper = _PAPER_F1[str(line["group"])]
+        n = line["n_problems"]
+        (low, high), wider = ((line[f"f1_low_{level}"] - paper, line[f"f1_high_{level}"] - paper) for level in _LEVELS)
+        found = verdict(low, high, region, n)
+        if found == "fails":  # that one of four does; each may err in its share of the cases
+            found = verdict(*wider, region, n)
+        verdicts.append(found)
+        apart.append((max(-low, high), line["f1"] - paper, low, high))
+        texts.append(f"{line['group']}: {100 * line['f1']:.1f} % (paper {100 * paper:.1f} %)")
+    _, value, low, high = max(apart)
+    return measured(
+        "table_c1",
+        "The keyword judge agrees with the language model's labels as in the paper, at each strength.",
+        figure="",
+        where="Table C.1",
+        rule=f"F1 within {100 * _WITHIN:g} points of the paper's at each strength that both have",
+        estimate=100 * value,
+        interval=(100 * low, 100 * high),
+        unit="points of F1 above the paper's",
+        region=Region(-100 * _WITHIN, 100 * _WITHIN),
+        n=min(line["n_problems"] for line in lines),
+        note=f"F1 by strength: {', '.join(texts)}",
+        given=all_of(verdicts),
+    )
 
 
 def _on_traces(material: Material) -> list[Agreement]:
@@ -336,7 +377,10 @@ def _on_traces(material: Material) -> list[Agreement]:
 
 
 def _on_replies(material: Material, labels: Sequence[Annotation]) -> Table:
-    """On replies of the model that writes the traces, unsteered and under its own vector at the experiment's layer."""
+    """On replies of the model that writes the traces, unsteered and under its own vector at the experiment's layer.
+
+    F1 has the intervals that decide the claim as well.
+    """
     e = material.experiment
     own = (e.vectors.label, e.author, e.steering.main_layer, window_name(e.vectors.window))
     kept = []
@@ -347,7 +391,16 @@ def _on_replies(material: Material, labels: Sequence[Annotation]) -> Table:
     traces, strengths = reply_traces(material.replies)
     traces = [traces[number] for number in kept]
     by_keyword = [annotate(trace) for trace in traces]
-    return _table(agreement(traces, [labels[n] for n in kept], by_keyword, unit="sentence", groups=strengths))
+
+    def compared(level: float) -> list[Agreement]:
+        by_judge = [labels[n] for n in kept]
+        return agreement(traces, by_judge, by_keyword, unit="sentence", groups=strengths, level=level)
+
+    table = _table(compared(0.95))
+    for name, level in _LEVELS.items():
+        for line, row in zip(table, compared(level), strict=True):
+            line |= {f"f1_low_{name}": row.f1.low, f"f1_high_{name}": row.f1.high}
+    return table
 
 
 def _table(found: Sequence[Agreement]) -> Table:

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from backtrack_jax.analysis import cells, coherence, judged, logit_lens, replies
+from backtrack_jax.analysis import cells, coherence, judged, logit_lens, rate_claims, replies
 from backtrack_jax.analysis.base import Analysis, Material, Planned
+from backtrack_jax.analysis.claims import Claim
 from backtrack_jax.analysis.plots import COLOURS, MARKERS, Panel, Plot, Series, line_of
 from backtrack_jax.analysis.results import PAPER_LABEL, Cell, Results, extent
 from backtrack_jax.config import SteeringSpec
@@ -61,6 +62,10 @@ class Rates(Analysis):
     def reference(self, r: Results) -> dict[str, str]:
         """Highest rates: of the vectors of the paper's label, and of what they are compared with."""
         return (_reached(r) if r.label == PAPER_LABEL else {}) | _baselines_reached(r)
+
+    def claims(self, r: Results) -> Sequence[Claim]:
+        """Whether the vectors work, comparably, unlike controls, and backwards."""
+        return rate_claims.claims(r)
 
     def plan(self, planned: Planned) -> str:
         """Likelihoods of all replies."""
