@@ -90,8 +90,8 @@ def test_what_cannot_be_measured_is_named() -> None:
     good = forced(0)
     for row, message in (
         (dataclasses.replace(good, ids=[*good.ids[:-1], V]), rf"row 1 has the token id {V}"),
-        (dataclasses.replace(good, starts=(0,)), r"row 1 has the starts \[0\], expected 1 to 14"),
-        (dataclasses.replace(good, starts=(15,)), r"row 1 has the starts \[15\], expected 1 to 14"),
+        (dataclasses.replace(good, starts=(0,)), r"row 1 has the starts \[0\], expected 1 to 15"),
+        (dataclasses.replace(good, starts=(16,)), r"row 1 has the starts \[16\], expected 1 to 15"),
     ):
         with pytest.raises(ValueError, match=message):
             measured([good, row])
@@ -108,6 +108,7 @@ def test_every_condition_reads_the_same_texts(finished: Path) -> None:
     for role in e.roles:
         lines, rows = log_odds.forced_rows(material, role)
         sampled = {reply.condition for reply in material.replies if reply.condition.target == role}
+        compared = 0
         by_text: dict[tuple[str, str], list[int]] = {}
         for number, line in enumerate(lines):
             assert line["target"] == role and line["n_starts"] == len(rows[number].starts)
@@ -121,14 +122,19 @@ def test_every_condition_reads_the_same_texts(finished: Path) -> None:
             assert len(texts) == 1, (source, problem)
             (ids,) = texts
             control = rows[numbers[kinds.index(EXAMPLES)]]
-            assert len(control.ids) > len(ids) + 5 and not control.intervention.terms
             own = rows[numbers[kinds.index(UNSTEERED)]]
+            assert len(control.starts) == len(own.starts) and not control.intervention.terms
+            if not own.starts:
+                continue
+            compared += 1
+            assert len(control.ids) > len(ids) + 5
             assert own.prompt_length == control.prompt_length < min([*own.starts, len(ids)])
             if source == BASE_REPLIES:  # a random model samples tokens that an encoder would not choose
                 continue
-            assert [control.ids[at] for at in control.starts] == [ids[at] for at in own.starts]
+            assert [control.ids[at - 1] for at in control.starts] == [ids[at - 1] for at in own.starts]
             shown = len(control.ids) - len(ids)
             assert all(at - own_at == shown for at, own_at in zip(control.starts, own.starts, strict=True))
+        assert compared > 1
 
 
 def test_the_effect_is_the_difference_from_the_unsteered_model(finished: Path) -> None:
