@@ -403,7 +403,7 @@ def _base_silent(r: Results) -> Claim | None:
     _, estimate, ends, n = max(tried)
     return measured(
         "base_silent",
-        "Neither vector makes the base model backtrack.",
+        "The vectors act on the reasoning model and not on the base model.",
         figure="log_odds",
         where="Fig. 3",
         rule=f"change of the log-odds on the base model over that on the reasoning model below {SILENT:g} with either "
