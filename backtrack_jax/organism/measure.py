@@ -5,12 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from scipy import special
 from sklearn import linear_model
 
-from backtrack_jax import extract, generate, vectors
+from backtrack_jax import generate
 from backtrack_jax.analysis import activations
 from backtrack_jax.analysis.backtracking import count_keywords
 from backtrack_jax.analysis.statistics import rate_interval
@@ -26,8 +25,6 @@ from backtrack_jax.organism.grammar import BASE, REASONING, Process
 
 PROMPT = prompts.PromptFormat("r1", "primed")
 WINDOW = (-13, -8)
-SHUFFLED = "shuffled"
-FEWEST_WINDOWS = 100
 LONGEST = 200  # tokens of a whole reply
 _NEW_TOKENS = 110
 _TEMPERATURE = 0.7
@@ -134,27 +131,15 @@ class Pair:
             )
         return made
 
-    def read(self, traces: Sequence[Trace], seed: int) -> list[TokenTrace]:
-        """Traces with their sections' first tokens, labelled by the grammar; some count as `shuffled` as well.
-
-        Sections drawn at random among all, as many as backtrack, are the D+ of the shuffled vector.
-        """
+    def read(self, traces: Sequence[Trace]) -> list[TokenTrace]:
+        """Traces with their sections' first tokens, labelled by the grammar."""
         placed = []
         for trace in traces:
             encoded = prompts.encode_trace(self.tokenizer, trace.problem, trace.text, PROMPT, token_ids=trace.token_ids)
             starts = [(s.label, encoded.position_of_char(s.start)) for s in judge.annotate(trace).sections]
-            placed.append((trace.id, encoded, [(label, at) for label, at in starts if at is not None]))
-        every = [(i, at) for i, (_, _, starts) in enumerate(placed) for _, at in starts]
-        wanted = sum(label == "backtracking" for _, _, starts in placed for label, _ in starts)
-        drawn = np.random.default_rng(seed).choice(len(every), wanted, replace=False)
-        extra: dict[int, list[tuple[str, int]]] = {}
-        for number in drawn.tolist():
-            trace, at = every[number]
-            extra.setdefault(trace, []).append((SHUFFLED, at))
-        return [
-            TokenTrace(name, encoded.ids, encoded.reply_start, [*starts, *extra.get(i, [])])
-            for i, (name, encoded, starts) in enumerate(placed)
-        ]
+            found = [(label, at) for label, at in starts if at is not None]
+            placed.append(TokenTrace(trace.id, encoded.ids, encoded.reply_start, found))
+        return placed
 
 
 def cell(replies: Sequence[str]) -> Cell:
@@ -165,30 +150,6 @@ def cell(replies: Sequence[str]) -> Cell:
     low, high = rate_interval(hits, words)
     fitting = float(fits[:, 0].sum() / max(1, fits[:, 1].sum()))
     return Cell(sum(hits) / max(1, sum(words)), low, high, fitting, len(replies))
-
-
-def window_sums(pair: Pair, role: str, traces: Sequence[TokenTrace], offsets: Sequence[int]) -> extract.WindowSums:
-    """Sums of the paper's window and of single offsets, which may reach into the prompt, for every label."""
-    found = sorted({label for trace in traces for label, _ in trace.starts})
-    plan = extract.WindowPlan(
-        labels=tuple(found),
-        groups={label: (label,) for label in found} | {"all": tuple(label for label in found if label != SHUFFLED)},
-        windows=(WINDOW, *((offset, offset) for offset in offsets)),
-        layers=(),
-        into_prompt=True,
-    )
-    return extract.window_sums(pair.models[role], traces, plan, batch_size=48)
-
-
-def label_vectors(sums: extract.WindowSums) -> dict[str, np.ndarray]:
-    """Difference of means of every label with the overall mean, and that mean, [L, D] each.
-
-    A label with fewer than `FEWEST_WINDOWS` has none: the mean of a few windows is mostly chance.
-    """
-    read = dict(zip(sums.plan.groups, sums.read[:, 0], strict=True))
-    labels = [label for label in sums.plan.groups if label != "all" and read[label] >= FEWEST_WINDOWS]
-    made = {label: vectors.difference_of_means(sums, label, WINDOW).directions for label in labels}
-    return made | {"overall mean": sums.mean("all", WINDOW).astype(np.float32)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +177,14 @@ class Belief:
     tokens: int
 
 
-def belief(pair: Pair, role: str, traces: Sequence[Trace], read: Sequence[TokenTrace], per_trace: int = 40) -> Belief:
+def belief(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    role: str,
+    traces: Sequence[Trace],
+    read: Sequence[TokenTrace],
+    per_trace: int = 40,
+) -> Belief:
     """Reads a model's residual stream against the exact filter of its own process.
 
     The base process knows no backtracking, so the base model is read up to a trace's first backtracking sentence.
@@ -225,14 +193,14 @@ def belief(pair: Pair, role: str, traces: Sequence[Trace], read: Sequence[TokenT
     rng = np.random.default_rng(0)
     places, values = [], []
     for trace, tokens in zip(traces, read, strict=True):
-        odds = np.array(_log_odds_of_tokens(pair.tokenizer, trace, process))
+        odds = np.array(_log_odds_of_tokens(tokenizer, trace, process))
         known = np.flatnonzero(~np.isnan(odds))
         chosen = np.sort(rng.choice(known, min(per_trace, len(known)), replace=False))
         places.append(chosen + tokens.reply_start)
         values.append(odds[chosen])
-    layers = range(pair.shape[0])
+    layers = range(model.config.n_layers)
     states: dict[int, np.ndarray] = {}
-    for batch in activations.read(pair.models[role], read, places, layers, batch_size=48):
+    for batch in activations.read(model, read, places, layers, batch_size=48):
         states |= dict(batch)
     x, odds = np.concatenate([states[i] for i in range(len(read))]), np.concatenate(values)
     n = sum(map(len, values[: len(values) // 2]))  # tokens of the problems that probes are fitted on
@@ -262,23 +230,6 @@ def r_squared(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarr
     """Of a ridge regression with intercept; the penalty is a thousandth of the mean variance of x [n, D]."""
     probe = linear_model.Ridge(alpha=1e-3 * len(x) * float(x.var(0).mean()))
     return float(probe.fit(x.astype(np.float64), y).score(x_test.astype(np.float64), y_test))
-
-
-def keyword_lens(
-    model: Decoder, directions: np.ndarray, ids: Sequence[int], among: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mean logit W_U v of some tokens above that of all words, and the spread of the latter, per layer: [L], [L].
-
-    The first is Eq. 2 of the paper against its background, the quotient of both a z score.
-    """
-    logits = np.asarray(model.unembed(jnp.asarray(directions)))
-    words = logits[:, list(among)]
-    return logits[:, list(ids)].mean(1) - words.mean(1), words.std(1)
-
-
-def unit(direction: np.ndarray) -> np.ndarray:
-    """Scaled to norm 1."""
-    return direction / np.linalg.norm(direction)
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -13,6 +13,8 @@ from backtrack_jax.analysis.results import Results
 from backtrack_jax.analysis.statistics import FEWEST_PROBLEMS
 from backtrack_jax.report.reference import settings
 
+_IN_WORDS = {"holds": "hold", "fails": "fail", "undecided": "are undecided"}
+
 
 def claims(r: Results, analyses: Sequence[Analysis]) -> list[Claim]:
     """Every claim that the run can say something about, in the order of the analyses."""
@@ -54,14 +56,14 @@ def as_json(r: Results, found: Sequence[Claim]) -> str:
 
 def tally(found: Sequence[Claim]) -> str:
     """How many claims hold, fail and are undecided, and how that is decided."""
-    counts = {verdict: sum(claim.verdict == verdict for claim in found) for verdict in ("holds", "fails", "undecided")}
-    return (
-        f"Of {len(found)} claims {counts['holds']} hold, {counts['fails']} fail, {counts['undecided']} are undecided. A "
-        f"claim holds if the {100 * dose.LEVEL:g} % interval over problems lies inside the region of its rule, fails "
-        f"if it lies wholly outside, and is undecided otherwise, as with fewer than {FEWEST_PROBLEMS} problems. "
-        '"Could be seen" is how far from the region\'s bound a number must lie to be told from it. '
-        f"{dose.DEFINITION}"
+    counts = {verdict: sum(claim.verdict == verdict for claim in found) for verdict in _IN_WORDS}
+    head = ", ".join(f"{counts[verdict]} {text}" for verdict, text in _IN_WORDS.items())
+    decided = (
+        f"A claim holds if the {100 * dose.LEVEL:g} % interval over problems lies inside the region of its rule, fails "
+        f"if it lies wholly outside, and is undecided otherwise, as with fewer than {FEWEST_PROBLEMS} problems."
     )
+    seen = "What could be seen is how far from a bound of the region a number must lie to be told from it."
+    return f"Of {len(found)} claims {head}. {decided} {seen} {dose.DEFINITION}"
 
 
 def number(value: float) -> str:

@@ -1,14 +1,16 @@
-"""The command that measures the claims: what it refuses, and what it leaves as it is."""
+"""The command that reads the claims off runs: what it refuses, and what it prints of a small run."""
 
 import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
-from backtrack_jax.files import store
+from backtrack_jax.config import Experiment
 from backtrack_jax.models import checkpoint
+from backtrack_jax.organism import measure
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = checkpoint.resolve("package:backtrack_jax/organism")
@@ -23,29 +25,48 @@ def script() -> ModuleType:
     return module
 
 
-def test_a_pair_without_enough_backtracking_is_named(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(script, "TRACES", (12, 101))
-    message = r"error: organism: \d+ backtracking sentences in 12 replies of the reasoning model, expected at least 100"
-    with pytest.raises(SystemExit, match=message):
-        script.main([f"--pairs={SHIPPED}", f"--out={tmp_path}"])
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_table_of_another_pair_is_not_replaced(script: ModuleType, tmp_path: Path) -> None:
-    table = tmp_path / "organism.json"
-    table.write_text(json.dumps({"version": script.VERSION, "weights": {"base": "another", "reasoning": "another"}}))
-    before = table.read_bytes()
-    with pytest.raises(SystemExit, match=r"error: .*organism.json is of another pair of that name"):
-        script.main([f"--pairs={SHIPPED}", f"--out={tmp_path}"])
-    assert table.read_bytes() == before
-
-
-def test_tables_of_another_version_are_named_and_left_out(
+def test_pairs_that_are_not_there_or_of_one_name_are_refused(
     script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    store.write_text(tmp_path / "old.json", "{}")
-    store.write_text(tmp_path / "new.json", json.dumps({"version": script.VERSION}))
-    assert set(script.read_tables(tmp_path)) == {"new"}
-    assert f"another version of this program wrote them: old in {tmp_path}" in capsys.readouterr().err
+    for pairs, message in (
+        ([tmp_path], f"{tmp_path} has no base and reasoning model"),
+        ([SHIPPED, SHIPPED], "folders are named organism, organism, and runs after them; expected different names"),
+    ):
+        with pytest.raises(SystemExit):
+            script.main(["--pairs", *map(str, pairs), f"--out={tmp_path / 'out'}"])
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_experiment_asks_for_verdicts_in_every_figure(script: ModuleType, tmp_path: Path) -> None:
+    e = script.experiment("mine", tmp_path, tmp_path / "out")
+    assert (e.base.path, e.reasoning.path) == (str(tmp_path / "base"), str(tmp_path / "reasoning"))
+    assert e.steering.grid_limit == e.steering.limit >= 80 and e.analysis.forced_texts >= 80
+
+
+def test_the_claims_of_a_run_beside_the_truth(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = script.experiment
+
+    def small(*arguments: object) -> Experiment:
+        e: Experiment = whole(*arguments)
+        e.traces.limit, e.traces.max_new_tokens = 24, 120
+        e.steering.limit = e.steering.grid_limit = 4
+        e.steering.baselines, e.steering.layers, e.steering.offsets = ("noise",), (), ()
+        e.steering.magnitudes, e.steering.baseline_magnitudes, e.steering.max_new_tokens = (0.0, 0.3), (), 24
+        e.analysis.forced_texts, e.analysis.forced_sentences = 4, 3
+        return e
+
+    monkeypatch.setattr(script, "experiment", small)
+    script.main([f"--out={tmp_path}"])
+    printed = capsys.readouterr().out
+    claims = json.loads((tmp_path / "organism" / "6-report" / "claims.json").read_text())["claims"]
+    assert {claim["verdict"] for claim in claims} == {"undecided"}  # of four problems
+    for claim in claims:
+        assert f"| {claim['title']} | **undecided**: " in printed
+    rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ") and line[2].isdigit()]
+    assert len(rows) == 8  # layers
+    cosines = np.array([[float(value) for value in (row[1], row[4])] for row in rows])
+    assert (cosines[:6] > 0.6).all() and (cosines <= 1).all()  # v points along the belief, see docs/organism.md
+    assert measure.PROMPT.format == "r1"

@@ -8,7 +8,6 @@ from sklearn.metrics.pairwise import cosine_similarity
 from backtrack_jax.analysis.backtracking import count_keywords
 from backtrack_jax.analysis.statistics import rate_interval
 from backtrack_jax.data.records import Trace
-from backtrack_jax.extract import WindowPlan, WindowSums
 from backtrack_jax.models import checkpoint
 from backtrack_jax.organism import corpus, grammar, measure
 from backtrack_jax.organism.belief import log_odds
@@ -46,42 +45,19 @@ def test_log_odds_stand_at_the_tokens_they_are_of(pair: Pair, traces: list[Trace
 
 
 def test_sections_start_at_the_first_token_of_their_sentence(pair: Pair, traces: list[Trace]) -> None:
-    read = pair.read(traces, seed=1)
-    backtracking = shuffled = 0
+    read = pair.read(traces)
+    backtracking = 0
     for trace, tokens in zip(traces, read, strict=True):
         sentences = trace.text.partition("\n")[0].split(". ")
-        starts = sorted({at for label, at in tokens.starts if label != measure.SHUFFLED})
+        starts = [at for _, at in tokens.starts]
         assert [pair.tokenizer.decode([tokens.ids[at]]).strip() for at in starts] == [
             grammar.split_tokens(sentence)[0] for sentence in sentences
         ]
         for label, at in tokens.starts:
             backtracks = pair.tokenizer.decode([tokens.ids[at]]).strip() in grammar.KEYWORDS
-            if label != measure.SHUFFLED:
-                assert backtracks == (label == "backtracking")
-            backtracking += label == "backtracking"
-            shuffled += label == measure.SHUFFLED
-    assert shuffled == backtracking > 0
-
-
-def test_vectors_of_labels_with_few_windows_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the others are MeanAct(D+) - MeanAct(D), which holds D+."""
-    monkeypatch.setattr(measure, "FEWEST_WINDOWS", 20)
-    labels = ("backtracking", "deduction", "rare", measure.SHUFFLED)
-    groups = {label: (label,) for label in labels} | {"all": labels[:3]}
-    plan = WindowPlan(labels, groups, (measure.WINDOW, (0, 0)), ())
-    rng = np.random.default_rng(0)
-    sums = WindowSums.zeros(plan, 3, 4)
-    sums.sums = rng.standard_normal(sums.sums.shape)
-    sums.counts = rng.integers(50, 90, sums.counts.shape).astype(float)
-    sums.read = np.array([[20, 0], [400, 0], [19, 900], [20, 0], [439, 900]])
-    found = measure.label_vectors(sums)
-    assert set(found) == {"backtracking", "deduction", measure.SHUFFLED, "overall mean"}
-    mean = sums.sums[0, :, :, 0] / sums.counts[0, :, 0][:, None]  # of traces' means, [L, G, D]
-    np.testing.assert_allclose(found["overall mean"], mean[:, 4], rtol=1e-5)
-    for number, label in enumerate(labels):
-        if label in found:
-            expected = mean[:, number] - mean[:, 4]
-            np.testing.assert_allclose(cosine_similarity(found[label], expected).diagonal(), 1, rtol=1e-5)
+            assert backtracks == (label == "backtracking")
+            backtracking += backtracks
+    assert backtracking > 0
 
 
 @pytest.mark.parametrize(("role", "process"), [("base", grammar.BASE), ("reasoning", grammar.REASONING)])
@@ -93,7 +69,7 @@ def test_belief_is_the_regression_of_torch_s_states_on_the_exact_filter(
     transformers = pytest.importorskip("transformers", reason="needs transformers to compare with")
     folder = checkpoint.resolve("package:backtrack_jax/organism") / role
     peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    read = pair.read(traces, seed=1)
+    read = pair.read(traces)
     states, odds = [], []
     for trace, tokens in zip(traces, read, strict=True):
         exact = log_odds(grammar.split_tokens(trace.text.partition("\n")[0]), process)
@@ -103,7 +79,7 @@ def test_belief_is_the_regression_of_torch_s_states_on_the_exact_filter(
         states.append(hidden[3][0, tokens.reply_start + known].double().numpy())
         odds.append(exact[known])
     x, y = np.concatenate(states), np.concatenate(odds)
-    found = measure.belief(pair, role, traces, read, per_trace=1000)
+    found = measure.belief(pair.models[role], pair.tokenizer, role, traces, read, per_trace=1000)
     assert found.tokens == len(y) > 400
     certain = np.isinf(y)  # within the sentences that begin with Wait or Hmm
     assert certain.any() == (role == "reasoning") and (y[certain] < 0).all()
@@ -121,17 +97,6 @@ def test_belief_is_the_regression_of_torch_s_states_on_the_exact_filter(
 def test_cosines_are_those_of_scikit_learn() -> None:
     a, b = np.random.default_rng(0).standard_normal((2, 5, 16))
     np.testing.assert_allclose(measure.cosines(a, b), cosine_similarity(a, b).diagonal())
-
-
-def test_the_lens_compares_the_keywords_with_all_words(pair: Pair) -> None:
-    model = pair.models["reasoning"]
-    assert model.lm_head is not None
-    directions = np.random.default_rng(0).standard_normal((8, pair.shape[1])).astype(np.float32)
-    words = list(range(300, 340))
-    logits = directions.astype(np.float64) @ np.asarray(model.lm_head.weight[...], np.float64)[words].T
-    excess, spread = measure.keyword_lens(model, directions, [words[3], words[7]], words)
-    np.testing.assert_allclose(excess, logits[:, [3, 7]].mean(1) - logits.mean(1), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(spread, logits.std(1), rtol=1e-4)
 
 
 def test_coherence_and_rate_of_a_cell(traces: list[Trace]) -> None:
