@@ -44,8 +44,9 @@ test: $(VENV)/.installed-test
 # Unit tests that compile little, to be run while one works.
 CHECKED := data models/test_model_config.py models/test_batching.py models/test_attention.py judges/test_keyword.py \
 	judges/test_judge_prompts.py judges/test_ledger.py analysis/test_backtracking.py analysis/test_agreement.py \
-	analysis/test_replies.py analysis/test_similarity.py analysis/test_statistics.py analysis/test_probe.py test_api.py \
-	test_conditions.py test_config.py test_imports.py test_store.py test_tables.py test_vectors.py
+	analysis/test_rate_claims.py analysis/test_replies.py analysis/test_similarity.py analysis/test_statistics.py \
+	analysis/test_probe.py test_api.py test_conditions.py test_config.py test_imports.py test_store.py test_tables.py \
+	test_vectors.py
 
 check: export XLA_FLAGS ?= --xla_backend_optimization_level=0
 check: $(VENV)/.installed-test

@@ -17,17 +17,18 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from backtrack_jax.analysis import cells, judged
 from backtrack_jax.analysis.base import Analysis, Material
+from backtrack_jax.analysis.claims import Claim, all_of, measured
 from backtrack_jax.analysis.results import PAPER_LABEL, Results
 from backtrack_jax.analysis.sheets import SHEET_COLUMNS as SHEET_COLUMNS
 from backtrack_jax.analysis.sheets import export_for_human as export_for_human
 from backtrack_jax.analysis.sheets import read_human as read_human
-from backtrack_jax.analysis.statistics import NAN, percentiles, resampled, tails
+from backtrack_jax.analysis.statistics import NAN, Region, rate_interval, share_interval, verdict
 from backtrack_jax.config import Experiment
 from backtrack_jax.data.annotations import align
 from backtrack_jax.data.records import (
@@ -53,11 +54,14 @@ UNITS = ("section", "sentence")
 
 _NONE = "none of these"
 _ON_REPLIES = "judge_agreement"  # table
+_PAPER_F1 = {"0": 0.6412, "4": 0.6452, "8": 0.5635, "12": 0.5424}  # Table C.1, by strength: norm added
+_WITHIN = 0.1
+_LEVELS = {"90": 0.9, "975": 0.975}  # of the interval that decides, and of one that may err a quarter as often
 _COUNTED = ("group", "unit", "n_units", "n_reference", "n_traces", "n_problems", "left_out_units", "left_out_traces")
 
 
 class Measure(NamedTuple):
-    """A value and its percentile bootstrap interval over problems; nan where it is not defined."""
+    """A value and its interval over problems; nan where it is not defined."""
 
     value: float
     low: float
@@ -76,7 +80,7 @@ class Agreement:
         recall: of the units to which the reference gives the label, the share that the other judge finds.
         f1: harmonic mean of both. For `any` the three are one number, the share of units with equal labels.
         kappa: Cohen's kappa, (p_o - p_e) / (1 - p_e): agreement above what the frequencies of the labels give.
-        n_problems: problems, the unit of the bootstrap.
+        n_problems: problems, the unit of the intervals.
         n_traces: traces that both judges labelled.
         n_units: units that both judges gave a label.
         n_reference: of these, units that the reference gives the label.
@@ -119,8 +123,6 @@ def agreement(
     label: str | None = "backtracking",
     groups: Mapping[str, str] | None = None,
     level: float = 0.95,
-    n_resamples: int = 2000,
-    seed: int = 0,
 ) -> list[Agreement]:
     """Compares a judge with a reference, over all traces and by group.
 
@@ -133,8 +135,6 @@ def agreement(
         groups: trace id -> group, e.g. the category, or the strength of a steered reply; traces without one count in
             `all` only.
         level: coverage of the intervals.
-        n_resamples: resamples of the bootstrap.
-        seed: of the bootstrap.
 
     Returns:
         A row for all traces, then one per group in the order of `traces`.
@@ -161,7 +161,7 @@ def agreement(
     rows = []
     for group, ids in members.items():
         found = [counts[i] for i in ids if i in counts]
-        measures, matrix = _measure(found, len(classes), label is not None, level, n_resamples, seed)
+        measures, matrix = _measure(found, len(classes), label is not None, level)
         rows.append(
             Agreement(
                 group,
@@ -224,39 +224,47 @@ def _class_of(sections: Sequence[Section], start: int, stop: int, classes: Seque
     return classes.index(max(shared, key=lambda name: shared[name]))  # of ties, the first in the text
 
 
-def _measure(
-    counts: Sequence[_Counts], n_classes: int, binary: bool, level: float, n_resamples: int, seed: int
-) -> tuple[list[Measure], np.ndarray]:
-    """Precision, recall, F1 and kappa of the pooled matrix, and that matrix, [K, K]."""
+def _measure(counts: Sequence[_Counts], n_classes: int, binary: bool, level: float) -> tuple[list[Measure], np.ndarray]:
+    """Precision, recall, F1 and kappa of the pooled matrix, and that matrix, [K, K].
+
+    The first three are shares of units that are counted problem by problem, with `rate_interval`; F1 is that of true
+    hits among the mean of both judges' counts.
+    """
     by_problem: dict[str, np.ndarray] = {}
     for one in counts:
         by_problem[one.problem] = by_problem.get(one.problem, 0) + one.matrix
-    stacked = np.array(list(by_problem.values())).reshape(len(by_problem), n_classes, n_classes)
-    pooled = stacked.sum(0)
-    values = _statistics(pooled.astype(np.float64), binary)
-    bounds = [(NAN, NAN)] * 4
-    if len(by_problem) > 1:
-        drawn = resampled(
-            lambda draws: _statistics(np.tensordot(draws, stacked, axes=1), binary),
-            len(by_problem),
-            n_resamples=n_resamples,
-            seed=seed,
-        )
-        bounds = [percentiles(column, tails(level)) for column in drawn.T]
-    return [Measure(float(value), *ends) for value, ends in zip(values, bounds, strict=True)], pooled
+    stacked = np.array(list(by_problem.values()), float).reshape(len(by_problem), n_classes, n_classes)
+    true, called = stacked.sum(2), stacked.sum(1)
+    if binary:
+        hits, true, called = stacked[:, 1, 1], true[:, 1], called[:, 1]
+    else:
+        hits, true, called = np.trace(stacked, axis1=1, axis2=2), true.sum(1), called.sum(1)
+    shares = [
+        Measure(float(hits.sum() / of.sum()) if of.any() else NAN, *rate_interval(hits, of, level=level))
+        for of in (called, true, (true + called) / 2)
+    ]
+    return [*shares, _kappa(stacked, level)], stacked.sum(0).astype(np.int64)
 
 
-def _statistics(matrix: np.ndarray, binary: bool) -> np.ndarray:
-    """[..., K, K] float64 -> [..., 4]: precision, recall, F1, kappa; nan where a denominator is zero."""
-    total = matrix.sum((-2, -1))
-    diagonal = np.trace(matrix, axis1=-2, axis2=-1)
-    rows, columns = matrix.sum(-1), matrix.sum(-2)
-    hits, true, called = (matrix[..., 1, 1], rows[..., 1], columns[..., 1]) if binary else (diagonal, total, total)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        expected = (rows * columns).sum(-1) / total
-        return np.stack(
-            [hits / called, hits / true, 2 * hits / (true + called), (diagonal - expected) / (total - expected)], -1
-        )
+def _kappa(matrices: np.ndarray, level: float) -> Measure:
+    """Cohen's kappa of problems' matrices, [P, K, K], with its interval.
+
+    1 - kappa is the share of units on which the judges differ over the share that chance would give. Its interval is
+    that of a share (`share_interval`), in which the linearised deviation of the other share counts as well; so judges
+    that never differ have one too.
+    """
+    pooled, n = matrices.sum(0), matrices.sum()
+    rows, columns = pooled.sum(1), pooled.sum(0)
+    chance = 1 - rows @ columns / n**2 if n else 0.0
+    if chance <= 0:
+        return Measure(NAN, NAN, NAN)
+    units = matrices.sum((1, 2))
+    differ = units - np.trace(matrices, axis1=1, axis2=2)
+    share = differ.sum() / n
+    by_chance = 2 * units * (1 - chance) - (matrices.sum(2) @ columns + matrices.sum(1) @ rows) / n
+    residuals = differ - share * units - share / chance * by_chance
+    low, high = share_interval(float(share), residuals, float(n), burst=min(2.0, units.max()), level=level)
+    return Measure(float(1 - share / chance), float(1 - high / chance), float(1 - low / chance))
 
 
 def format_agreement(rows: Sequence[Agreement]) -> str:
@@ -290,6 +298,7 @@ class AgreementAnalysis(Analysis):
     """Table C.1: the keyword judge against the labels of the run, and against `analysis.judge` on steered replies."""
 
     name = "agreement"
+    version = 2  # other intervals
     reads = (judged.JUDGED.name,)
     tables = ("agreement",)
 
@@ -300,7 +309,7 @@ class AgreementAnalysis(Analysis):
     def finish(self, material: Material, folder: Path) -> dict[str, Table]:
         """Labels by keyword, and compares."""
         labels = judged.read(material, folder)
-        by_strength = {} if labels is None else {_ON_REPLIES: _table(_on_replies(material, labels))}
+        by_strength = {} if labels is None else {_ON_REPLIES: _on_replies(material, labels)}
         return {"agreement": _table(_on_traces(material))} | by_strength
 
     def reference(self, r: Results) -> dict[str, str]:
@@ -316,8 +325,45 @@ class AgreementAnalysis(Analysis):
         ]
         return {"judge": "; ".join(texts)}
 
+    def claims(self, r: Results) -> Sequence[Claim]:
+        """Table C.1, where a judge read replies at the paper's strengths."""
+        lines = [line for line in r.tables.get(_ON_REPLIES, []) if str(line["group"]) in _PAPER_F1]
+        comparable = r.label == PAPER_LABEL and r.experiment.steering.unit == "absolute"
+        return [_table_c1(lines)] if lines and comparable else []
+
 
 AGREEMENT = AgreementAnalysis()
+
+
+def _table_c1(lines: Sequence[Mapping[str, Any]]) -> Claim:
+    """F1 at each of the paper's strengths less the paper's; the claim is shown at the one that is furthest from it."""
+    region, verdicts, texts = Region(-_WITHIN, _WITHIN), [], []
+    apart = []
+    for line in lines:
+        paper = _PAPER_F1[str(line["group"])]
+        n = line["n_problems"]
+        (low, high), wider = ((line[f"f1_low_{level}"] - paper, line[f"f1_high_{level}"] - paper) for level in _LEVELS)
+        found = verdict(low, high, region, n)
+        if found == "fails":  # that one of four does; each may err in its share of the cases
+            found = verdict(*wider, region, n)
+        verdicts.append(found)
+        apart.append((max(-low, high), line["f1"] - paper, low, high))
+        texts.append(f"{line['group']}: {100 * line['f1']:.1f} % (paper {100 * paper:.1f} %)")
+    _, value, low, high = max(apart)
+    return measured(
+        "table_c1",
+        "The keyword judge agrees with the language model's labels as in the paper, at each strength.",
+        figure="",
+        where="Table C.1",
+        rule=f"F1 within {100 * _WITHIN:g} points of the paper's at each strength that both have",
+        estimate=100 * value,
+        interval=(100 * low, 100 * high),
+        unit="points of F1 above the paper's",
+        region=Region(-100 * _WITHIN, 100 * _WITHIN),
+        n=min(line["n_problems"] for line in lines),
+        note=f"F1 by strength: {', '.join(texts)}",
+        given=all_of(verdicts),
+    )
 
 
 def _on_traces(material: Material) -> list[Agreement]:
@@ -330,8 +376,11 @@ def _on_traces(material: Material) -> list[Agreement]:
     return found
 
 
-def _on_replies(material: Material, labels: Sequence[Annotation]) -> list[Agreement]:
-    """On replies of the model that writes the traces, unsteered and under its own vector at the experiment's layer."""
+def _on_replies(material: Material, labels: Sequence[Annotation]) -> Table:
+    """On replies of the model that writes the traces, unsteered and under its own vector at the experiment's layer.
+
+    F1 has the intervals that decide the claim as well.
+    """
     e = material.experiment
     own = (e.vectors.label, e.author, e.steering.main_layer, window_name(e.vectors.window))
     kept = []
@@ -342,7 +391,16 @@ def _on_replies(material: Material, labels: Sequence[Annotation]) -> list[Agreem
     traces, strengths = reply_traces(material.replies)
     traces = [traces[number] for number in kept]
     by_keyword = [annotate(trace) for trace in traces]
-    return agreement(traces, [labels[n] for n in kept], by_keyword, unit="sentence", groups=strengths)
+
+    def compared(level: float) -> list[Agreement]:
+        by_judge = [labels[n] for n in kept]
+        return agreement(traces, by_judge, by_keyword, unit="sentence", groups=strengths, level=level)
+
+    table = _table(compared(0.95))
+    for name, level in _LEVELS.items():
+        for line, row in zip(table, compared(level), strict=True):
+            line |= {f"f1_low_{name}": row.f1.low, f"f1_high_{name}": row.f1.high}
+    return table
 
 
 def _table(found: Sequence[Agreement]) -> Table:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from backtrack_jax.analysis.claims import Claim
 from backtrack_jax.analysis.plots import Plot
 from backtrack_jax.analysis.results import Results
 from backtrack_jax.config import Experiment
@@ -175,6 +176,11 @@ class Analysis:
         """Key of report/reference.json -> what this run gave in place of the paper's number, as text."""
         del r
         return {}
+
+    def claims(self, r: Results) -> Sequence[Claim]:
+        """Claims of the paper that its numbers settle, or leave open; none of what was not sampled."""
+        del r
+        return []
 
     def plan(self, planned: Planned) -> str:
         """What it asks of one model, in words; empty if it reads none."""

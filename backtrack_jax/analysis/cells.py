@@ -1,13 +1,16 @@
 """What figures, sentences and tables say of cells, the conditions of a sweep with their rates."""
 
+import hashlib
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Container, Iterable, Sequence
+from typing import Any, NamedTuple
 
+from backtrack_jax.analysis import replies
 from backtrack_jax.analysis.plots import Series
 from backtrack_jax.analysis.results import Cell, Results, extent
 from backtrack_jax.analysis.statistics import NAN
-from backtrack_jax.data.records import UNSTEERED
+from backtrack_jax.data.records import UNSTEERED, Condition
+from backtrack_jax.files.tables import Table
 from backtrack_jax.kinds import parse
 
 MEASURES = (
@@ -18,12 +21,9 @@ MEASURES = (
 """Columns of rates.csv with what stands at the axis, and the factor."""
 
 INTERVAL = "Bars: 95 % bootstrap interval over problems"
-# Of 3000 draws from the unsteered replies of configs/organism.py's reasoning model; other cells are alike.
-TOO_NARROW = (
-    "too narrow where these are few (drawn from the shipped run's unsteered replies, intervals of 24, 12, 8 and 4 "
-    "problems held the true rate in .92, .90, .89 and .83 of cases)"
-)
-RATE_INTERVAL = f"{INTERVAL}, {TOO_NARROW}; a rate of 0 has none."
+RATE_INTERVAL = "Bars: 95 % intervals over problems (Clopper-Pearson at the effective sample size)."
+TOO_FEW = "fewer than 4 problems"
+"""Said in place of a maximum where there are too few problems for two halves."""
 
 _UNITS = {
     "absolute": "magnitude = norm added (mean residual norm {norm:.3g})",
@@ -32,16 +32,66 @@ _UNITS = {
 }
 
 
-def highest(cells: Sequence[Cell], *, either_way: bool = False) -> Cell | None:
-    """The steered cell that has the highest rate; of ties, the most steered.
+class Highest(NamedTuple):
+    """The cell that was chosen for its rate, measured on problems that did not choose it.
+
+    Attributes:
+      cell: over the problems of the second half.
+      unsteered: the unsteered cell of the same model, over the same problems; None if it was not sampled.
+    """
+
+    cell: Cell
+    unsteered: Cell | None
+
+
+def highest(r: Results, cells: Sequence[Cell], *, either_way: bool = False) -> Highest | None:
+    """The steered cell that has the highest rate, without the luck that made it the highest.
+
+    Of many cells that are equal in truth the highest shows a multiple of their rate. So the problems that all cells
+    have, and the unsteered cell of their model, are split in halves; the first chooses, the second measures.
 
     Args:
-      cells: lines of rates.csv.
+      r: the results.
+      cells: lines of rates.csv, of one steered model.
       either_way: whether negative magnitudes count too, as they have to where a direction's sign means nothing: noise,
         random directions, and whatever a vector is compared with. Else cells steered along the direction alone do.
+
+    Returns:
+      The cell; of ties, the most steered. None if there is none, or fewer than two problems in a half.
     """
-    steered = (c for c in cells if c["kind"] != UNSTEERED and (c["magnitude"] > 0 or either_way))
-    return max(steered, key=lambda cell: (cell["rate"], abs(cell["magnitude"])), default=None)
+    tried = steered(cells, either_way=either_way)
+    if not tried:
+        return None
+    plain = r.unsteered(tried[0]["target"])
+    of_cell = replies.by_cell(r.tables["replies"])
+    members = {Condition.of(cell): of_cell[Condition.of(cell)] for cell in [*tried, *([plain] if plain else [])]}
+    first, second = halves(set.intersection(*({line["problem_id"] for line in of} for of in members.values())))
+    if len(first) < 2 or len(second) < 2:
+        return None
+    measured = [
+        {Condition.of(cell): cell for cell in _over(half, members.values())} for half in (set(first), set(second))
+    ]
+    names = [Condition.of(cell) for cell in tried]
+    best = max(names, key=lambda name: (measured[0][name]["rate"], abs(name.magnitude)))
+    return Highest(measured[1][best], measured[1][Condition.of(plain)] if plain else None)
+
+
+def steered(cells: Sequence[Cell], *, either_way: bool = False) -> list[Cell]:
+    """The cells that are steered along the direction, or either way."""
+    return [c for c in cells if c["kind"] != UNSTEERED and (c["magnitude"] > 0 or either_way)]
+
+
+def halves(problems: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Two halves of some problems, the same ones whenever the problems are; the first is the larger one.
+
+    By turns, in the order of a hash of the names, so that categories that follow one another are in both.
+    """
+    order = sorted(problems, key=lambda name: hashlib.sha256(name.encode()).digest())
+    return order[::2], order[1::2]
+
+
+def _over(problems: Container[str], members: Iterable[Sequence[replies.Line]]) -> Table:
+    return replies.summarise([line for of in members for line in of if line["problem_id"] in problems])
 
 
 def under_own_vectors(r: Results, target: str) -> list[Cell]:
@@ -50,18 +100,12 @@ def under_own_vectors(r: Results, target: str) -> list[Cell]:
 
 
 def interval(cell: Cell) -> str:
-    """95 % interval of a cell's rate in % of words; empty where there is none.
-
-    Problems without a hit, drawn again, never have one: there the bootstrap would be sure of 0. The rule of three says
-    how high the rate may be: 3 / words.
-    """
-    if cell["n_words"] and not cell["n_hits"]:
-        return f"no hit in {cell['n_words']} words: at most {min(100, 300 / cell['n_words']):.2f}"
+    """95 % interval of a cell's rate in % of words; empty where there are no words."""
     return "" if math.isnan(cell["low"]) else f"{100 * cell['low']:.2f} to {100 * cell['high']:.2f}"
 
 
 def rate(cell: Cell) -> str:
-    """Rate of a cell in % of words, with its interval where there is one."""
+    """Rate of a cell in % of words, with its interval."""
     bounds = interval(cell)
     return percent(cell["rate"]) + (f" ({bounds})" if bounds else "")
 
@@ -74,6 +118,11 @@ def percent(share: float) -> str:
 def at_magnitude(cell: Cell) -> str:
     """Rate of a cell, and the magnitude that it was reached at."""
     return f"{rate(cell)} at magnitude {cell['magnitude']:g}"
+
+
+def by_halves(found: Highest) -> str:
+    """Of how many problems the highest rate is, to be appended."""
+    return f", {found.cell['n_problems']} problems that did not choose it"
 
 
 def on_fewer(r: Results, cell: Cell) -> str:

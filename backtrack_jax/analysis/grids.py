@@ -1,12 +1,15 @@
 """Sweeps of the experiment's vector over offsets (Fig. 2) and layers (Fig. B.1), and of every kind over layers."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 
-from backtrack_jax.analysis import cells
+from backtrack_jax.analysis import cells, dose, replies
 from backtrack_jax.analysis.base import Analysis
+from backtrack_jax.analysis.claims import Claim, measured
 from backtrack_jax.analysis.plots import Heat, Panel, Plot, line_of
 from backtrack_jax.analysis.results import PAPER_LABEL, Cell, Results
-from backtrack_jax.data.records import UNSTEERED, window_name
+from backtrack_jax.analysis.statistics import NAN, Region, paired_interval, ratio_interval
+from backtrack_jax.data.records import UNSTEERED, Condition, window_name
 
 
 class Grids(Analysis):
@@ -21,6 +24,13 @@ class Grids(Analysis):
     def reference(self, r: Results) -> dict[str, str]:
         """The best offset and the best layers."""
         return best_places(r) if r.label == PAPER_LABEL else {}
+
+    def claims(self, r: Results) -> Sequence[Claim]:
+        """That the vector is read before the section, and in the first two thirds of the layers."""
+        if r.label != PAPER_LABEL:
+            return []
+        made = [offset_claim(r), *(layer_claim(r, source) for source in r.roles)]
+        return [claim for claim in made if claim]
 
 
 GRIDS = Grids()
@@ -149,17 +159,116 @@ def kinds_by_layer(r: Results) -> Plot | None:
 
 def best_places(r: Results) -> dict[str, str]:
     """Highest rate over offsets, and at offset 0; the layer of the highest rate of either model's vectors."""
-    found, windows = {}, _windows(r)
-    swept = [cell for cell in offset_cells(r) if cell["kind"] != UNSTEERED]
-    if best := cells.highest(swept):
-        at = f"offset {windows[best['window']]}, magnitude {best['magnitude']:g}" if best["rate"] else "every offset"
-        found["best_offset"] = f"{cells.rate(best)} at {at}{cells.on_fewer(r, best)}"
-    if best := cells.highest([cell for cell in swept if windows[cell["window"]] == 0]):
-        found["offset_zero"] = cells.at_magnitude(best) + cells.on_fewer(r, best)
-    by_layer = layer_cells(r)
-    for source in r.roles:
-        if best := cells.highest([cell for cell in by_layer if cell["source"] == source]):
-            which = f"{best['layer']} of {r.n_layers}" if best["rate"] else "none"
-            share = f"{cells.percent(best['rate'])} % of words{cells.on_fewer(r, best)}"
-            found[f"best_layer_{source}"] = f"{which} ({share})"
-    return found
+    windows = _windows(r)
+    swept, by_layer = cells.steered(offset_cells(r)), cells.steered(layer_cells(r))
+
+    def offset(best: Cell) -> str:
+        return f"{cells.rate(best)} at offset {windows[best['window']]}, magnitude {best['magnitude']:g}"
+
+    def layer(best: Cell) -> str:
+        return f"{best['layer']} of {r.n_layers} ({cells.rate(best)} % of words)"
+
+    asked: dict[str, tuple[list[Cell], Callable[[Cell], str]]] = {
+        "best_offset": (swept, offset),
+        "offset_zero": ([cell for cell in swept if windows[cell["window"]] == 0], cells.at_magnitude),
+    }
+    asked |= {f"best_layer_{s}": ([cell for cell in by_layer if cell["source"] == s], layer) for s in r.roles}
+    return {key: _best(r, tried, say) for key, (tried, say) in asked.items() if tried}
+
+
+def _best(r: Results, tried: Sequence[Cell], say: Callable[[Cell], str]) -> str:
+    if not any(cell["n_hits"] for cell in tried):
+        return f"none: no hit in {sum(cell['n_words'] for cell in tried)} words"
+    best = cells.highest(r, tried)
+    return say(best.cell) + cells.by_halves(best) if best else cells.TOO_FEW
+
+
+def offset_claim(r: Results) -> Claim | None:
+    """Rate under the vector of the run's own window over that of the vector read where sections start."""
+    chosen, e = dose.of_run(r), r.experiment
+    if chosen is None or 0 not in e.steering.offsets:
+        return None
+    windows = [r.window, window_name(e.vectors.window_at(0))]
+    sampled = {
+        (cell["window"], cell["magnitude"]): cell
+        for cell in r.tables["rates"]
+        if (cell["target"], cell["kind"], cell["source"]) == (r.author, r.label, r.author) and cell["layer"] == r.layer
+    }
+    both = [m for m in _magnitudes(r) if m > 0 and all((window, m) in sampled for window in windows)]
+    at = max((m for m in both if m <= chosen.cell["magnitude"]), default=min(both, default=None))
+    if at is None or windows[0] == windows[1]:
+        return None
+    of_cell = replies.by_cell(r.tables["replies"])
+    counts = replies.shared(of_cell, [Condition.of(sampled[window, at]) for window in windows])
+    own, zero = counts.rates
+    return measured(
+        "offset",
+        "The vector works if it is read before the section, not where the section starts.",
+        figure="fig2_offsets",
+        where="Fig. 2",
+        rule=f"rate under the vector read at {windows[0]}, which the config set beforehand, over that under the one "
+        f"read at {windows[1]}, at least 1.5, {dose.RULE}",
+        estimate=own / zero if zero else float("inf") if own else NAN,
+        interval=ratio_interval(counts.hits, counts.words, [1, 0], [0, 1], level=dose.LEVEL),
+        unit="times the rate at offset 0",
+        region=Region(low=1.5),
+        n=len(counts.problems),
+        note=f"magnitude {at:g}, layer {r.layer}: {100 * own:.2f} and {100 * zero:.2f} % of words",
+    )
+
+
+def layer_claim(r: Results, source: str) -> Claim | None:
+    """Which layers are excluded as the best one, each at the dose of its own."""
+    plain, found = r.unsteered(r.author), layer_cells(r)
+    if plain is None:
+        return None
+    of_cell = replies.by_cell(r.tables["replies"])
+    doses = []
+    for layer in sorted(r.experiment.steering.layers):
+        curve = [cell for cell in found if (cell["source"], cell["layer"]) == (source, layer)]
+        if (of_layer := dose.choose(of_cell, curve, plain)) and of_layer.coherence.high >= dose.COHERENT:
+            doses.append(of_layer.cell)
+    if len(doses) < 2:
+        return None
+    counts = replies.shared(of_cell, [Condition.of(cell) for cell in doses])
+    kept = not_excluded(counts)
+    layers = [cell["layer"] for cell in doses]
+    best, depth = layers[int(counts.rates.argmax())], r.n_layers
+    excluded = [layer for number, layer in enumerate(layers) if number not in kept]
+    incoherent = set(r.experiment.steering.layers) - set(layers)
+    claim = measured(
+        f"layer_{source}",
+        f"Of {source}-derived vectors those of early and middle layers work best.",
+        figure="figB1_layers",
+        where="Fig. B.1",
+        rule="every layer that is not excluded as the best (another one's rate is higher: paired intervals over "
+        f"problems, error .05 for all others together) lies below 2/3 of the depth; each {dose.RULE}",
+        estimate=best / depth,
+        interval=(layers[min(kept)] / depth, layers[max(kept)] / depth) if kept else (NAN, NAN),
+        unit="share of the depth (interval: layers that are not excluded)",
+        region=Region(high=2 / 3),
+        n=len(counts.problems),
+        note=f"highest rate at layer {best} of {depth}; compared: {_listed(layers)}; excluded as the best: "
+        f"{_listed(excluded)}; incoherent at every magnitude: {_listed(incoherent)}",
+    )
+    return dataclasses.replace(claim, detectable=NAN)
+
+
+def not_excluded(counts: replies.Counts) -> list[int]:
+    """Numbers of the cells that may be the best: of no other one the rate is higher for sure.
+
+    The level of these comparisons is shared among all other cells (Bonferroni), so that the best one is excluded in at
+    most one case of twenty.
+    """
+    numbers = range(len(counts.hits))
+    level = 1 - (1 - dose.LEVEL) / (len(numbers) - 1)
+
+    def higher(one: int, other: int) -> bool:
+        pair = [one, other]
+        return paired_interval(counts.hits[pair], counts.words[pair], [1, -1], level=level)[0] > 0
+
+    return [one for one in numbers if not any(higher(other, one) for other in numbers if other != one)]
+
+
+def _listed(layers: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(layers))) or "none"

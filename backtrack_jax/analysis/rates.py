@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from backtrack_jax.analysis import cells, coherence, judged, logit_lens, replies
+from backtrack_jax.analysis import cells, coherence, judged, logit_lens, rate_claims, replies
 from backtrack_jax.analysis.base import Analysis, Material, Planned
+from backtrack_jax.analysis.claims import Claim
 from backtrack_jax.analysis.plots import COLOURS, MARKERS, Panel, Plot, Series, line_of
 from backtrack_jax.analysis.results import PAPER_LABEL, Cell, Results, extent
 from backtrack_jax.config import SteeringSpec
@@ -29,6 +30,7 @@ class Rates(Analysis):
     """A line per reply, per condition, and per condition and problem."""
 
     name = "rates"
+    version = 2  # other intervals; the effect and the rate of keyword tokens are pooled
     reads = (judged.JUDGED.name,)
     tables = (_REPLIES, "rates", "effects")
 
@@ -46,7 +48,7 @@ class Rates(Analysis):
         """Counts words, and sums up."""
         file = folder / f"{_REPLIES}.csv"
         lines = tables.read(file) if file.exists() else _measured(material, folder)
-        summary = replies.summarise(lines, seed=material.experiment.seed)
+        summary = replies.summarise(lines)
         return {_REPLIES: lines, "rates": summary, "effects": replies.effects(lines)}
 
     def plots(self, r: Results) -> Sequence[Plot | None]:
@@ -60,6 +62,10 @@ class Rates(Analysis):
     def reference(self, r: Results) -> dict[str, str]:
         """Highest rates: of the vectors of the paper's label, and of what they are compared with."""
         return (_reached(r) if r.label == PAPER_LABEL else {}) | _baselines_reached(r)
+
+    def claims(self, r: Results) -> Sequence[Claim]:
+        """Whether the vectors work, comparably, unlike controls, and backwards."""
+        return rate_claims.claims(r)
 
     def plan(self, planned: Planned) -> str:
         """Likelihoods of all replies."""
@@ -268,20 +274,25 @@ def _steering(r: Results) -> list[str]:
     author, plain = r.author, r.unsteered(r.author)
     reached, texts = [], []
     for source in r.roles:
-        if best := cells.highest(r.cells(author, r.label, source)):
-            before, cell = r.beside_unsteered(best)
-            text = f"{cells.rate(cell)} % at magnitude {cell['magnitude']:g} with the {source}-derived {r.label} vector"
-            if before and cell["n_problems"] < r.n_problems:
-                text += f" (on {cell['n_problems']} problems, and {cells.rate(before)} % unsteered on these)"
+        if best := cells.highest(r, r.cells(author, r.label, source)):
+            text = f"{cells.rate(best.cell)} % at magnitude {best.cell['magnitude']:g}"
+            text += f" with the {source}-derived {r.label} vector (on {best.cell['n_problems']} problems"
+            text += f", and {cells.rate(best.unsteered)} % unsteered on these)" if best.unsteered else ")"
             reached.append(text)
     if reached and plain:
         on = cells.on_fewer(r, plain)
         texts.append(f"Unsteered, the {author} model says wait or hmm in {cells.rate(plain)} % of its words{on}.")
     if reached:
         says = "it says so" if plain else f"the {author} model says wait or hmm"
-        texts.append(f"Steered, {says} in up to {', and '.join(reached)} (in brackets 95 % intervals over problems).")
-    if author != "base" and "base" in r.roles and (best := cells.highest(cells.under_own_vectors(r, "base"))):
-        texts.append(f"The base model reached at most {cells.rate(best)} % with either vector.")
+        texts.append(
+            f"Steered, {says} in {', and '.join(reached)}: in brackets 95 % intervals over problems; one half of the "
+            "problems chose the magnitude, rates are of the other."
+        )
+    if author != "base" and "base" in r.roles and (best := cells.highest(r, cells.under_own_vectors(r, "base"))):
+        texts.append(
+            f"The base model reached {cells.rate(best.cell)} % with the vector and the magnitude that did most on the "
+            "other half of the problems."
+        )
     return texts
 
 
@@ -291,31 +302,31 @@ def _others(r: Results) -> str:
     noun = "direction" if all(parse(kind).what is ADD for kind in others) else "intervention"
     directions = f"{len(others)} other {noun}{'s' * (len(others) > 1)}"
     directions += " of equal norm" if _equally_long(s, others) else ""
-    best = _highest_of_kinds(r, others)
+    tried = _of_kinds(r, others)
+    if tried and not any(cell["n_hits"] for cell in tried):
+        return f"None of {directions} on the {r.author} model made it say so."
+    best = cells.highest(r, tried, either_way=True)
     if not best:
         return ""
-    if not best["rate"]:
-        return f"None of {directions} on the {r.author} model made it say so."
     return (
-        f"Of {directions} on the {r.author} model, {best['kind']} reached most: "
-        f"{cells.rate(best)} % at magnitude {best['magnitude']:g}."
+        f"Of {directions} on the {r.author} model, {best.cell['kind']} reached most on one half of the problems: "
+        f"{cells.rate(best.cell)} % at magnitude {best.cell['magnitude']:g} on the other."
     )
 
 
-def _highest_of_kinds(r: Results, kinds: Sequence[str]) -> Cell | None:
-    """The highest cell of what a vector is compared with, from the steered model's own activations or from none."""
-    tried = [cell for kind in kinds for source in (r.author, "") for cell in r.cells(r.author, kind, source)]
-    return cells.highest(tried, either_way=True)
+def _of_kinds(r: Results, kinds: Sequence[str]) -> list[Cell]:
+    """Steered cells of what a vector is compared with, from the steered model's own activations or from none."""
+    found = [cell for kind in kinds for source in (r.author, "") for cell in r.cells(r.author, kind, source)]
+    return cells.steered(found, either_way=True)
 
 
 def _highest(r: Results) -> tuple[Cell, Cell] | None:
     """The unsteered cell of the model that writes the traces, and its highest one under the experiment's vectors.
 
-    Both over the problems that both have; None if one of them was not sampled.
+    Both over the half of the problems that did not choose it; None if one of them was not sampled.
     """
-    best = cells.highest(cells.under_own_vectors(r, r.author))
-    plain, best = r.beside_unsteered(best) if best else (None, None)
-    return (plain, best) if plain and best else None
+    best = cells.highest(r, cells.under_own_vectors(r, r.author))
+    return (best.unsteered, best.cell) if best and best.unsteered else None
 
 
 def _by_the_judge(r: Results) -> str:
@@ -351,13 +362,17 @@ def _reached(r: Results) -> dict[str, str]:
     """Highest rates under the experiment's vectors, on both models."""
     found = {}
     for source in r.roles:
-        if best := cells.highest(r.cells(r.author, r.label, source)):
-            plain, best = r.beside_unsteered(best)
-            start = f"{cells.percent(plain['rate'])}, then " if plain else ""
-            found[f"{source}_on_{r.author}"] = start + cells.at_magnitude(best) + cells.on_fewer(r, best)
-    if "base" in r.roles and (best := cells.highest(cells.under_own_vectors(r, "base"))):
-        found["on_base"] = cells.at_magnitude(best)
+        if own := cells.steered(r.cells(r.author, r.label, source)):
+            best = cells.highest(r, own)
+            start = f"{cells.percent(best.unsteered['rate'])}, then " if best and best.unsteered else ""
+            found[f"{source}_on_{r.author}"] = start + _shown(best)
+    if "base" in r.roles and (own := cells.steered(cells.under_own_vectors(r, "base"))):
+        found["on_base"] = _shown(cells.highest(r, own))
     return found
+
+
+def _shown(best: cells.Highest | None) -> str:
+    return cells.at_magnitude(best.cell) + cells.by_halves(best) if best else cells.TOO_FEW
 
 
 def _baselines_reached(r: Results) -> dict[str, str]:
@@ -368,7 +383,8 @@ def _baselines_reached(r: Results) -> dict[str, str]:
         "self-amplification": ("self-amplification",),
         "other_baselines": ("overall-mean", "deduction", "initializing"),
     }.items():
-        if best := _highest_of_kinds(r, [kind for kind in kinds if kind != r.label]):
-            named = f" ({best['kind']})" if len(kinds) > 1 else ""
-            found[key] = f"{cells.at_magnitude(best)}{named}{cells.on_fewer(r, best)}"
+        if tried := _of_kinds(r, [kind for kind in kinds if kind != r.label]):
+            best = cells.highest(r, tried, either_way=True)
+            named = f" ({best.cell['kind']})" if best and len(kinds) > 1 else ""
+            found[key] = _shown(best) + named
     return found

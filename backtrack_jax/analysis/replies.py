@@ -2,12 +2,12 @@
 
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from backtrack_jax.analysis import backtracking
-from backtrack_jax.analysis.statistics import NAN, bootstrap_interval, contrast_interval
+from backtrack_jax.analysis.statistics import NAN, mean_interval, paired_interval, rate_interval
 from backtrack_jax.data.records import UNSTEERED, Annotation, Condition, Reply, Section
 from backtrack_jax.files.tables import Table
 from backtrack_jax.judges import keyword
@@ -112,7 +112,7 @@ def effects(lines: Sequence[Line]) -> Table:
 
 
 def contrast(
-    lines: Sequence[Line], factors: Mapping[Condition, float], *, seed: int = 0
+    lines: Sequence[Line], factors: Mapping[Condition, float], *, level: float = 0.95
 ) -> tuple[float, tuple[float, float]]:
     """A sum of factors times the rates of conditions, over the problems that all of them have.
 
@@ -121,25 +121,59 @@ def contrast(
     Args:
       lines: of replies.csv.
       factors: condition -> factor.
-      seed: of the bootstrap.
+      level: coverage of the interval.
 
     Returns:
-      The value, in the unit of the rate, and its 95 % bootstrap interval over problems, in which all conditions have
-      the same ones.
+      The value, in the unit of the rate, and its interval (`statistics.paired_interval`).
 
     Raises:
       ValueError: a condition without replies, or no problem that all conditions have.
     """
-    cells = by_cell(lines)
-    if absent := [cell for cell in factors if cell not in cells]:
-        raise ValueError(f"no reply was sampled under {absent[0].name}")
-    of_cell = [(factor, _by_problem(cells[cell])) for cell, factor in factors.items()]
-    shared = sorted(set.intersection(*(set(found) for _, found in of_cell)))
-    if not shared:
+    counts = shared(by_cell(lines), list(factors))
+    if not counts.problems:
         raise ValueError("no problem was asked under all of these conditions")
-    counted = [(factor, np.array([found[name] for name in shared], float).T) for factor, found in of_cell]
-    value = sum(factor * _rate(hits.sum(), words.sum()) for factor, (hits, words) in counted)
-    return value, contrast_interval([(factor, hits, words) for factor, (hits, words) in counted], seed=seed)
+    weights = np.array(list(factors.values()))
+    interval = paired_interval(counts.hits, counts.words, weights, level=level)
+    return float(weights @ counts.rates), interval
+
+
+class Counts(NamedTuple):
+    """What conditions count over the problems that all of them have.
+
+    Attributes:
+      problems: P ids, sorted.
+      hits: [C, P], summed over the replies to a problem.
+      words: [C, P].
+    """
+
+    problems: list[str]
+    hits: np.ndarray
+    words: np.ndarray
+
+    @property
+    def rates(self) -> np.ndarray:
+        """Pooled rates, [C]; 0 without a word."""
+        return np.array([_rate(*sums) for sums in zip(self.hits.sum(1), self.words.sum(1), strict=True)])
+
+
+def shared(cells: Mapping[Condition, Sequence[Line]], conditions: Sequence[Condition]) -> Counts:
+    """Hits and words of some conditions, problem by problem.
+
+    Args:
+      cells: replies of each condition, see `by_cell`.
+      conditions: C of them.
+
+    Raises:
+      ValueError: a condition without replies.
+    """
+    if absent := [cell for cell in conditions if cell not in cells]:
+        raise ValueError(f"no reply was sampled under {absent[0].name}")
+    sums = [_by_problem(cells[cell]) for cell in conditions]
+    problems = sorted(set.intersection(*map(set, sums)))
+    hits, words = (
+        np.array([[of[name][i] for name in problems] for of in sums], float).reshape(len(sums), -1) for i in range(2)
+    )
+    return Counts(problems, hits, words)
 
 
 def _by_problem(members: Iterable[Line]) -> dict[str, tuple[int, int]]:
@@ -151,50 +185,50 @@ def _by_problem(members: Iterable[Line]) -> dict[str, tuple[int, int]]:
     return sums
 
 
-def _rate(hits: float, words: float) -> float:
-    return float(hits / words) if words else 0.0
+def _rate(hits: float, words: float, empty: float = 0.0) -> float:
+    return float(hits / words) if words else empty
 
 
-def summarise(lines: Sequence[Line], *, seed: int = 0) -> Table:
+def summarise(lines: Sequence[Line]) -> Table:
     """One line per condition.
 
     Returns:
       The condition, with `unit`, `span`; `rate` (Eq. 1, pooled over replies); `mean_rate` and `std_rate` of the single
-      replies (the paper's bars); the variants `substring_rate`, `token_rate`, `sentence_rate`, and `judge_rate`, the
-      share of sentences that the other judge calls backtracking, of the `n_judged` replies that it labelled (NaN if
-      none); counts; the coherence, as means over replies; `effect` (mean over problems of the difference from the
-      unsteered model), and `share_lowered`, the problems on which the condition lowered the rate. `low` and `high` are
-      the ends of the 95 % bootstrap interval over problems of `rate`; those of another measure begin with its name, as
-      in `effect_low`.
+      replies (the paper's bars); the variants `substring_rate`, `token_rate`, `sentence_rate`, pooled too, and
+      `judge_rate`, the share of sentences that the other judge calls backtracking, of the `n_judged` replies that it
+      labelled (NaN if none); counts; the coherence, as means over replies; and `effect`, the pooled rate less that of
+      the unsteered model on the problems that both have. `low` and `high` are the ends of the 95 % interval over
+      problems of `rate`; those of another measure begin with its name, as in `effect_low`. They are those of
+      `statistics`: `rate_interval`, `mean_interval`, and of the effect `paired_interval`.
     """
-    changed = by_cell(effects(lines))
+    cells = by_cell(lines)
+    plain = {cell.target: cell for cell in cells if cell.kind == UNSTEERED}
     return [
-        _condition(members) | _summary(members, seed) | _effect(changed.get(cell, []), seed)
-        for cell, members in by_cell(lines).items()
+        _condition(members) | _summary(members) | _effect(cells, cell, plain.get(cell.target))
+        for cell, members in cells.items()
     ]
 
 
-def _summary(members: Sequence[Line], seed: int) -> dict[str, Any]:
+def _summary(members: Sequence[Line]) -> dict[str, Any]:
     names, group = np.unique([line["problem_id"] for line in members], return_inverse=True)
 
     def column(name: str) -> np.ndarray:
         return np.array([line[name] for line in members], float)
 
     def ratio(name: str, above: np.ndarray, below: np.ndarray, empty: float = 0.0) -> dict[str, float]:
-        """Sum over sum, with its interval over problems; if `empty` is NaN, over problems that have a value."""
-        if not below.any():
-            return {name: empty, f"{name}_low": NAN, f"{name}_high": NAN}
-        sums = np.bincount(group, above), np.bincount(group, below)
-        counted = sums[1] > 0 if np.isnan(empty) else np.ones(len(names), bool)
-        low, high = bootstrap_interval(sums[0][counted], sums[1][counted], seed=seed)
-        return {name: float(above.sum() / below.sum()), f"{name}_low": low, f"{name}_high": high}
+        """Sum over sum, with its interval over problems."""
+        low, high = rate_interval(np.bincount(group, above), np.bincount(group, below))
+        return {name: _rate(above.sum(), below.sum(), empty), f"{name}_low": low, f"{name}_high": high}
 
     def mean(name: str) -> dict[str, float]:
+        """Over replies that have a value, with its interval over problems that have one."""
         values = column(name)
         measured = np.isfinite(values)
-        return ratio(name, np.where(measured, values, 0.0), measured.astype(float), NAN)
+        sums, counts = np.bincount(group, np.where(measured, values, 0.0)), np.bincount(group, measured)
+        low, high = mean_interval(sums[counts > 0], counts[counts > 0])
+        return {name: _rate(sums.sum(), counts.sum(), NAN), f"{name}_low": low, f"{name}_high": high}
 
-    hits, words = column("hits"), column("words")
+    hits, words, tokens = column("hits"), column("words"), column("tokens")
     rate = ratio("rate", hits, words)
     rates = np.divide(hits, words, out=np.zeros(len(members)), where=words > 0)
     judged = column("judged_backtracking"), column("judged_sentences")
@@ -205,7 +239,7 @@ def _summary(members: Sequence[Line], seed: int) -> dict[str, Any]:
         "mean_rate": float(rates.mean()),
         "std_rate": float(rates.std()),
         **ratio("substring_rate", column("substring_hits"), column("substring_words")),
-        **mean("token_rate"),
+        **ratio("token_rate", np.rint(tokens * column("token_rate")), tokens),
         **ratio("sentence_rate", column("keyword_sentences"), column("sentences")),
         **ratio("judge_rate", *judged, empty=NAN),
         "n_replies": len(members),
@@ -220,10 +254,8 @@ def _summary(members: Sequence[Line], seed: int) -> dict[str, Any]:
     }
 
 
-def _effect(members: Sequence[Line], seed: int) -> dict[str, float]:
-    if not members:
-        return dict.fromkeys(("effect", "effect_low", "effect_high", "share_lowered"), NAN)
-    values = np.array([line["effect"] for line in members])
-    low, high = bootstrap_interval(values, np.ones(len(values)), seed=seed)
-    lowered = float(np.mean(values < 0))
-    return {"effect": float(values.mean()), "effect_low": low, "effect_high": high, "share_lowered": lowered}
+def _effect(cells: Mapping[Condition, Sequence[Line]], cell: Condition, plain: Condition | None) -> dict[str, float]:
+    if plain is None or cell == plain or not (counts := shared(cells, [cell, plain])).problems:
+        return dict.fromkeys(("effect", "effect_low", "effect_high"), NAN)
+    low, high = paired_interval(counts.hits, counts.words, [1, -1])
+    return {"effect": float(counts.rates @ [1, -1]), "effect_low": low, "effect_high": high}

@@ -125,13 +125,7 @@ class Results:
         of_cell = [members[Condition.of(cell)] for cell in cells]
         shared = set.intersection(*({line["problem_id"] for line in lines} for lines in of_cell))
         kept = [line for lines in of_cell for line in lines if line["problem_id"] in shared]
-        return replies.summarise(kept, seed=self.experiment.seed)
-
-    def beside_unsteered(self, cell: Cell) -> tuple[Cell | None, Cell]:
-        """The unsteered cell of the same model, if it was sampled, and the cell, over the problems that both have."""
-        plain = self.unsteered(cell["target"])
-        both = self.on_shared_problems([plain, cell] if plain else [cell])
-        return (both[0] if plain else None), both[-1]
+        return replies.summarise(kept)
 
 
 def extent(lines: Sequence[dict[str, Any]], name: str) -> str:

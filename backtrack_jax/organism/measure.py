@@ -13,7 +13,7 @@ from sklearn import linear_model
 from backtrack_jax import extract, generate, vectors
 from backtrack_jax.analysis import activations
 from backtrack_jax.analysis.backtracking import count_keywords
-from backtrack_jax.analysis.statistics import bootstrap_interval
+from backtrack_jax.analysis.statistics import rate_interval
 from backtrack_jax.data.records import Problem, Trace
 from backtrack_jax.extract import TokenTrace
 from backtrack_jax.intervention import Intervention, no_intervention
@@ -40,7 +40,7 @@ class Cell:
 
     Attributes:
       rate: share of {wait, hmm} among the words (Eq. 1).
-      low: lower end of the 95 % bootstrap interval over problems.
+      low: lower end of its 95 % interval over problems (`statistics.rate_interval`).
       high: its upper end.
       fitting: share of sentences that fit the grammar.
       problems: how many were asked.
@@ -162,7 +162,7 @@ def cell(replies: Sequence[str]) -> Cell:
     counts = [count_keywords(reply) for reply in replies]
     hits, words = [count.hits for count in counts], [count.words for count in counts]
     fits = np.array([judge.fitting(reply) for reply in replies])
-    low, high = bootstrap_interval(hits, words)
+    low, high = rate_interval(hits, words)
     fitting = float(fits[:, 0].sum() / max(1, fits[:, 1].sum()))
     return Cell(sum(hits) / max(1, sum(words)), low, high, fitting, len(replies))
 

@@ -117,7 +117,8 @@ def _replies(r: Results) -> dict[str, Any]:
             reply.problem_id, {"id": reply.problem_id, "problem": reply.problem, "replies": [None] * len(shown)}
         )
         problem["replies"][number[reply.condition]] = {"text": reply.text, "finish_reason": reply.finish_reason}
-    best, plain = cells.highest(cells.under_own_vectors(r, r.author)), r.unsteered(r.author)
+    own, plain = cells.steered(cells.under_own_vectors(r, r.author)), r.unsteered(r.author)
+    best = max(own, key=lambda cell: (cell["rate"], cell["magnitude"]), default=None)
     return {
         "conditions": [{"name": _name(cell), "numbers": _numbers(cell)} for cell in shown],
         "problems": list(problems.values()),

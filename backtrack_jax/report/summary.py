@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from backtrack_jax.analysis.base import Analysis
-from backtrack_jax.analysis.cells import TOO_NARROW, interval
+from backtrack_jax.analysis.cells import interval
 from backtrack_jax.analysis.results import Cell, Results
 from backtrack_jax.data.records import UNSTEERED
 from backtrack_jax.kinds import parse
@@ -34,9 +34,8 @@ def _explain(r: Results) -> str:
     s = r.experiment.steering
     return (
         f"Span `{s.span}`; magnitude in unit `{s.unit}`. Rate: share of words in {{wait, hmm}} (Eq. 1), with a 95 % "
-        f"bootstrap interval over problems, {TOO_NARROW}. Where no word is one of them, the upper bound is 3 / words "
-        "(rule of three). Log-likelihood: mean per token under the unsteered model, nats. Repetition: mean share of "
-        "repeated 3-grams."
+        "interval over problems (Clopper-Pearson at the effective sample size). Log-likelihood: mean per token under "
+        "the unsteered model, nats. Repetition: mean share of repeated 3-grams."
     )
 
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from scipy import stats
 from sklearn.metrics import accuracy_score, cohen_kappa_score, f1_score, precision_score, recall_score
 
 from backtrack_jax.analysis.agreement import (
@@ -142,7 +143,8 @@ def test_a_judge_agrees_with_itself(judged):
     for unit in ("section", "sentence"):
         for label in ("backtracking", None):
             row = agreement(traces, reference, reference, unit=unit, label=label)[0]
-            assert {row.precision, row.recall, row.f1, row.kappa} == {(1.0, 1.0, 1.0)}
+            for measure in (row.precision, row.recall, row.f1, row.kappa):
+                assert measure.value == measure.high == 1 and 0.5 < measure.low < 0.99  # which is not certain
 
 
 def test_what_has_no_denominator_is_nan():
@@ -155,39 +157,58 @@ def test_what_has_no_denominator_is_nan():
     assert (empty.n_traces, empty.n_units, empty.left_out_traces) == (0, 0, 4) and math.isnan(empty.f1.value)
     assert "nan" in format_agreement([row, empty])
     alone = agreement(traces[:1], plain[:1], plain[:1], label=None)[0]
-    assert alone.f1.value == 1.0 and math.isnan(alone.f1.low)  # one problem has no interval
+    assert alone.f1.value == 1.0 and alone.f1.low < 0.05  # one problem says next to nothing
 
 
-def test_intervals_are_those_of_drawing_problems_one_by_one():
+def effective_interval(
+    share: float, deviations: list[float], n: float, level: float, most: float = math.inf
+) -> tuple[float, float]:
+    """Clopper and Pearson's, at the size at which a share has the variance of these deviations and of a burst more."""
+    problems = len(deviations)
+    effect = (np.var(deviations, ddof=1) * problems + 4) / (n * share * (1 - share) + 2)
+    size = n / effect * (stats.t.ppf(level / 2 + 0.5, n - 1) / stats.t.ppf(level / 2 + 0.5, problems - 1)) ** 2
+    size, tail = min(most, size), (1 - level) / 2
+    low = float(stats.beta.ppf(tail, size * share, size * (1 - share) + 1))
+    return low, float(stats.beta.isf(tail, size * share + 1, size * (1 - share)))
+
+
+def test_intervals_are_those_of_problems_one_by_one():
     rng = random.Random(2)
     traces = [make_trace(number, rng, f"p{number // 3}") for number in range(24)]  # three traces of each problem
     reference, other = make_judge(traces, rng, "a"), make_judge(traces, rng, "b")
-    row = agreement(traces, reference, other, unit="sentence", level=0.9, n_resamples=20_000)[0]
+    row = agreement(traces, reference, other, unit="sentence", level=0.9)[0]
     assert (row.n_problems, row.n_traces) == (8, 24)
     of_problem = []
     for i in range(0, 24, 3):
         part = slice(i, i + 3)
         true, called, _ = unit_labels(traces[part], reference[part], other[part], "sentence", "backtracking")
         of_problem.append([list(zip(true, called, strict=True)).count((t, c)) for t in (1, 0) for c in (1, 0)])
-    drawn = []
-    for _ in range(20_000):
-        tp, fn, fp, tn = map(sum, zip(*(of_problem[rng.randrange(8)] for _ in range(8)), strict=True))
-        n = tp + fn + fp + tn
+
+    def kappa(counts: np.ndarray) -> float:
+        tp, fn, fp, tn = counts
+        n = counts.sum()
         by_chance = ((tp + fn) * (tp + fp) + (fp + tn) * (fn + tn)) / n**2
-        kappa = ((tp + tn) / n - by_chance) / (1 - by_chance)
-        drawn.append([tp / (tp + fp), tp / (tp + fn), 2 * tp / (2 * tp + fp + fn), kappa])
-    bounds = np.quantile(drawn, [0.05, 0.95], axis=0).T
-    for measure, (low, high) in zip((row.precision, row.recall, row.f1, row.kappa), bounds, strict=True):
-        assert measure.low == pytest.approx(low, abs=0.01)
-        assert measure.high == pytest.approx(high, abs=0.01)
-        assert measure.low < measure.value < measure.high
+        return ((tp + tn) / n - by_chance) / (1 - by_chance)
 
-
-def test_the_interval_depends_on_the_seed_alone(judged):
-    traces, reference, other = judged
-    assert agreement(traces, reference, other, seed=1) == agreement(traces, reference, other, seed=1)
-    first, second = (agreement(traces, reference, other, seed=seed)[0] for seed in (1, 2))
-    assert first.f1.value == second.f1.value and first.f1 != second.f1
+    counts = np.array(of_problem, float)
+    total = counts.sum(0)
+    for measure, above, below in (
+        (row.precision, [1, 0, 0, 0], [1, 0, 1, 0]),
+        (row.recall, [1, 0, 0, 0], [1, 1, 0, 0]),
+        (row.f1, [1, 0, 0, 0], [1, 0.5, 0.5, 0]),
+    ):
+        share = total @ above / (total @ below)
+        assert measure.value == pytest.approx(share)
+        n = total @ below
+        ends = effective_interval(share, list(counts @ above - share * (counts @ below)), n, 0.9, most=n)
+        assert (measure.low, measure.high) == pytest.approx(ends)
+    # Kappa's deviation of a problem, by numerical differences in how much the problem counts.
+    n, step = total.sum(), 1e-6
+    slopes = [(kappa(total + step * of) - kappa(total - step * of)) / (2 * step) for of in counts]
+    differ = (total[1] + total[2]) / n
+    chance = differ / (1 - kappa(total))
+    low, high = effective_interval(differ, [-slope * chance * n for slope in slopes], n, 0.9)
+    assert row.kappa == pytest.approx((kappa(total), 1 - high / chance, 1 - low / chance), rel=1e-5)
 
 
 def test_an_unknown_unit_names_the_accepted_ones(judged):

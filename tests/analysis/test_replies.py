@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from backtrack_jax.analysis import replies
-from backtrack_jax.analysis.statistics import bootstrap_interval, contrast_interval
+from backtrack_jax.analysis.statistics import mean_interval, paired_interval, rate_interval
 from backtrack_jax.data.records import Condition, Reply
 
 LIKELY = {"Wait, no. I am waiting.": -1.0, "So it is.": -3.0, "Hmm. Hmm. Hmm. Hmm.": -2.0, "": math.nan}
@@ -55,17 +55,38 @@ def test_a_condition_by_hand() -> None:
     assert (plain["rate"], plain["n_problems"], plain["log_likelihood"]) == (0.0, 2, -3.0)
     assert math.isnan(plain["effect"])
     assert noise["rate"] == pytest.approx(5 / 12) and noise["n_words"] == 12 and noise["n_hits"] == 5
-    assert (noise["low"], noise["high"]) == bootstrap_interval([1, 4, 0], [8, 4, 0])
-    ends = {name: (noise[f"{name}_low"], noise[f"{name}_high"]) for name in ("log_likelihood", "sentence_rate")}
-    assert ends["log_likelihood"] == bootstrap_interval([-4.0, -2.0], [2, 1])  # problem c has no likelihood
-    assert ends["sentence_rate"] == bootstrap_interval([1, 4, 0], [3, 4, 0])
+    assert (noise["low"], noise["high"]) == rate_interval([1, 4, 0], [8, 4, 0])
+    names = ("log_likelihood", "sentence_rate", "token_rate")
+    ends = {name: (noise[f"{name}_low"], noise[f"{name}_high"]) for name in names}
+    assert ends["log_likelihood"] == mean_interval([-4.0, -2.0], [2, 1])  # problem c has no likelihood
+    assert ends["sentence_rate"] == rate_interval([1, 4, 0], [3, 4, 0])
+    assert (noise["token_rate"], ends["token_rate"]) == (0.5, rate_interval([2, 1, 1], [4, 2, 2]))  # pooled tokens
     assert math.isnan(noise["judge_rate"]) and math.isnan(noise["judge_rate_low"])  # nobody was asked
     assert noise["mean_rate"] == pytest.approx((1 / 5 + 0 + 1 + 0) / 4)
     assert noise["std_rate"] == pytest.approx(0.17**0.5)
     assert noise["log_likelihood"] == pytest.approx(-2.0)  # of the replies that have one
     assert noise["sentence_rate"] == pytest.approx(5 / 7) and noise["repeated_3grams"] == pytest.approx(1 / 8)
-    assert noise["effect"] == pytest.approx(9 / 16) and noise["share_lowered"] == 0
-    assert (noise["effect_low"], noise["effect_high"]) == bootstrap_interval([1 / 8, 1.0], [1, 1])
+    assert noise["effect"] == pytest.approx(5 / 12)  # of the rates of the problems that both have, pooled
+    assert (noise["effect_low"], noise["effect_high"]) == paired_interval([[1, 4], [0, 0]], [[8, 4], [3, 3]], [1, -1])
+
+
+def test_an_effect_is_the_pooled_rate_less_the_unsteered_one_of_the_same_problems() -> None:
+    """A long reply counts as its words do, not as one of two problems."""
+    long = [{**line, "words": 30} if line["problem_id"] == "a" else line for line in ROWS]
+    plain, noise = replies.summarise([line for line in long if line["problem_id"] != "c"])
+    assert noise["effect"] == noise["rate"] - plain["rate"] == pytest.approx(5 / 64)
+    with_c = replies.summarise(long)[1]  # c was never sampled unsteered, and has no words
+    assert with_c["n_problems"] == 3 and with_c["effect"] == noise["effect"]
+
+
+@pytest.mark.parametrize("hits", [0, 1])
+def test_no_cell_has_a_rate_without_width(hits: int) -> None:
+    """Neither where nothing was said, nor where all is the same."""
+    lines = [{**line, "hits": hits * line["words"], "substring_hits": 0, "keyword_sentences": 0} for line in ROWS]
+    for cell in replies.summarise(lines):
+        for name in ("", "substring_rate_", "token_rate_", "sentence_rate_"):
+            assert cell[f"{name}low"] < cell[f"{name}high"]
+        assert math.isnan(cell["effect"]) or cell["effect_low"] < cell["effect_high"]
 
 
 def test_the_order_of_replies_does_not_matter() -> None:
@@ -80,7 +101,7 @@ def test_a_contrast_is_over_the_problems_that_all_its_conditions_have() -> None:
     noise, plain = condition("noise", 1.0), condition("unsteered", 0.0)
     value, interval = replies.contrast(ROWS, {noise: 1, plain: -1})
     assert value == pytest.approx(5 / 12)  # nothing is said unsteered
-    assert interval == contrast_interval([(1, [1, 4], [8, 4]), (-1, [0, 0], [3, 3])])
+    assert interval == paired_interval([[1, 4], [0, 0]], [[8, 4], [3, 3]], [1, -1])
     assert replies.contrast(ROWS, {noise: 2})[0] == pytest.approx(10 / 12)
     with pytest.raises(ValueError, match="no reply was sampled under noise at layer 1 of the base model, magnitude 2"):
         replies.contrast(ROWS, {noise: 1, condition("noise", 2.0): -1})

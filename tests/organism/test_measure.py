@@ -1,12 +1,12 @@
 """What the claims are measured with, against plain numpy, scikit-learn and the text itself."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 from sklearn.linear_model import LinearRegression
 from sklearn.metrics.pairwise import cosine_similarity
 
+from backtrack_jax.analysis.backtracking import count_keywords
+from backtrack_jax.analysis.statistics import rate_interval
 from backtrack_jax.data.records import Trace
 from backtrack_jax.extract import WindowPlan, WindowSums
 from backtrack_jax.models import checkpoint
@@ -137,10 +137,13 @@ def test_the_lens_compares_the_keywords_with_all_words(pair: Pair) -> None:
 def test_coherence_and_rate_of_a_cell(traces: list[Trace]) -> None:
     good = [trace.text for trace in traces]
     words = [word.strip(".,:;").lower() for text in good for word in text.split() if any(map(str.isalpha, word))]
+    counts = [count_keywords(text) for text in good]
     found = measure.cell(good)
     assert found.fitting == 1 and found.problems == len(good)
     assert found.rate == pytest.approx((words.count("wait") + words.count("hmm")) / len(words), rel=0.01)
     assert 0 < found.low <= found.rate <= found.high
     broken = measure.cell([text.replace(" the ", " the the ") for text in good])
     assert broken.fitting < 0.5
-    assert dataclasses.replace(found) == measure.cell(good)  # the interval is the same every time
+    assert (found.low, found.high) == rate_interval([c.hits for c in counts], [c.words for c in counts])
+    silent = measure.cell([text.replace(" Wait", " So").replace(" Hmm", " So") for text in good])
+    assert silent.rate == silent.low == 0 < silent.high < 0.05

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -100,15 +101,22 @@ def test_vector_files_of_one_name_are_told_apart(r: Results) -> None:
 
 def test_what_is_compared_and_counted_is_what_is_drawn(r: Results) -> None:
     """The experiment's own layer is also sampled at other magnitudes, on more problems, for Fig. 3."""
-    rows = [dict(row) for row in r.tables["rates"]]
-    own = [row for row in rows if (row["target"], row["kind"], row["layer"]) == ("reasoning", "backtracking", 1)]
-    for row in (row for row in own if row["window"] == "-5..-2" and row["magnitude"] == 8):
-        row["rate"], row["magnitude"] = 0.9, 9.0  # at no magnitude of the heat map
-    plot = grids.layers(changed(r, "rates", rows))
+    own = ("reasoning", "backtracking", 1, "-5..-2", 8)
+    names = ("target", "kind", "layer", "window", "magnitude")
+    more = copied(r)
+    rows = [
+        row | {"magnitude": 9.0, "hits": row["words"]} if tuple(row[name] for name in names) == own else row
+        for row in more.tables["replies"]
+    ]  # at no magnitude of the heat map
+    moved = changed(changed(more, "replies", rows), "rates", replies.summarise(rows))
+    plot = grids.layers(moved)
     assert plot is not None and plot.panels[0][0].heat is not None
     assert f"{cells.counted([dict(c) for c in plot.rows if c['magnitude'] in (0, 8)])}, the same" in plot.caption
-    best = {row["what"]: row["run"] for row in reference.comparison(changed(r, "rates", rows), ANALYSES)}
-    assert all("90.00" not in best[f"best layer, {source}-derived"] for source in ("base", "reasoning"))
+    best = {row["what"]: row["run"] for row in reference.comparison(moved, ANALYSES)}
+    assert all("100.00 (" not in best[f"best layer, {source}-derived"] for source in ("base", "reasoning"))
+    assert (
+        "then 100.00 (" in best["base-derived vector on the reasoning model: unsteered, then highest rate, % of words"]
+    )
 
 
 def counting(r: Results, hits: dict[tuple[str, float], tuple[int, int, int]]) -> Results:
@@ -131,21 +139,41 @@ def counting(r: Results, hits: dict[tuple[str, float], tuple[int, int, int]]) ->
     return changed(changed(r, "replies", made), "rates", replies.summarise(made))
 
 
+def copied(r: Results, n: int = 4) -> Results:
+    """The results with each problem n times, under other names: enough for two halves."""
+    rows = [row | {"problem_id": f"{row['problem_id']}/{i}"} for i in range(n) for row in r.tables["replies"]]
+    asked = [dataclasses.replace(reply, problem_id=f"{reply.problem_id}/{i}") for i in range(n) for reply in r.replies]
+    more = changed(changed(r, "replies", rows), "rates", replies.summarise(rows))
+    return dataclasses.replace(more, replies=asked)
+
+
+def all_hits(r: Results, kind: str, magnitude: float) -> Results:
+    """The results if every word under a condition were a hit."""
+    rows = [
+        row | {"hits": row["words"]} if (row["kind"], row["magnitude"]) == (kind, magnitude) else row
+        for row in r.tables["replies"]
+    ]
+    return changed(changed(r, "replies", rows), "rates", replies.summarise(rows))
+
+
 def test_rates_are_compared_over_the_same_problems(r: Results) -> None:
     """A cell that only a grid asked for has fewer problems, which may have lower or higher rates."""
     mixed = counting(
         r, {("unsteered", 0): (1, 1, 10), ("backtracking", -4): (1, 1, 10), ("backtracking", 8): (5, 5, -1)}
     )
     assert [cell["magnitude"] for cell in mixed.cells("reasoning", "backtracking", "base")] == [-4, 0]
-    assert not any(text.startswith("Steered") for text in summary.sentences(mixed, ANALYSES))
-    alone = counting(r, {("unsteered", 0): (1, 1, 10), ("backtracking", 8): (2, 2, -1)})
+    assert not any(text.startswith("Steered") for text in summary.sentences(copied(mixed), ANALYSES))
+    alone = copied(counting(r, {("unsteered", 0): (1, 1, 10), ("backtracking", 8): (2, 2, -1)}))
     said = " ".join(summary.sentences(alone, ANALYSES))
-    assert "says wait or hmm in 40.00 (10.00 to 100.00) % of its words." in said
-    on_these = "on 2 problems, and 10.00 (10.00 to 10.00) % unsteered on these"
-    assert f"20.00 (20.00 to 20.00) % at magnitude 8 with the base-derived backtracking vector ({on_these})" in said
+    assert re.search(r"says wait or hmm in 40\.00 \(\S+ to \S+\) % of its words\.", said)
+    # Of the eight problems that both have, four chose.
+    on_these = r"on 4 problems, and 10\.00 \(\S+ to \S+\) % unsteered on these"
+    expected = r"20\.00 \(\S+ to \S+\) % at magnitude 8 with the base-derived backtracking vector"
+    assert re.search(rf"{expected} \({on_these}\)", said)
     found = {row["what"]: row["run"] for row in reference.comparison(alone, ANALYSES)}
     (pair,) = (run for what, run in found.items() if what.startswith("base-derived vector on the reasoning model"))
-    assert pair == "10.00, then 20.00 (20.00 to 20.00) at magnitude 8, 2 problems"
+    shown = r"10\.00, then 20\.00 \(\S+ to \S+\) at magnitude 8, 4 problems that did not choose it"
+    assert re.fullmatch(shown, pair)
 
 
 def test_layers_are_compared_over_the_same_problems(r: Results) -> None:
@@ -156,8 +184,16 @@ def test_layers_are_compared_over_the_same_problems(r: Results) -> None:
     for panel, _ in plot.panels:
         assert panel.heat is not None
         np.testing.assert_allclose(panel.heat.values, [[10, 0], [10, 20], [10, 0]])
-    best = {row["what"]: row["run"] for row in reference.comparison(more, ANALYSES)}
-    assert best["best layer, base-derived"] == "1 of 3 (20.00 % of words, 2 problems)"
+    best = {row["what"]: row["run"] for row in reference.comparison(copied(more), ANALYSES)}
+    shown = r"1 of 3 \(20\.00 \(\S+ to \S+\) % of words\), 4 problems that did not choose it"
+    assert re.fullmatch(shown, best["best layer, base-derived"])
+
+
+def test_too_few_problems_for_two_halves_say_so(r: Results) -> None:
+    """Three problems, two of them in grids; what was not sampled at all is another matter."""
+    found = {row["what"]: row["run"] for row in reference.comparison(r, ANALYSES)}
+    assert found["highest rate at offset 0, % of words"] == found["best layer, base-derived"] == cells.TOO_FEW
+    assert not any(text.startswith("Steered") for text in summary.sentences(r, ANALYSES))
 
 
 def test_kinds_are_drawn_at_each_of_several_layers(r: Results) -> None:
@@ -179,13 +215,11 @@ def test_kinds_are_drawn_at_each_of_several_layers(r: Results) -> None:
 
 
 def test_a_baseline_is_counted_at_either_sign(r: Results) -> None:
-    rows = [
-        row | {"rate": 0.9} if (row["kind"], row["magnitude"]) == ("noise", -4) else row for row in r.tables["rates"]
-    ]
-    negative = changed(r, "rates", rows)
+    negative = all_hits(copied(r), "noise", -4)
     (run,) = (row["run"] for row in reference.comparison(negative, ANALYSES) if row["what"].startswith("noise"))
-    assert run.startswith("90.00") and run.endswith("at magnitude -4")
-    assert "noise reached most: 90.00" in " ".join(summary.sentences(negative, ANALYSES))
+    assert run.startswith("100.00") and "at magnitude -4, 6 problems" in run
+    said = " ".join(summary.sentences(negative, ANALYSES))
+    assert "noise reached most on one half of the problems: 100.00" in said
 
 
 def test_the_papers_numbers_stand_beside_those_of_its_label_only(r: Results) -> None:
@@ -198,9 +232,8 @@ def test_the_papers_numbers_stand_beside_those_of_its_label_only(r: Results) -> 
         row["what"].split(":")[0] for row in reference.comparison(other, ANALYSES) if row["run"] != "not measured"
     }
     assert measured == {"noise", "self-amplification", "overall mean, deduction, initializing"}
-    rows = [row | {"rate": 0.9} if row["kind"] == "deduction" else row for row in r.tables["rates"]]
-    runs = [row["run"] for row in reference.comparison(changed(other, "rates", rows), ANALYSES)]
-    assert not any("90.00" in run for run in runs)  # its own vector is no baseline
+    runs = [row["run"] for row in reference.comparison(all_hits(copied(other), "deduction", 8), ANALYSES)]
+    assert not any("100.00 (" in run for run in runs)  # its own vector is no baseline
     labels = [{row["setting"]: row for row in reference.settings(x)}["label of the vector"] for x in (r, other)]
     assert [(row["paper"], row["run"], row["same"]) for row in labels] == [
         ("backtracking", "backtracking", "yes"),
@@ -211,9 +244,21 @@ def test_the_papers_numbers_stand_beside_those_of_its_label_only(r: Results) -> 
 def test_no_hit_is_no_certainty(r: Results) -> None:
     nothing = counting(r, {("unsteered", 0): (0, 0, 0)})
     plain = nothing.unsteered("reasoning")
-    assert plain is not None and (plain["low"], plain["high"]) == (0, 0)
-    assert cells.rate(plain) == "0.00 (no hit in 60 words: at most 5.00)"
-    assert "| 0.00 | no hit in 60 words: at most 5.00 |" in summary.markdown(nothing, ANALYSES)
+    assert plain is not None and plain["low"] == 0 and 0.05 < plain["high"] < 1
+    assert cells.rate(plain) == f"0.00 (0.00 to {100 * plain['high']:.2f})"
+    assert f"| 0.00 | 0.00 to {100 * plain['high']:.2f} |" in summary.markdown(nothing, ANALYSES)
+
+
+def test_no_rate_is_drawn_or_printed_without_width(r: Results, drawn: dict[str, plots.Plot]) -> None:
+    for cell in r.tables["rates"]:
+        for name in ("", "substring_rate_", "token_rate_", "sentence_rate_"):
+            assert cell[f"{name}low"] < cell[f"{name}high"], cell["kind"]
+    for name in ("fig3_pairs", "fig4_baselines"):
+        for panel in drawn[name].panels[0]:
+            assert all(low < high for series in panel.series for low, high in zip(series.low, series.high, strict=True))
+    for row in r.tables["agreement"]:
+        for name in ("precision", "recall", "f1", "kappa"):
+            assert math.isnan(row[name]) or row[f"{name}_low"] < row[f"{name}_high"]
 
 
 def test_captions_count_what_is_drawn(r: Results) -> None:
@@ -245,7 +290,8 @@ def test_where_every_rate_is_zero_no_layer_and_offset_is_the_best(r: Results) ->
     zero = [row | {"rate": 0.0, "high": 0.0, "n_hits": 0} for row in r.tables["rates"]]
     replied = [row | {"hits": 0} for row in r.tables["replies"]]
     found = grids.best_places(changed(changed(r, "rates", zero), "replies", replied))
-    assert "every offset" in found["best_offset"] and found["best_layer_base"].startswith("none (0.00")
+    assert found["best_offset"].startswith("none: no hit in ")
+    assert found["best_layer_base"].startswith("none: no hit in ")
 
 
 @pytest.mark.parametrize("into_prompt", [False, True])
@@ -327,8 +373,10 @@ def test_the_comparison_takes_its_numbers_from_the_tables(r: Results) -> None:
     assert len(rows) == len(reference.numbers()["numbers"]) and "not measured" not in rows.values()
     cosine = rows["cosine of base- and reasoning-derived backtracking vectors"]
     assert cosine == f"{r.vectors['cosine'][1]:.3f} at layer 1"
-    noise = [c for c in r.tables["rates"] if (c["target"], c["kind"], c["magnitude"]) == ("reasoning", "noise", 8.0)]
-    assert rows["noise: highest rate, % of words"].startswith(f"{100 * noise[0]['rate']:.2f} (")
+    more = copied(r)
+    found = cells.highest(more, more.cells("reasoning", "noise", ""), either_way=True)
+    noise = {row["what"]: row["run"] for row in reference.comparison(more, ANALYSES)}["noise: highest rate, % of words"]
+    assert found is not None and noise == cells.at_magnitude(found.cell) + ", 6 problems that did not choose it"
     same = {row["setting"]: row["same"] for row in reference.settings(r)}
     assert same["window"] == "no" and same["contrast"] == "yes" and same["base model"] == "no"
 
@@ -348,8 +396,9 @@ def test_the_summary_holds_every_cell(r: Results) -> None:
     text = summary.markdown(r, ANALYSES)
     assert text.count("\n| base | ") + text.count("\n| reasoning | ") == len(r.tables["rates"])
     assert "nan" not in text
-    best = cells.highest(r.cells("reasoning", "backtracking", "base"))
-    assert best is not None and cells.rate(best) in " ".join(summary.sentences(r, ANALYSES))
+    more = copied(r)
+    best = cells.highest(more, more.cells("reasoning", "backtracking", "base"))
+    assert best is not None and cells.rate(best.cell) in " ".join(summary.sentences(more, ANALYSES))
 
 
 def test_one_model_alone(r: Results) -> None:
