@@ -239,7 +239,7 @@ def test_within_trace_contrasts_equal_naive_loops_over_torch_activations(residua
         found = difference_of_means(sums, "backtracking", window, contrast="trace", estimator=estimator)
         np.testing.assert_allclose(found.directions, expected, rtol=1e-3, atol=1e-4)
         assert cosines(found.directions, expected).min() > 0.99999
-    assert found.provenance["contrast"] == "trace"
+        assert found.provenance["contrast"] == "trace"
     ids = [trace.id for trace in TRACES]
     weights = [sums.weights_by_trace(ids, group, estimator) for group in ("backtracking", "trace")]
     np.testing.assert_array_equal(weights[0] > 0, weights[1] > 0)
