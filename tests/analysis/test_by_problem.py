@@ -125,14 +125,14 @@ def simulated(rng: np.random.Generator, n: int, c: float, noise: float, shared: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shared", [0.0, 0.6])
+@pytest.mark.parametrize("common", [0.0, 0.6])
 @pytest.mark.parametrize(("n", "noise"), [(80, 2.0), (80, 3.5), (240, 5.0)])
-def test_the_corrected_cosine_is_true_and_its_interval_covers(n: int, noise: float, shared: float) -> None:
+def test_the_corrected_cosine_is_true_and_its_interval_covers(n: int, noise: float, common: float) -> None:
     """Within .02 whether the models' noise is shared or not; the jackknife is rather too wide than too narrow."""
     rng, c, R = np.random.default_rng(5), 0.8, 600
     values, covered, raw = [], {0.9: 0, 0.95: 0}, []
     for _ in range(R):
-        base, reasoning = simulated(rng, n, c, noise, shared)
+        base, reasoning = simulated(rng, n, c, noise, common)
         value, error = by_problem.corrected_cosine(base, reasoning)
         values.append(value)
         raw.append(by_problem.cosine(base, reasoning)[0])
@@ -141,5 +141,5 @@ def test_the_corrected_cosine_is_true_and_its_interval_covers(n: int, noise: flo
             covered[level] += low <= c <= high
     assert np.mean(values) == pytest.approx(c, abs=0.02)
     assert 0.88 <= covered[0.9] / R <= 0.98 and 0.93 <= covered[0.95] / R <= 0.995
-    if not shared:
+    if not common:
         assert np.mean(raw) < c - 0.03  # which is what is corrected

@@ -215,21 +215,21 @@ def test_shuffled_directions_are_scored_through_the_same_folds() -> None:
 
 @pytest.mark.slow
 def test_the_interval_covers_where_one_of_scores_as_they_are_does_not() -> None:
-    """The area that the procedure has on average over data sets, from 60 problems and little signal."""
-    R, aucs, intervals = 200, [], {"refitted": [], "as they are": []}
+    """The area that the procedure has on average over data sets, from 60 problems of which half have windows of D+."""
+    R, P, D, aucs, intervals = 200, 60, 24, [], {"refitted": [], "as they are": []}
+    v, traces = np.eye(D)[0], np.repeat(np.arange(P), 24)
     for seed in range(R):
-        tokens, windows, contrast = noisy(60, seed=1000)
-        rng = np.random.default_rng(seed)  # the same direction, other noise
-        v = np.random.default_rng(1000).standard_normal(12)
-        own = rng.standard_normal((60, 12))
-        positive = rng.random(len(tokens.traces)) < 0.2
-        states = own[tokens.traces] + rng.standard_normal((len(positive), 12)) + 0.3 * positive[:, None] * v
-        windows = own + 0.4 * v + 1.5 * rng.standard_normal((60, 12))
-        contrast = own + 0.2 * rng.standard_normal((60, 12))
-        tokens = probe.SampledTokens(states.astype(np.float32), tokens.traces, positive)
-        problems = [f"{i:02d}" for i in range(60)]
+        rng = np.random.default_rng(seed)
+        own = 0.7 * rng.standard_normal((P, D))
+        positive = rng.random(len(traces)) < rng.beta(1, 6, P)[traces]
+        states = own[traces] + rng.standard_normal((len(traces), D)) + positive[:, None] * v
+        windows = own + v + rng.standard_normal((P, D))
+        windows[rng.random(P) < 0.5] = np.nan
+        contrast = own + 0.1 * v + 0.4 * rng.standard_normal((P, D))
+        tokens = probe.SampledTokens(states.astype(np.float32), traces, positive)
+        problems = [f"{i:02d}" for i in range(P)]
         scores, found = probe.refitted_score(tokens, windows, contrast, probe.folds(problems, 5, seed), problems)
-        plain = probe.score(scores, positive, [problems[i] for i in tokens.traces], n_resamples=200)
+        plain = probe.score(scores, positive, [problems[i] for i in traces], n_resamples=200)
         aucs.append(found.auc)
         intervals["refitted"].append((found.low, found.high))
         intervals["as they are"].append((plain.low, plain.high))
