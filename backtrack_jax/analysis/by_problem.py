@@ -124,6 +124,19 @@ def interval(estimate: float, error: float, n: int, level: float = 0.95) -> tupl
     return estimate - half, estimate + half
 
 
+def cosine_interval(value: float, error: float, n: int, level: float = 0.95) -> tuple[float, float]:
+    """The same of a cosine on Fisher's scale, where it is less skewed: between -1 and 1, but for an estimate beyond 1.
+
+    What has lost its noise may have a cosine of 1 or more. It is taken to be half an error below 1, which makes the
+    interval rather too wide.
+    """
+    if n < 2 or not np.isfinite([value, error]).all():
+        return NAN, NAN
+    inside = min(value, 1 - min(error, 1.0) / 2)
+    low, high = interval(float(np.arctanh(inside)), error / (1 - inside**2), n, level)
+    return float(np.tanh(low)), max(float(np.tanh(high)), value)
+
+
 def _means(sums: np.ndarray, n: np.ndarray) -> np.ndarray:
     """Mean of all and without each: [P, D] and [P] to [1 + P, D]; nan where nothing is left."""
     total = np.concatenate([sums.sum(0, keepdims=True), sums.sum(0) - sums])

@@ -51,8 +51,8 @@ class SplitHalf(NamedTuple):
 
     Attributes:
       cosine: mean cosine of the two halves' vectors over random splits; nan if no split could be made.
-      low: lower end of its 95 % interval over problems, at least -1; nan where too few problems have windows.
-      high: upper end, at most 1.
+      low: lower end of its 95 % interval over problems; nan where too few problems have windows.
+      high: upper end.
       full: the reliability of the vector of all the data, 2 c / (1 + c) of the mean (Spearman and Brown).
       n_splits: splits of which both halves had windows of both groups.
     """
@@ -104,8 +104,8 @@ def split_half(
         return SplitHalf(NAN, NAN, NAN, NAN, 0)
     mean = float(cosines.mean())
     sums = by_problem.of_traces(positive, contrast, (of_positive, of_contrast), problems)
-    low, high = by_problem.interval(mean, by_problem.standard_error(_halves_cosine(sums)), sums.n_problems)
-    return SplitHalf(mean, max(low, -1.0), min(high, 1.0), 2 * mean / (1 + mean), len(cosines))
+    low, high = by_problem.cosine_interval(mean, by_problem.standard_error(_halves_cosine(sums)), sums.n_problems)
+    return SplitHalf(mean, low, high, 2 * mean / (1 + mean), len(cosines))
 
 
 def _halves_cosine(sums: by_problem.ProblemSums) -> np.ndarray:

@@ -89,7 +89,7 @@ class Similarity(Analysis):
             )
             return [_claim(r, NAN, (NAN, NAN), "undecided", int(line["n_problems"]) if line else 0, why)]
         n, note = int(line["n_problems"]), f"raw {line['cosine']:.3f}, shuffles below {line['shuffled_95']:.3f}"
-        interval = by_problem.interval(line["corrected"], line["corrected_error"], n, 0.9)
+        interval = by_problem.cosine_interval(line["corrected"], line["corrected_error"], n, 0.9)
         above = _above_null(line)
         if above != "holds":
             note += ": no more alike than shuffled sections may be"
@@ -160,10 +160,9 @@ def _at_kept_layers(material: Material, label: str) -> dict[int, dict[str, Any]]
 def _cosines(a: by_problem.ProblemSums, b: by_problem.ProblemSums) -> dict[str, float]:
     """Intervals of the raw cosine, and the corrected one."""
     n, raw = min(a.n_problems, b.n_problems), by_problem.cosine(a, b)
-    low, high = by_problem.interval(float(raw[0]), by_problem.standard_error(raw), n)
-    low, high = max(low, -1.0), min(high, 1.0)
+    low, high = by_problem.cosine_interval(float(raw[0]), by_problem.standard_error(raw), n)
     corrected, error = by_problem.corrected_cosine(a, b)
-    bounds = by_problem.interval(corrected, error, n)
+    bounds = by_problem.cosine_interval(corrected, error, n)
     return {
         **{"low": low, "high": high, "corrected": corrected},
         **{"corrected_low": bounds[0], "corrected_high": bounds[1], "corrected_error": error},

@@ -8,6 +8,7 @@ from scipy import stats
 
 from backtrack_jax.analysis import by_problem
 from backtrack_jax.analysis.by_problem import ProblemSums
+from backtrack_jax.analysis.statistics import Region, verdict
 
 Arrays = dict[str, Any]
 
@@ -96,6 +97,16 @@ def test_what_noise_hides_has_no_corrected_cosine() -> None:
     assert np.isfinite(by_problem.cosine(a, b)).all()
 
 
+def test_intervals_of_cosines_are_on_fishers_scale() -> None:
+    low, high = by_problem.cosine_interval(0.8, 0.05, 40, 0.9)
+    half = stats.t.ppf(0.95, 39) * 0.05 / (1 - 0.8**2)
+    assert (np.arctanh(low), np.arctanh(high)) == pytest.approx((np.arctanh(0.8) - half, np.arctanh(0.8) + half))
+    beyond = by_problem.cosine_interval(1.02, 0.05, 40)
+    assert beyond[1] == 1.02 and beyond[0] == pytest.approx(by_problem.cosine_interval(0.975, 0.05, 40)[0])
+    assert np.isnan(by_problem.cosine_interval(0.8, np.nan, 40)).all()
+    assert np.isnan(by_problem.cosine_interval(0.8, 0.1, 1)).all()
+
+
 def test_one_problem_has_no_interval() -> None:
     one = by_problem.of_traces(np.ones((2, 3)), np.zeros((2, 3)), (np.ones(2), np.ones(2)), ["a", "a"])
     assert np.isnan(by_problem.standard_error(by_problem.cosine(one, one)))
@@ -137,9 +148,24 @@ def test_the_corrected_cosine_is_true_and_its_interval_covers(n: int, noise: flo
         values.append(value)
         raw.append(by_problem.cosine(base, reasoning)[0])
         for level in covered:
-            low, high = by_problem.interval(value, error, base.n_problems, level)
+            low, high = by_problem.cosine_interval(value, error, base.n_problems, level)
             covered[level] += low <= c <= high
     assert np.mean(values) == pytest.approx(c, abs=0.02)
     assert 0.88 <= covered[0.9] / R <= 0.98 and 0.93 <= covered[0.95] / R <= 0.995
     if not common:
         assert np.mean(raw) < c - 0.03  # which is what is corrected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("c", [0.6, 0.95])
+@pytest.mark.parametrize(("n", "noise"), [(80, 1.0), (80, 3.5), (240, 3.5)])
+def test_at_a_bound_the_verdict_on_the_corrected_cosine_errs_in_at_most_one_case_of_twenty(
+    n: int, noise: float, c: float
+) -> None:
+    rng, R, region = np.random.default_rng(6), 600, Region(0.6, 0.95)
+    found = []
+    for _ in range(R):
+        base, reasoning = simulated(rng, n, c, noise, 0.3)
+        value, error = by_problem.corrected_cosine(base, reasoning)
+        found.append(verdict(*by_problem.cosine_interval(value, error, base.n_problems, 0.9), region, n))
+    assert found.count("holds") / R <= 0.06 and found.count("fails") / R <= 0.06

@@ -48,7 +48,7 @@ def results(**line: Any) -> Results:
     [
         ({}, "holds", "raw 0.820, shuffles below 0.650"),
         ({"corrected": 0.5}, "fails", ""),
-        ({"corrected": 1.0}, "fails", ""),
+        ({"corrected": 0.98, "corrected_error": 0.005}, "fails", ""),
         ({"corrected": 0.93}, "undecided", ""),
         ({"shuffled_95": 0.9}, "fails", "no more alike than shuffled sections may be"),
         ({"shuffled_95": 0.84}, "undecided", "no more alike than shuffled sections may be"),
@@ -63,8 +63,9 @@ def test_verdict_of_the_cosine(line: dict[str, Any], answer: str, said: str) -> 
     assert (claim.verdict, claim.name, claim.figure) == (answer, "cosine", "cosine_by_layer")
     assert said in claim.note
     if not np.isnan(claim.low):
-        n, c = line.get("n_problems", 100), line.get("corrected", 0.85)
-        assert (claim.low, claim.high) == pytest.approx(stats.t.interval(0.9, n - 1, c, 0.025))
+        n, c, error = line.get("n_problems", 100), line.get("corrected", 0.85), line.get("corrected_error", 0.025)
+        half = stats.t.ppf(0.95, n - 1) * error / (1 - c**2)
+        assert (claim.low, claim.high) == pytest.approx((np.tanh(np.arctanh(c) - half), np.tanh(np.arctanh(c) + half)))
         assert claim.detectable == pytest.approx((claim.high - claim.low) / 2)
 
 

@@ -218,7 +218,7 @@ def test_cosines_have_a_null_where_sections_were_kept(finished: Path) -> None:
         values = by_problem.cosine(sums["base"], sums["reasoning"])
         assert values[0] == pytest.approx(row["cosine"], abs=1e-5)
         n = sums["base"].n_problems
-        ends = by_problem.interval(float(values[0]), by_problem.standard_error(values), n)
+        ends = by_problem.cosine_interval(float(values[0]), by_problem.standard_error(values), n)
         assert row["n_problems"] == n == 11 and (row["low"], row["high"]) == pytest.approx(ends)
         group = np.zeros(len(ids), int)
         vectors = {

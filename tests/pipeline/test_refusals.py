@@ -113,7 +113,10 @@ def test_sections_of_one_label_make_no_difference(fresh: Path, loaded: list[str]
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ([("backtracking", "First, wait. I add two and two, so it is four.")], "every section of the traces with"),
+        (
+            [("backtracking", "First, wait. I add two."), ("backtracking", "Wait, no. Two and two is four.")],
+            "every section of the traces with",
+        ),
         (
             [("deduction", "First, I add two."), ("backtracking", "Wait, no. Two and two is four.")],
             r"windows \(-5, -2\) of 'backtracking' are the only ones that are read of their traces",
