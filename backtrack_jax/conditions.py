@@ -119,42 +119,43 @@ def _scale(
 class Interventions:
     """Builds the intervention of a row; what rows of a condition share is built once."""
 
-    def __init__(self, readings: Readings, n_layers: int, d_model: int, span: Span, seed: int):
+    def __init__(self, readings: Readings, n_layers: int, d_model: int, span: Span):
         """Prepares for a model of L layers and width D."""
-        self._readings, self._seed = readings, seed
+        self._readings = readings
         self._n_layers, self._d_model = n_layers, d_model
         self._span: Span = span
         self._built: dict[Condition, Intervention] = {}
 
     def row(self, condition: Condition, key: jax.Array) -> Intervention:
-        """The intervention of one row under `condition`; `key` is the row's key, from which noise is drawn."""
-        if condition not in self._built:
-            self._built[condition] = self._build(condition)
-        return dataclasses.replace(self._built[condition], key=noise_key(key))
+        """The intervention of one row under `condition`; `key` is the row's key, from which all that is drawn comes."""
+        built = self._built.get(condition) or self._build(condition, key)
+        if condition.kind == UNSTEERED or not parse(condition.kind).drawn:
+            self._built[condition] = built
+        return dataclasses.replace(built, key=noise_key(key))
 
-    def _build(self, c: Condition) -> Intervention:
+    def _build(self, c: Condition, key: jax.Array) -> Intervention:
         if c.kind == UNSTEERED:
             return no_intervention(self._n_layers, self._d_model, self._span)
         what = parse(c.kind).what
         make = pkgutil.resolve_name(what.make)
         if what.directed:
-            return make(jnp.asarray(self._unit(c)), c.layer, c.length, n_layers=self._n_layers, span=self._span)
+            return make(jnp.asarray(self._unit(c, key)), c.layer, c.length, n_layers=self._n_layers, span=self._span)
         return make(c.layer, c.length, n_layers=self._n_layers, d_model=self._d_model, span=self._span)
 
-    def vector_hash(self, c: Condition) -> str:
-        """Hash of the float32 direction at the condition's layer, empty where there is none.
+    def vector_hash(self, c: Condition, key: jax.Array) -> str:
+        """Hash of the float32 direction of a row at the condition's layer, empty where there is none.
 
         A single direction is hashed as its file holds it, a sum at norm 1.
         """
         if c.kind == UNSTEERED or not parse(c.kind).what.directed:
             return ""
         names = parse(c.kind).names
-        direction = self._direction(c, names[0]) if len(names) == 1 else self._unit(c)
+        direction = self._direction(c, key, names[0]) if len(names) == 1 else self._unit(c, key)
         return hashlib.sha256(np.ascontiguousarray(direction, "<f4").tobytes()).hexdigest()[:16]
 
-    def _unit(self, c: Condition) -> np.ndarray:
+    def _unit(self, c: Condition, key: jax.Array) -> np.ndarray:
         """The direction [D] float32 of a condition that has one, scaled to norm 1; ValueError if there is none."""
-        units = [(weight, self._unit_of(c, name)) for weight, name in parse(c.kind).parts]
+        units = [(weight, self._unit_of(c, key, name)) for weight, name in parse(c.kind).parts]
         if len(units) == 1:
             return units[0][1]
         summed = np.sum([weight * unit.astype(np.float64) for weight, unit in units], axis=0)
@@ -163,21 +164,25 @@ class Interventions:
             raise ValueError(f"steering.kinds={c.kind!r}: the sum is zero at layer {c.layer}, and so has no direction")
         return (summed / norm).astype(np.float32)
 
-    def _unit_of(self, c: Condition, name: str) -> np.ndarray:
+    def _unit_of(self, c: Condition, key: jax.Array, name: str) -> np.ndarray:
         if name in DIRECTIONS and DIRECTIONS[name].draw:
-            return self._direction(c, name)
+            return self._direction(c, key, name)
         return self._readings.vector(c.source, name, c.window).unit(c.layer)
 
-    def _direction(self, c: Condition, name: str) -> np.ndarray:
+    def _direction(self, c: Condition, key: jax.Array, name: str) -> np.ndarray:
         """The direction [D] float32 of one name, as it was found."""
         if name in DIRECTIONS and (draw := DIRECTIONS[name].draw):
-            return pkgutil.resolve_name(draw)(self._seed, name, self._d_model)
+            return pkgutil.resolve_name(draw)(key, name, self._d_model)
         return self._readings.vector(c.source, name, c.window).at(c.layer)
 
 
-def random_direction(seed: int, name: str, d_model: int) -> np.ndarray:
-    """A fixed unit vector [D] float32, drawn from the run's seed and a name."""
-    e = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(d_model)
+def random_direction(key: jax.Array, name: str, d_model: int) -> np.ndarray:
+    """A unit vector [D] float32, drawn from a row's key and a name.
+
+    Every reply has one of its own, so that an interval over problems is one over directions too.
+    """
+    seed = [*np.asarray(jax.random.key_data(key)).tolist(), zlib.crc32(name.encode())]
+    e = np.random.default_rng(seed).standard_normal(d_model)
     return (e / np.linalg.norm(e)).astype(np.float32)
 
 

@@ -204,14 +204,14 @@ class SteeringSpec:
 
     Attributes:
       kinds: what is done, one condition each. A label adds that label's vector (D+ of Eq. 3), and so does one of the
-        controls: `overall-mean`, `noise`, `self-amplification`, `random` (one fixed random direction), `shuffled` (D+
-        drawn at random from all sections, as many as there are of `vectors.label`), or a vector file that
-        `vectors.load` reads, by its path. `backtracking + 0.5 * deduction` adds a sum: each direction is scaled to norm
-        1, weighted and summed, and the sum is scaled to norm 1 again (signs stand between spaces, since labels have
-        hyphens). `ablate:` before either of them removes the component along the direction that would be added; see
-        `magnitudes`. Each is done to every model, with directions from every model's activations (Fig. 3). At one
-        magnitude all that come from one model's activations are equally long, whatever the kind, and so are files, but
-        for the unit `raw`.
+        controls: `overall-mean`, `noise`, `self-amplification`, `random` (a random direction, another one in every
+        reply), `shuffled` (D+ drawn at random from all sections, as many as there are of `vectors.label`), or a vector
+        file that `vectors.load` reads, by its path. `backtracking + 0.5 * deduction` adds a sum: each direction is
+        scaled to norm 1, weighted and summed, and the sum is scaled to norm 1 again (signs stand between spaces, since
+        labels have hyphens). `ablate:` before either of them removes the component along the direction that would be
+        added; see `magnitudes`. Each is done to every model, with directions from every model's activations (Fig. 3).
+        At one magnitude all that come from one model's activations are equally long, whatever the kind, and so are
+        files, but for the unit `raw`.
       layer: output of which block (0-based) is changed, and where the direction was read. An ablation changes the
         outputs of the later blocks as well, which would otherwise restore the component. Give several to have all of
         `kinds` at each of them; `baselines` and `offsets` are at the first, and figures, lens and probe are about it. A
@@ -292,6 +292,9 @@ class AnalysisSpec:
       positions: tokens of each trace that probes are fitted and scored on, drawn at random from the reply.
       folds: of problems; what is scored on one was fitted on the others.
       shown: traces that the report shows token by token.
+      forced_texts: texts of each kind, one a problem, on which the log-odds of the keywords are measured under every
+        condition; 0 takes none.
+      examples: sections of `vectors.label` that the positive control of the log-odds shows a model first.
       batch_size: sequences per forward pass.
     """
 
@@ -301,6 +304,8 @@ class AnalysisSpec:
     positions: int = 48
     folds: int = 5
     shown: int = 6
+    forced_texts: int = 80
+    examples: int = 8
     batch_size: int = 16
 
 

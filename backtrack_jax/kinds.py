@@ -51,8 +51,8 @@ class Direction:
     """A direction that is neither a label's nor in a file.
 
     Attributes:
-      draw: "module:function" of what draws it, called with the run's seed, the name and the width; empty if it is read
-        off a model's activations, as the vectors of labels are.
+      draw: "module:function" of what draws it for a reply, called with the row's key, the name and the width; empty if
+        it is read off a model's activations, as the vectors of labels are.
     """
 
     draw: str = ""
@@ -98,6 +98,11 @@ class Kind:
     def names(self) -> tuple[str, ...]:
         """Labels, directions and vector files that its direction is made of."""
         return tuple(name for _, name in self.parts)
+
+    @property
+    def drawn(self) -> bool:
+        """Whether its direction is another one in every reply."""
+        return any(name in DIRECTIONS and DIRECTIONS[name].draw for name in self.names)
 
     @property
     def read(self) -> bool:

@@ -25,6 +25,7 @@ from backtrack_jax.vectors import SteeringVector
 L, D = 3, 8
 ROOT = Path(__file__).parents[1]
 SOURCELESS = {"noise", "self-amplification", "random"}
+KEY = row_key(0, "p", 0)
 CONTROLS = ("overall-mean", "shuffled", *sorted(SOURCELESS))
 
 
@@ -108,16 +109,16 @@ def test_sweeps_over_offsets_and_layers(readings: Readings) -> None:
         *(("reasoning", label, source, 0, own, m, 2) for source in ("base", "reasoning") for m in (4.0, 8.0)),
         *(("reasoning", label, source, 1, own, 8.0, 2) for source in ("base", "reasoning")),
     ]
-    built = Interventions(readings, L, D, "all", 0)
+    built = Interventions(readings, L, D, "all")
     for c in made:
         if c.window not in ("", own):
             direction = readings.offsets["reasoning", c.window].directions[1]
             np.testing.assert_allclose(
-                term(built.row(c, row_key(0, "p", 0)), Add).vector[1],
+                term(built.row(c, KEY), Add).vector[1],
                 c.length * direction / np.linalg.norm(direction),
                 rtol=1e-5,
             )
-    hashes = {c.window: built.vector_hash(c) for c in made if c.source == "reasoning" and c.kind == label}
+    hashes = {c.window: built.vector_hash(c, KEY) for c in made if c.source == "reasoning" and c.kind == label}
     assert len(set(hashes.values())) == 3
 
 
@@ -158,14 +159,14 @@ def test_length_of_a_magnitude(unit: str, readings: Readings) -> None:
 
 
 def rows(readings: Readings, e: Experiment, key: jax.Array) -> list[tuple[Condition, Intervention]]:
-    built = Interventions(readings, L, D, e.steering.span, e.seed)
+    built = Interventions(readings, L, D, e.steering.span)
     return [(c, built.row(c, key)) for c in conditions.make(e, readings)]
 
 
 def test_what_is_added_has_the_length_of_the_condition(readings: Readings) -> None:
     """A vector of norm 3 or 8, normalised once: T27. Other layers are untouched."""
     e = experiment(unit="relative", magnitudes=(0.0, -0.5, 2.0))
-    for c, row in rows(readings, e, row_key(0, "p", 0)):
+    for c, row in rows(readings, e, KEY):
         if c.kind == UNSTEERED:
             assert row.terms == ()
             continue
@@ -185,7 +186,7 @@ def test_what_is_added_has_the_length_of_the_condition(readings: Readings) -> No
 
 def test_raw_adds_the_vector_as_it_was_found(readings: Readings) -> None:
     e = experiment(unit="raw", kinds=("backtracking",), magnitudes=(1.0,), layer=2)
-    for c, row in rows(readings, e, row_key(0, "p", 0)):
+    for c, row in rows(readings, e, KEY):
         np.testing.assert_allclose(
             term(row, Add).vector[2], readings.vectors[c.source, "backtracking"].directions[2], rtol=1e-5
         )
@@ -193,7 +194,7 @@ def test_raw_adds_the_vector_as_it_was_found(readings: Readings) -> None:
 
 def test_raw_adds_the_vector_of_every_offset_as_it_was_found(readings: Readings) -> None:
     e = experiment(unit="raw", kinds=("backtracking",), magnitudes=(1.0,), layer=2, offsets=(-1, 0))
-    of_offsets = [(c, row) for c, row in rows(readings, e, row_key(0, "p", 0)) if c.window in ("-1..-1", "0..0")]
+    of_offsets = [(c, row) for c, row in rows(readings, e, KEY) if c.window in ("-1..-1", "0..0")]
     assert len(of_offsets) == 2
     for c, row in of_offsets:
         np.testing.assert_allclose(
@@ -210,7 +211,7 @@ def test_what_is_added_twice_is_one_condition(readings: Readings) -> None:
 
 
 def test_unsteered_is_no_intervention(readings: Readings) -> None:
-    (c, row), *_ = rows(readings, experiment(), row_key(0, "p", 0))
+    (c, row), *_ = rows(readings, experiment(), KEY)
     assert c.kind == UNSTEERED
     assert row.terms == ()
 
@@ -223,26 +224,29 @@ def test_noise_belongs_to_the_row_not_the_condition(readings: Readings) -> None:
     assert keys.isdisjoint({jax.random.key_data(row.key).tobytes() for _, row in rows(readings, e, other)})
 
 
-def test_the_random_direction_is_fixed(readings: Readings) -> None:
-    """One direction for all rows, magnitudes and models of a run; another seed gives another one."""
-    e = experiment(kinds=("random",), magnitudes=(-4.0, 8.0))
-    units = [
-        np.asarray(term(row, Add).vector[c.layer]) / c.length
-        for sample in range(2)
-        for c, row in rows(readings, e, row_key(0, "p", sample))
-    ]
-    for unit in units:
-        np.testing.assert_allclose(unit, conditions.random_direction(0, "random", D), rtol=1e-6)
-    assert np.linalg.norm(conditions.random_direction(0, "random", D)) == pytest.approx(1)
-    for seed, name in ((1, "random"), (0, "other")):
-        assert abs(conditions.random_direction(seed, name, D) @ units[0]) < 0.99
+def test_a_reply_has_a_random_direction_of_its_own(readings: Readings) -> None:
+    """One for all magnitudes, models and layers; another problem, sample, seed or name gives another one."""
+    e = experiment(kinds=("random",), magnitudes=(-4.0, 8.0), layer=(1, 2))
+    for key in (KEY, row_key(0, "q", 0)):
+        for c, row in rows(readings, e, key):
+            added = np.asarray(term(row, Add).vector[c.layer]) / c.length
+            np.testing.assert_allclose(added, conditions.random_direction(key, "random", D), rtol=1e-6)
+    others = [row_key(0, "p", 0), row_key(0, "q", 0), row_key(0, "p", 1), row_key(1, "p", 0)]
+    units = [*(conditions.random_direction(key, "random", D) for key in others)]
+    units.append(conditions.random_direction(KEY, "other", D))
+    cosines = np.array(units) @ np.array(units).T
+    np.testing.assert_allclose(np.diag(cosines), 1, rtol=1e-6)
+    assert np.all(np.abs(cosines[~np.eye(len(units), dtype=bool)]) < 0.99)
+    built = Interventions(readings, L, D, "all")
+    (c,) = (c for c in conditions.make(e, readings) if (c.target, c.layer, c.magnitude) == ("base", 1, 8.0))
+    assert len({built.vector_hash(c, key) for key in others}) == len(others)
 
 
 def test_vector_hash_tells_vectors_apart(readings: Readings) -> None:
-    built = Interventions(readings, L, D, "all", 0)
+    built = Interventions(readings, L, D, "all")
     hashes = {}
     for c in conditions.make(experiment(), readings):
-        hashes.setdefault((c.kind, c.source), set()).add(built.vector_hash(c))
+        hashes.setdefault((c.kind, c.source), set()).add(built.vector_hash(c, KEY))
     assert all(len(values) == 1 for values in hashes.values())  # whatever model and magnitude
     one = {key: values.pop() for key, values in hashes.items()}
     with_direction = [value for value in one.values() if value]
@@ -262,13 +266,13 @@ def test_a_sum_is_of_unit_directions_and_as_long_as_any_kind(unit_of_magnitudes:
     kind = "backtracking - 0.5 * deduction + 2e0*mine.npz + random"
     e = experiment(unit=unit_of_magnitudes, kinds=(kind, "backtracking"), magnitudes=(-2.0, 3.0), layer=1)
     lengths = {}
-    for c, row in rows(readings, e, row_key(0, "p", 0)):
+    for c, row in rows(readings, e, KEY):
         lengths.setdefault((c.target, c.source, c.magnitude), set()).add(c.length)
         if c.kind != kind:
             continue
         label, other = (unit(readings.vectors[c.source, name].directions[1]) for name in ("backtracking", "deduction"))
         summed = label - 0.5 * other + 2 * unit(readings.files["mine.npz"].directions[1])
-        summed += conditions.random_direction(0, "random", D)
+        summed += conditions.random_direction(KEY, "random", D)
         vector = np.asarray(term(row, Add).vector)
         np.testing.assert_allclose(vector[1], c.length * summed / np.linalg.norm(summed), rtol=1e-5)
         assert not np.any(vector[[0, 2]])
@@ -291,7 +295,7 @@ def test_a_sum_of_nothing_is_refused(readings: Readings) -> None:
     readings.vectors["base", "deduction"].directions[1] = 3 * readings.vectors["base", "backtracking"].directions[1]
     e = experiment(kinds=("backtracking - deduction",), magnitudes=(1.0,), layer=1)
     with pytest.raises(ValueError, match="'backtracking - deduction': the sum is zero at layer 1"):
-        rows(readings, e, row_key(0, "p", 0))
+        rows(readings, e, KEY)
 
 
 @pytest.mark.parametrize("unit_of_magnitudes", UNITS)
@@ -300,9 +304,9 @@ def test_an_ablation_removes_a_share_from_its_layer_on(unit_of_magnitudes: str, 
     of_sum = "deduction + 0.5 * random"
     kinds = ("ablate:backtracking", f"ablate: {of_sum}", "ablate:random", of_sum)
     e = experiment(unit=unit_of_magnitudes, kinds=kinds, magnitudes=(0.0, -0.5, 1.0), layer=1)
-    added = {(c.target, c.source, c.kind): row for c, row in rows(readings, e, row_key(0, "p", 0)) if c.kind == of_sum}
+    added = {(c.target, c.source, c.kind): row for c, row in rows(readings, e, KEY) if c.kind == of_sum}
     counts: dict[str, int] = {}
-    for c, row in rows(readings, e, row_key(0, "p", 0)):
+    for c, row in rows(readings, e, KEY):
         if not c.kind.startswith("ablate:"):
             continue
         counts[c.kind] = counts.get(c.kind, 0) + 1
@@ -313,7 +317,7 @@ def test_an_ablation_removes_a_share_from_its_layer_on(unit_of_magnitudes: str, 
         if c.kind == "ablate:backtracking":
             expected = unit(readings.vectors[c.source, "backtracking"].directions[1])
         elif c.kind == "ablate:random":
-            expected = conditions.random_direction(0, "random", D)
+            expected = conditions.random_direction(KEY, "random", D)
         else:
             expected = unit(np.asarray(term(added[c.target, c.source, of_sum], Add).vector[1]))
         for layer in (1, 2):  # the direction is that of the condition's layer, up to its sign
@@ -337,7 +341,7 @@ def test_kinds_are_done_at_every_layer_and_baselines_at_the_first(readings: Read
         *(("reasoning", "noise", "", layer) for layer in (2, 0)),
         ("reasoning", "random", "", 2),
     ]
-    for c, row in rows(readings, e, row_key(0, "p", 0)):
+    for c, row in rows(readings, e, KEY):
         if c.kind == "backtracking":
             assert c.length == pytest.approx(2 * readings.mean_norm[c.target][c.layer])
             expected = c.length * unit(readings.vectors[c.source, c.kind].directions[c.layer])
@@ -351,18 +355,18 @@ def test_kinds_are_done_at_every_layer_and_baselines_at_the_first(readings: Read
 
 
 def test_hash_of_a_sum_is_that_of_its_direction(readings: Readings) -> None:
-    built = Interventions(readings, L, D, "all", 0)
+    built = Interventions(readings, L, D, "all")
     kinds = ("backtracking + deduction", "deduction + backtracking", "backtracking - deduction", "backtracking")
     e = experiment(kinds=(*kinds, "ablate:backtracking", "ablate:backtracking - deduction"), magnitudes=(1.0,), layer=1)
     made = [c for c in conditions.make(e, readings) if c.target == c.source == "base"]
-    hashes = {c.kind: built.vector_hash(c) for c in made}
+    hashes = {c.kind: built.vector_hash(c, KEY) for c in made}
     assert hashes[kinds[0]] == hashes[kinds[1]]
     assert hashes["backtracking"] == hashes["ablate:backtracking"]
     assert hashes["backtracking - deduction"] == hashes["ablate:backtracking - deduction"]
     assert len(set(hashes.values())) == 3
     units = [unit(readings.vectors["base", name].directions[1]) for name in ("backtracking", "deduction")]
     (sum_of_both,) = (c for c in made if c.kind == kinds[0])
-    added = np.asarray(term(built.row(sum_of_both, row_key(0, "p", 0)), Add).vector[1])
+    added = np.asarray(term(built.row(sum_of_both, KEY), Add).vector[1])
     np.testing.assert_allclose(added, unit(units[0] + units[1]), rtol=1e-5)
 
 
@@ -372,10 +376,10 @@ def test_every_direction_and_operation_can_be_done(readings: Readings) -> None:
     for name, operation in kinds.OPERATIONS.items():
         (directed if operation.directed else alone).append(name)
     entries = [f"{operation}{name}" for name in kinds.DIRECTIONS for operation in ("", *(f"{o}:" for o in directed))]
-    built = Interventions(readings, L, D, "all", 0)
+    built = Interventions(readings, L, D, "all")
     for c in conditions.make(experiment(kinds=(*entries, *alone), magnitudes=(1.0,)), readings):
-        assert len(built.row(c, row_key(0, "p", 0)).terms) == 1
-        assert bool(c.source) == parse(c.kind).read and bool(built.vector_hash(c)) == (c.kind not in alone)
+        assert len(built.row(c, KEY).terms) == 1
+        assert bool(c.source) == parse(c.kind).read and bool(built.vector_hash(c, KEY)) == (c.kind not in alone)
 
 
 def test_a_new_term_takes_one_line_to_be_in_a_config(
@@ -392,9 +396,9 @@ def test_a_new_term_takes_one_line_to_be_in_a_config(
     assert not checks.kind_faults("steering.kinds", e.steering.kinds, LABELS)
     made = {c for c in conditions.make(e, readings) if c.target == "base"}
     assert {c.length for c in made} == {2 * 5.0}
-    built = Interventions(readings, L, D, "all", 0)
+    built = Interventions(readings, L, D, "all")
     for c in made:
-        clamp: Any = built.row(c, row_key(0, "p", 0)).terms[0]
+        clamp: Any = built.row(c, KEY).terms[0]
         np.testing.assert_allclose(clamp.value, [0, 2 * 5.0, 0])
         parts = [readings.vector(c.source, kind).unit(1) for kind in ("backtracking", "deduction")]
         np.testing.assert_allclose(clamp.direction[1], unit(parts[0] - parts[1]), rtol=1e-5)

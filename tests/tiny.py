@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from backtrack_jax.config import (
+    AnalysisSpec,
     AnnotationSpec,
     Experiment,
     ModelSpec,
@@ -55,6 +56,7 @@ def get_config() -> Experiment:
             max_new_tokens=8,
             batch_size=32,
         ),
+        analysis=AnalysisSpec(forced_texts=3, examples=2),
     )
 
 

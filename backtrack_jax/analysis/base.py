@@ -16,9 +16,10 @@ from backtrack_jax.analysis.claims import Claim
 from backtrack_jax.analysis.plots import Plot
 from backtrack_jax.analysis.results import Results
 from backtrack_jax.config import Experiment
-from backtrack_jax.data.records import Annotation, Reply, Trace, pair_annotations
+from backtrack_jax.data.records import Annotation, Condition, Reply, Trace, pair_annotations
 from backtrack_jax.extract import TokenTrace, WindowSums
 from backtrack_jax.files.tables import Table
+from backtrack_jax.intervention import Intervention
 from backtrack_jax.models.config import ModelConfig
 from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.models.tokenizer import Tokenizer
@@ -35,6 +36,7 @@ class Material:
       model: gives the model of a role. One is held at a time, so ask for it only in `Analysis.of_role`.
       prompt_ids: gives the prompt that the model of a role is given for a problem's text, token ids with BOS.
       token_trace: gives a trace with its annotation as the model of a role reads it.
+      intervention: gives the row of a condition for the first reply to a problem, by its id.
       traces: all traces.
       annotations: their labels; a trace may have none, and a judge may have failed on one (`records.failure`).
       labels: labels of sections that were read.
@@ -49,6 +51,7 @@ class Material:
     model: Callable[[str], Decoder]
     prompt_ids: Callable[[str, str], list[int]]
     token_trace: Callable[[str, Trace, Annotation], TokenTrace]
+    intervention: Callable[[Condition, str], Intervention]
     traces: Sequence[Trace]
     annotations: Sequence[Annotation]
     labels: Sequence[str]
@@ -96,12 +99,14 @@ class Planned:
 
     Attributes:
       experiment: what is asked for.
+      conditions: under which they are sampled.
       replies: number of steered replies.
       reply_tokens: tokens of the longest of them, with its prompt.
       trace_tokens: of every trace, with its prompt.
     """
 
     experiment: Experiment
+    conditions: int
     replies: int
     reply_tokens: int
     trace_tokens: Sequence[int]

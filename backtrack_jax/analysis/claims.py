@@ -1,9 +1,8 @@
 """What a run says of one claim of the paper: a number, its interval, and whether that settles the claim."""
 
 import dataclasses
-import math
 
-from backtrack_jax.analysis.statistics import FEWEST_PROBLEMS, NAN, Region, detectable, verdict
+from backtrack_jax.analysis.statistics import FEWEST_PROBLEMS, Region, detectable, verdict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,18 +57,11 @@ def measured(
 ) -> Claim:
     """A claim, decided by its interval.
 
+    Takes the fields of `Claim` that are not decided here, and:
+
     Args:
-      name: see `Claim`, as the others that are not named here.
-      title: of it.
-      figure: of it.
-      where: of it.
-      rule: of it.
-      estimate: of it.
       interval: of 90 %.
-      unit: of it.
       region: where the number lies if the claim is true.
-      n: of it.
-      note: of it.
       given: the verdict, where more than this interval decides; it is "undecided" all the same with too few problems.
     """
     low, high = interval
@@ -79,7 +71,7 @@ def measured(
     notes = [note] if note else []
     if n < FEWEST_PROBLEMS:
         notes.append(f"undecided on {n} problems, at least {FEWEST_PROBLEMS} are needed")
-    width = NAN if math.isnan(low) else detectable(low, high)
+    width = detectable(low, high)
     return Claim(name, title, figure, where, rule, estimate, low, high, unit, found, width, n, "; ".join(notes))
 
 

@@ -24,6 +24,9 @@ RULE = (
 )
 """Said in the rule of every claim; see `choose`."""
 
+NONE = "read at the smallest magnitude, as none keeps replies coherent for sure"
+"""Said in the note of every claim where this is so."""
+
 
 class Coherence(NamedTuple):
     """Geometric mean probability of a token under the unsteered model, over that of unsteered replies."""
@@ -41,6 +44,11 @@ class Dose(NamedTuple):
 
     cell: Cell
     coherence: Coherence
+
+    @property
+    def coherent(self) -> bool:
+        """Whether it is coherent for sure."""
+        return self.coherence.low >= COHERENT
 
 
 def coherence(of_cell: Mapping[Condition, Sequence[Line]], cell: Cell, plain: Cell) -> Coherence:
@@ -82,7 +90,7 @@ def choose(of_cell: Mapping[Condition, Sequence[Line]], curve: Sequence[Cell], p
     found = None
     for cell in sorted(cells.steered(curve), key=lambda cell: cell["magnitude"]):
         tried = Dose(cell, coherence(of_cell, cell, plain))
-        if not tried.coherence.low >= COHERENT:
+        if not tried.coherent:
             return found or tried
         found = tried
     return found

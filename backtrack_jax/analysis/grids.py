@@ -218,9 +218,12 @@ def offset_claim(r: Results) -> Claim | None:
 
 
 def layer_claim(r: Results, source: str) -> Claim | None:
-    """Which layers are excluded as the best one, each at the dose of its own."""
-    plain, found = r.unsteered(r.author), layer_cells(r)
-    if plain is None:
+    """Which layers are excluded as the best one, each at the dose of its own.
+
+    A layer at which no magnitude is coherent cannot be compared, and so is not excluded: a smaller one might be.
+    """
+    plain, found, depth = r.unsteered(r.author), layer_cells(r), r.n_layers
+    if plain is None or not any(layer >= depth * 2 / 3 for layer in r.experiment.steering.layers):
         return None
     of_cell = replies.by_cell(r.tables["replies"])
     doses = []
@@ -231,11 +234,10 @@ def layer_claim(r: Results, source: str) -> Claim | None:
     if len(doses) < 2:
         return None
     counts = replies.shared(of_cell, [Condition.of(cell) for cell in doses])
-    kept = not_excluded(counts)
     layers = [cell["layer"] for cell in doses]
-    best, depth = layers[int(counts.rates.argmax())], r.n_layers
-    excluded = [layer for number, layer in enumerate(layers) if number not in kept]
+    best = layers[int(counts.rates.argmax())]
     incoherent = set(r.experiment.steering.layers) - set(layers)
+    kept = {layers[number] for number in not_excluded(counts)} | incoherent
     claim = measured(
         f"layer_{source}",
         f"Of {source}-derived vectors those of early and middle layers work best.",
@@ -244,12 +246,12 @@ def layer_claim(r: Results, source: str) -> Claim | None:
         rule="every layer that is not excluded as the best (another one's rate is higher: paired intervals over "
         f"problems, error .05 for all others together) lies below 2/3 of the depth; each {dose.RULE}",
         estimate=best / depth,
-        interval=(layers[min(kept)] / depth, layers[max(kept)] / depth) if kept else (NAN, NAN),
+        interval=(min(kept) / depth, max(kept) / depth),
         unit="share of the depth (interval: layers that are not excluded)",
         region=Region(high=2 / 3),
         n=len(counts.problems),
         note=f"highest rate at layer {best} of {depth}; compared: {_listed(layers)}; excluded as the best: "
-        f"{_listed(excluded)}; incoherent at every magnitude: {_listed(incoherent)}",
+        f"{_listed(set(layers) - kept)}; incoherent at every magnitude: {_listed(incoherent)}",
     )
     return dataclasses.replace(claim, detectable=NAN)
 

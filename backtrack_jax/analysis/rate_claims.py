@@ -1,5 +1,6 @@
 """Claims of the paper that rates carry: the vectors work, comparably, unlike controls, and backwards."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 from backtrack_jax.analysis import dose, replies
@@ -31,6 +32,8 @@ def claims(r: Results) -> list[Claim]:
         found.append(_unlike_controls(of_cell, v, controls, plain))
     if backwards := _backwards(r, chosen):
         found.append(_lowered(of_cell, backwards, plain))
+    if not chosen.coherent:
+        return [dataclasses.replace(claim, note=f"{claim.note}; {dose.NONE}") for claim in found]
     return found
 
 

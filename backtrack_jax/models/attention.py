@@ -104,16 +104,16 @@ class Attention(nnx.Module):
         """
         c = self.config
         B, T, _ = x.shape
-        weights_dtype, cache_dtype = self.q_proj.dtype, ops.cache_dtype(self.q_proj.dtype)
+        dtype = self.q_proj.dtype
         q = self.q_proj(x).reshape(B, T, c.n_heads, c.head_dim)
         k = self.k_proj(x).reshape(B, T, c.n_kv_heads, c.head_dim)
         v = self.v_proj(x).reshape(B, T, c.n_kv_heads, c.head_dim)
         q = rotate(q, *rope) * c.head_dim**-0.5
-        q = q.reshape(B, T, c.n_kv_heads, c.n_heads // c.n_kv_heads, c.head_dim).astype(cache_dtype)
-        k = jnp.transpose(rotate(k, *rope), (0, 2, 3, 1)).astype(cache_dtype)
-        v = jnp.swapaxes(v, 1, 2).astype(cache_dtype)
+        q = q.reshape(B, T, c.n_kv_heads, c.n_heads // c.n_kv_heads, c.head_dim).astype(dtype)
+        k = jnp.transpose(rotate(k, *rope), (0, 2, 3, 1)).astype(dtype)
+        v = jnp.swapaxes(v, 1, 2).astype(dtype)
         if cache is None:
-            z = ops.attend_causally(q.astype(weights_dtype), k.astype(weights_dtype), v.astype(weights_dtype), mask)
+            z = ops.attend_causally(q, k, v, mask)
         elif cache.slot is None:
             z = ops.attend(q, (cache.k, cache.v, cache.mask), (k, v, mask))
         else:

@@ -20,12 +20,15 @@ from backtrack_jax.analysis.base import Analysis
 from backtrack_jax.analysis.plots import Plot
 from backtrack_jax.analysis.results import Cell, Results
 from backtrack_jax.data.records import UNSTEERED, Condition
-from backtrack_jax.report import interactive
+from backtrack_jax.report import claims, interactive
 from backtrack_jax.report.reference import comparison, settings
 from backtrack_jax.report.summary import sentences
 
 STALE = ".stale.js"
 """File beside the page, which says why it is out of date. Not an artifact, so that a mark does not damage the stage."""
+
+_FIRST = "fig3_pairs"
+"""Figure that stands beside the claims, above all others."""
 
 
 def render(r: Results, plots: Sequence[Plot], analyses: Sequence[Analysis]) -> str:
@@ -34,6 +37,12 @@ def render(r: Results, plots: Sequence[Plot], analyses: Sequence[Analysis]) -> s
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.globals["table"] = _table
     figures = {plot.name: interactive.figure(plot) for plot in plots}
+    found = claims.claims(r, analyses)
+    described = [
+        _described(plot, figures[plot.name])
+        | {"verdicts": [f"{claim.verdict}: {claim.title}" for claim in found if claim.figure == plot.name]}
+        for plot in plots
+    ]
     data = {
         "label": r.label,
         "layer": r.layer,
@@ -49,10 +58,14 @@ def render(r: Results, plots: Sequence[Plot], analyses: Sequence[Analysis]) -> s
         stale=STALE,
         data=inert_json(data),
         label=r.label,
+        figures=list(figures),
         sentences=sentences(r, analyses),
         comparison=comparison(r, analyses),
         compared_settings=settings(r),
-        plots=[_described(plot, figures[plot.name]) for plot in plots],
+        claims=claims.table(found),
+        tally=claims.tally(found),
+        plots=described,
+        first=_FIRST,
         judges=judges_table(r),
         annotations=r.annotations.strip(),
         into_prompt=r.experiment.vectors.into_prompt,

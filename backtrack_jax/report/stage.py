@@ -1,6 +1,6 @@
 """Stage 6: figures, summary and page.
 
-report.html, summary.md; every figure as .png, .pdf and .csv
+report.html, summary.md; claims.json: the paper's claims with their verdicts; every figure as .png, .pdf and .csv
 """
 
 import json
@@ -17,7 +17,7 @@ from backtrack_jax.config import Experiment
 from backtrack_jax.files import store, tables
 from backtrack_jax.files.console import say
 from backtrack_jax.files.tables import Table
-from backtrack_jax.report import page, static, summary, trace_figures
+from backtrack_jax.report import claims, page, static, summary, trace_figures
 from backtrack_jax.stages import estimates
 from backtrack_jax.stages.analysis import ANALYSES, ANALYSIS
 from backtrack_jax.stages.annotations import ANNOTATIONS
@@ -25,7 +25,7 @@ from backtrack_jax.stages.base import Context, Stage
 from backtrack_jax.stages.steering import STEERING
 from backtrack_jax.stages.vectors import VECTORS
 
-_PAGE, _SUMMARY = "report.html", "summary.md"
+_PAGE, _SUMMARY, _CLAIMS = "report.html", "summary.md", "claims.json"
 
 
 class ReportStage(Stage):
@@ -54,6 +54,7 @@ class ReportStage(Stage):
         for plot in plots:
             static.write(plot, folder)
         trace_figures.write_figures(r, folder)
+        store.write_text(folder / _CLAIMS, claims.as_json(r, claims.claims(r, self.analyses)))
         store.write_text(folder / _SUMMARY, summary.markdown(r, self.analyses))
         store.write_text(folder / _PAGE, page.render(r, plots, self.analyses))
         self.mark_stale(folder, "")

@@ -7,6 +7,7 @@ from backtrack_jax.analysis.cells import interval
 from backtrack_jax.analysis.results import Cell, Results
 from backtrack_jax.data.records import UNSTEERED
 from backtrack_jax.kinds import parse
+from backtrack_jax.report import claims
 from backtrack_jax.report.reference import comparison, settings
 
 
@@ -18,6 +19,9 @@ def sentences(r: Results, analyses: Sequence[Analysis]) -> list[str]:
 def markdown(r: Results, analyses: Sequence[Analysis]) -> str:
     """summary.md: the sentences, the paper beside this run, sections and windows, and every cell."""
     lines = [f"# {r.experiment.name}", "", *(f"- {text}" for text in sentences(r, analyses))]
+    found = claims.claims(r, analyses)
+    if found:
+        lines += ["", "## Claims", "", claims.tally(found), "", *_table(claims.columns(found))]
     lines += ["", "## Paper and this run", "", *_table(comparison(r, analyses))]
     lines += ["", "Settings (a `no` says that a number need not agree):", "", *_table(settings(r))]
     lines += ["", "## Sections", "", "```", r.annotations.strip(), "```", "", "## Vectors", ""]

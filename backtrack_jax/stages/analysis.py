@@ -11,17 +11,18 @@ the list, or a setting of one, makes no other run again.
 
 import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from backtrack_jax import inputs, labelling
+from backtrack_jax import conditions, inputs, labelling
 from backtrack_jax.analysis import logit_lens
 from backtrack_jax.analysis.agreement import AGREEMENT
 from backtrack_jax.analysis.base import Analysis, Material, Planned
 from backtrack_jax.analysis.grids import GRIDS
 from backtrack_jax.analysis.judged import FILE as JUDGED_FILE
 from backtrack_jax.analysis.judged import JUDGED
+from backtrack_jax.analysis.log_odds import LOG_ODDS
 from backtrack_jax.analysis.logit_lens import LOGIT_LENS
 from backtrack_jax.analysis.probe import PROBE
 from backtrack_jax.analysis.rates import RATES
@@ -33,15 +34,17 @@ from backtrack_jax.data import records
 from backtrack_jax.files import store, tables
 from backtrack_jax.files.console import say
 from backtrack_jax.files.tables import Table
+from backtrack_jax.generate import row_key
+from backtrack_jax.intervention import Intervention
 from backtrack_jax.stages import estimates
 from backtrack_jax.stages.annotations import ANNOTATIONS
 from backtrack_jax.stages.base import Context, Settled, Stage, spec_values
-from backtrack_jax.stages.steering import STEERING
+from backtrack_jax.stages.steering import STEERING, load_readings
 from backtrack_jax.stages.traces import TRACES
 from backtrack_jax.stages.vectors import VECTORS
 
 ANALYSES: tuple[Analysis, ...] = (
-    *(JUDGED, RATES, GRIDS, SIMILARITY, LOGIT_LENS, PROBE, RELIABILITY, WINDOWS, AGREEMENT),
+    *(JUDGED, RATES, LOG_ODDS, GRIDS, SIMILARITY, LOGIT_LENS, PROBE, RELIABILITY, WINDOWS, AGREEMENT),
 )
 """All analyses; one may read the files of those before it. Their sentences stand in this order."""
 
@@ -110,7 +113,8 @@ class AnalysisStage(Stage):
         longest = estimates.longest_prompt(e) + e.steering.max_new_tokens
         lines = []
         for role in e.roles:
-            planned = Planned(e, replies[role], longest, lengths)
+            n_conditions = sum(condition.target == role for condition in conditions.planned(e))
+            planned = Planned(e, n_conditions, replies[role], longest, lengths)
             if not (asked := [text for a in to_do if (text := a.plan(planned))]):
                 continue
             lines.append(f"{role} model: {'; '.join(asked)}")
@@ -240,6 +244,7 @@ def gather(context: Context) -> Material:
         model=context.model,
         prompt_ids=context.prompt_ids,
         token_trace=context.token_trace,
+        intervention=intervention_of(context),
         traces=TRACES.read(context.folder(TRACES)),
         annotations=ANNOTATIONS.read(context.folder(ANNOTATIONS)),
         labels=labels,
@@ -253,6 +258,17 @@ def gather(context: Context) -> Material:
         replies=STEERING.read(context.folder(STEERING)),
         judge=functools.partial(judge.annotate, e) if judge else None,
     )
+
+
+def intervention_of(context: Context) -> Callable[[records.Condition, str], Intervention]:
+    """Gives the row of a condition for the first reply to a problem, as stage 4 sampled it."""
+    e = context.experiment
+    readings = load_readings(context)
+    built = {}
+    for role in e.roles:
+        config = context.architecture(role)
+        built[role] = conditions.Interventions(readings, config.n_layers, config.d_model, e.steering.span)
+    return lambda condition, problem: built[condition.target].row(condition, row_key(e.seed, problem, 0))
 
 
 def _plan_of_judge(context: Context, n_replies: int) -> list[str]:

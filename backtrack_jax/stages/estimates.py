@@ -100,7 +100,7 @@ def sampling(e: Experiment, role: str, rows: int, prompt_tokens: int, new_tokens
     if config is None:
         return [*lines, unknown_memory(e, role)]
     prompt, parts, rows_at_once = bucket(prompt_tokens), e.model_parallel, -(-batch_size // e.data_parallel)
-    cached = ops.cache_dtype(jnp.dtype(e.model(role).dtype)).itemsize
+    cached = jnp.dtype(e.model(role).dtype).itemsize
     per_token = 2 * config.n_layers * config.n_kv_heads // parts * config.head_dim * cached
     cache, logits = rows_at_once * (prompt + new_tokens) * per_token, 3 * 4 * rows_at_once * config.vocab_size // parts
     # Its own keys and values, before they are moved into the cache, and a block's activations: as compiled for a TPU.

@@ -28,6 +28,7 @@ class SteeringStage(Stage):
     """Samples every problem under every condition."""
 
     name = "4-steering"
+    format = 4
 
     def inputs(self, e: Experiment) -> dict[str, Any]:
         """The sweeps, vector files by content, and the seed. The size of a batch is left out, as in stage 1."""
@@ -89,7 +90,7 @@ def _steer_model(
     """Replies of one model under all its conditions."""
     e, spec = context.experiment, context.experiment.steering
     config = context.architecture(target)
-    built = conditions.Interventions(readings, config.n_layers, config.d_model, spec.span, e.seed)
+    built = conditions.Interventions(readings, config.n_layers, config.d_model, spec.span)
     todo = [
         (condition, trace, sample)
         for condition, limit in conditions.make(e, readings).items()
@@ -116,13 +117,13 @@ def _steer_model(
             condition=condition,
             unit=spec.unit,
             span=spec.span,
-            vector_hash=built.vector_hash(condition),
+            vector_hash=built.vector_hash(condition, row.key),
             seed=e.seed,
             ids=tuple(reply["ids"]),
             text=reply["text"],
             finish_reason=reply["finish_reason"],
         )
-        for (condition, trace, sample), reply in zip(todo, replies, strict=True)
+        for (condition, trace, sample), row, reply in zip(todo, rows, replies, strict=True)
     ]
 
 

@@ -16,7 +16,7 @@ from backtrack_jax.models import ops
 from backtrack_jax.models.attention import causal_mask
 from backtrack_jax.models.ops import plain, tuned
 
-DECISIONS = {"cache_dtype", "compiler_options", "unstacks"}  # compute nothing
+DECISIONS = {"compiler_options", "unstacks"}  # compute nothing
 B, T, S, K, G, H = 2, 150, 40, 2, 3, 8  # two chunks of queries
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.02, "float16": 0.003}
 
@@ -99,7 +99,7 @@ def test_the_door_follows_what_is_compiled_for(monkeypatch: pytest.MonkeyPatch) 
     for platform in ("cpu", "gpu", "cpu", "tpu"):
         with ops.compiling_for(platform):
             seen.append(float(program(jnp.zeros(1))))
-            assert ops.cache_dtype(jnp.dtype("bfloat16")) == ("float32" if platform == "cpu" else "bfloat16")
+            assert bool(ops.compiler_options(jnp.dtype("float32"))) == (platform == "cpu")
     assert seen == [1, 0, 1, 0]
     assert ops.target().platform == jax.default_backend()
 
@@ -109,11 +109,12 @@ def test_a_platform_that_there_is_not_is_refused() -> None:
         pass
 
 
-@pytest.mark.parametrize(
-    ("asked", "expected"), [("all", "bfloat16 False"), ("cache_dtype", "bfloat16 True"), ("", "float32 True")]
-)
+@pytest.mark.parametrize(("asked", "expected"), [("all", "0 False"), ("compiler_options", "0 True"), ("", "1 True")])
 def test_the_environment_asks_for_plain_operations(asked: str, expected: str) -> None:
-    program = "from backtrack_jax.models import ops; print(ops.cache_dtype('bfloat16'), ops.unstacks(()))"
+    program = (
+        "from backtrack_jax.models import ops; import jax.numpy; n = ops.compiler_options(jax.numpy.dtype('float32'))"
+    )
+    program += "; print(len(n), ops.unstacks(()))"
     environment = os.environ | {"BACKTRACK_PLAIN_OPS": asked, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == expected, done.stderr

@@ -478,7 +478,7 @@ def test_strength_zero_is_unsteered(finished: Path) -> None:
     made = pipeline.Run(tiny.get_config())
     e = made.experiment
     readings = steering.load_readings(made.context)
-    built = conditions.Interventions(readings, 3, 16, "all", e.seed)
+    built = conditions.Interventions(readings, 3, 16, "all")
     cells = [c for c in conditions.make(e, readings) if c.target == "reasoning" and c.magnitude > 0]
     assert {c.layer for c in cells} == {0, 1, 2} and len({c.window for c in cells}) == 4
     chain = tiny.chains()[0]

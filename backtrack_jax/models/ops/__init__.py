@@ -17,7 +17,6 @@ __all__ = [
     "Target",
     "attend",
     "attend_causally",
-    "cache_dtype",
     "compiler_options",
     "compiling_for",
     "lookup",
@@ -51,7 +50,6 @@ def _behind_the_door(op: Callable[_P, _R]) -> Callable[_P, _R]:
 
 attend = _behind_the_door(plain.attend)
 attend_causally = _behind_the_door(plain.attend_causally)
-cache_dtype = _behind_the_door(plain.cache_dtype)
 compiler_options = _behind_the_door(plain.compiler_options)
 lookup = _behind_the_door(plain.lookup)
 matmul = _behind_the_door(plain.matmul)

@@ -65,11 +65,6 @@ def attend_causally(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -
     return attend(q, (k, v, mask))
 
 
-def cache_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """Dtype of cached keys and values for weights of a dtype."""
-    return jnp.dtype(dtype)
-
-
 def scan_blocks(body: Callable, x: jax.Array, blocks: Any, others: tuple[Any, ...]) -> tuple[jax.Array, Any]:
     """`lax.scan` of body(x, (block, *others)) over the first of the stacked blocks, as many as `others` are long."""
     n = len(jax.tree.leaves(others)[0])

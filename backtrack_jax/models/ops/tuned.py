@@ -18,9 +18,8 @@ from backtrack_jax.models.ops.targets import target
 
 PLATFORMS = {
     "lookup": ("cpu",),
-    "attend": ("gpu", "tpu"),
+    "attend": ("cpu", "gpu", "tpu"),
     "attend_causally": ("cpu", "gpu", "tpu"),
-    "cache_dtype": ("cpu",),
     "scan_blocks": ("cpu", "gpu", "tpu"),
     "compiler_options": ("cpu",),
     "unstacks": ("cpu", "gpu"),
@@ -75,11 +74,6 @@ def attend_causally(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -
         of, seen = slice(start, start + size), slice(0, start + size)
         chunks.append(attend(q[:, of], (k[..., seen], v[:, :, seen], mask[:, of, seen])))
     return jnp.concatenate(chunks, axis=1)
-
-
-def cache_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """float32: XLA's CPU backend rewrites a whole 16-bit cache at every step."""
-    return jnp.dtype(jnp.float32)
 
 
 def scan_blocks(body: Callable, x: jax.Array, blocks: Any, others: tuple[Any, ...]) -> tuple[jax.Array, Any]:

@@ -1,0 +1,401 @@
+"""Log-odds of a keyword where a sentence begins, on given text: the measure beside every rate.
+
+Every condition reads the same texts in one forward pass each, and at the token before each sentence
+
+    log-odds = log p(next token is a keyword) - log p(it is none)                                            [nats]
+
+A rate of sampled replies cannot fall below zero hits, so that a model which never says "wait" hides any effect that is
+too small to make it say so. Log-odds have no such floor and no sampling noise. The texts are the reasoning model's
+traces and what the base model wrote, so that neither model is measured on the other's text alone.
+"""
+
+import dataclasses
+import math
+from collections.abc import Container, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from numpy.typing import ArrayLike
+
+from backtrack_jax.analysis import cells, dose, logit_lens, replies, statistics
+from backtrack_jax.analysis.base import Analysis, Material, Planned
+from backtrack_jax.analysis.claims import Claim, all_of, measured
+from backtrack_jax.analysis.coherence import logits_at_once
+from backtrack_jax.analysis.plots import Panel, Plot, Series, line_of
+from backtrack_jax.analysis.results import PAPER_LABEL, Results, extent
+from backtrack_jax.analysis.statistics import Region
+from backtrack_jax.data.problems import spread
+from backtrack_jax.data.records import UNSTEERED, Annotation, Condition, Section, Trace
+from backtrack_jax.data.text import KEYWORDS, sentence_spans
+from backtrack_jax.files import store
+from backtrack_jax.files.console import Progress
+from backtrack_jax.files.tables import Table
+from backtrack_jax.intervention import Intervention, stack_rows, with_same_terms
+from backtrack_jax.models.batching import batches, bucket, check_ids, right_pad
+from backtrack_jax.models.config import ModelConfig
+from backtrack_jax.models.decoder import Decoder
+from backtrack_jax.models.sharding import place_rows
+
+REASONING_TRACES, BASE_REPLIES = "reasoning traces", "base replies"
+"""Where the texts come from."""
+
+CONTROLS = ("noise", "random", "self-amplification")
+"""Kinds without a source that the figure shows beside the vectors."""
+
+AXIS = "change of the log-odds, nats"
+
+SILENT = 0.25
+"""What the base model's change must stay below, in units of the reasoning model's."""
+
+EXAMPLES = "examples"
+"""Condition of the positive control: unsteered, after examples of the label."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Forced:
+    """A text that a model reads under one condition.
+
+    Attributes:
+      ids: token ids of prompt and text, BOS included.
+      prompt_length: tokens of the prompt, from which spans are resolved.
+      starts: index of the first token of each sentence that counts, > 0.
+      intervention: one row.
+    """
+
+    ids: Sequence[int]
+    prompt_length: int
+    starts: Sequence[int]
+    intervention: Intervention
+
+
+class LogOdds(Analysis):
+    """Of the keywords of Eq. 1, under every condition of the sweep."""
+
+    name = "log_odds"
+    settings = ("seed", "steering.main_layer", "analysis.forced_texts", "analysis.examples")
+    role_tables = ("log_odds",)
+
+    def scratch(self, role: str) -> list[str]:
+        """Finished rows, appended batch by batch."""
+        return [f"{role}.log_odds.jsonl"]
+
+    def of_role(self, material: Material, role: str, folder: Path) -> dict[str, Table]:
+        """One forward pass for every text under every condition."""
+        lines, rows = forced_rows(material, role)
+        partial = folder / self.scratch(role)[0]
+        found = {line["row"]: line["log_odds"] for line in store.recover_lines(partial)}
+        if len(found) < len(rows):
+            measured = keyword_log_odds(
+                material.model(role),
+                rows,
+                logit_lens.word_ids(material.tokenizer, KEYWORDS),
+                batch_size=material.experiment.analysis.batch_size,
+                done=found,
+            )
+            with Progress(f"  log-odds of the {role} model", len(rows), len(found)) as progress:
+                for batch in measured:
+                    new = [(row, value) for row, value in batch if row not in found]
+                    store.append_lines(partial, [{"row": row, "log_odds": value} for row, value in new])
+                    found |= dict(new)
+                    progress.update(len(new), sum(len(rows[row].ids) for row, _ in new))
+        return {"log_odds": [line | {"log_odds": found[row]} for row, line in enumerate(lines)]}
+
+    def plots(self, r: Results) -> Sequence[Plot | None]:
+        """Beside Fig. 3."""
+        return [by_magnitude(r)]
+
+    def sentences(self, r: Results) -> Sequence[str]:
+        """What the vectors add on either model, on the reasoning traces."""
+        chosen = dose.of_run(r)
+        if not chosen or len(r.roles) < 2:
+            return []
+        texts = []
+        for source in r.roles:
+            both = paired_effects(r, REASONING_TRACES, source, chosen.cell["magnitude"])
+            if len(both) < 2:
+                return []
+            (base, reasoning), (low, high) = both.mean(0), interval(both[:, 1] - both[:, 0])
+            texts.append(
+                f"the {source}-derived vector adds {reasoning:.2f} nats to the log-odds of wait or hmm on the "
+                f"reasoning model and {base:.2f} on the base model (difference {reasoning - base:.2f}, {low:.2f} to "
+                f"{high:.2f})"
+            )
+        return [f"On given text, at magnitude {chosen.cell['magnitude']:g}, {'; '.join(texts)}."]
+
+    def claims(self, r: Results) -> Sequence[Claim]:
+        """Whether the base model stays as it is."""
+        return [claim for claim in [_base_silent(r)] if claim]
+
+    def plan(self, planned: Planned) -> str:
+        """Texts under all conditions."""
+        e = planned.experiment
+        n = 2 * min(e.analysis.forced_texts, len(planned.trace_tokens)) * planned.conditions
+        return f"log-odds of {n:,} texts under conditions" if n else ""
+
+    def memory(self, planned: Planned, config: ModelConfig) -> dict[str, int]:
+        """The logits of some positions of a batch."""
+        e = planned.experiment
+        n = logits_at_once(e.analysis.batch_size, config.vocab_size) if e.analysis.forced_texts else 0
+        return {"logits": 4 * n // (e.data_parallel * e.model_parallel)}
+
+
+LOG_ODDS = LogOdds()
+
+
+def keyword_log_odds(
+    model: Decoder,
+    rows: Sequence[Forced],
+    keyword_ids: Container[int],
+    *,
+    batch_size: int,
+    done: Container[int] = (),
+) -> Iterator[list[tuple[int, float]]]:
+    """Mean log-odds of keywords at the sentence starts of texts.
+
+    Args:
+      model: the model, without any intervention of its own.
+      rows: texts with the row of an intervention each.
+      keyword_ids: ids of the tokens that are a keyword.
+      batch_size: rows of a batch; rows of similar length share one.
+      done: row numbers; batches of which all rows are in it are left out.
+
+    Yields:
+      After every batch, (row number, mean over its sentence starts, in nats); nan for a row without any.
+
+    Raises:
+      ValueError: names the row with a token that the model does not know, or a start that no token stands before.
+      FloatingPointError: names the row whose logits are not finite.
+    """
+    for number, row in enumerate(rows):
+        check_ids(row.ids, model.config.vocab_size, f"row {number}")
+        if not all(0 < start < len(row.ids) for start in row.starts):
+            raise ValueError(f"row {number} has the starts {list(row.starts)}, expected 1 to {len(row.ids) - 1}")
+    keyword = np.array([i in keyword_ids for i in range(model.config.vocab_size)])
+    edits = with_same_terms([row.intervention for row in rows]) if rows else []
+    width = bucket(max((len(row.starts) for row in rows), default=1))
+    for padded, members in batches([len(row.ids) for row in rows], batch_size):
+        if all(row in done for row in members):
+            continue
+        filled = members + [members[-1]] * (batch_size - len(members))
+        ids, positions = right_pad([rows[row].ids for row in filled], padded)
+        at = np.zeros((batch_size, width), np.int32)
+        counted = np.zeros((batch_size, width), bool)
+        for i, row in enumerate(filled):
+            n = len(rows[row].starts)
+            at[i, :n], counted[i, :n] = np.asarray(rows[row].starts) - 1, True
+        prompts = np.array([rows[row].prompt_length for row in filled], np.int32)
+        intervention = stack_rows([edits[row] for row in filled]).resolve(jnp.asarray(prompts))
+        placed = place_rows(model, (ids, positions, at, counted, intervention))
+        sums = np.asarray(_sums(model, jnp.asarray(keyword), *placed), np.float64)
+        n_starts = np.array([len(rows[row].starts) for row in members])
+        if bad := [row for row, value in zip(members, sums, strict=False) if not math.isfinite(value)]:
+            raise FloatingPointError(f"logits of row {bad[0]} are not finite")
+        means = np.divide(sums[: len(members)], n_starts, out=np.full(len(members), np.nan), where=n_starts > 0)
+        yield list(zip(members, means.tolist(), strict=True))
+
+
+@jax.jit
+def _sums(
+    model: Decoder,
+    keyword: jax.Array,  # [V] bool
+    ids: jax.Array,  # [B, T]
+    positions: jax.Array,  # [B, T]
+    at: jax.Array,  # [B, P] positions of the tokens before the starts
+    counted: jax.Array,  # [B, P] bool
+    intervention: Intervention,
+) -> jax.Array:
+    """Sum of the log-odds of a keyword after the counted positions, [B] float32."""
+    resid = model(ids, positions, intervention=intervention).resid
+    x = jnp.take_along_axis(resid, at[..., None], axis=1)
+
+    def of_position(x: jax.Array) -> jax.Array:
+        logits = model.logits(x)
+        yes, no = (jax.nn.logsumexp(logits, axis=-1, where=where) for where in (keyword, ~keyword))
+        return yes - no
+
+    most = max(1, logits_at_once(len(ids), model.config.vocab_size) // (len(ids) * model.config.vocab_size))
+    at_once = math.gcd(at.shape[1], 1 << (most.bit_length() - 1))  # nothing is left over, which would be a second loop
+    found = lax.map(of_position, jnp.swapaxes(x, 0, 1), batch_size=at_once)
+    return jnp.sum(jnp.where(counted, jnp.swapaxes(found, 0, 1), 0.0), axis=1)
+
+
+def forced_rows(material: Material, role: str) -> tuple[Table, list[Forced]]:
+    """What a model reads: every text under every condition, and the positive control.
+
+    Returns:
+      A line per row: the condition, `text`, `problem_id` and `n_starts`; and the rows, in the same order.
+    """
+    conditions = list(dict.fromkeys(reply.condition for reply in material.replies if reply.condition.target == role))
+    lines: Table = []
+    rows: list[Forced] = []
+
+    def add(trace: Trace, source: str, skipped: int, under: Mapping[Condition, str]) -> None:
+        """Under conditions, whose kinds are named anew. Sentences that begin before a character do not count."""
+        spans = [span for span in sentence_spans(trace) if span[0] >= skipped]
+        # What stands before the first sentence is a prompt or an example, not text.
+        annotation = Annotation(trace.id, "", tuple(Section("", *span) for span in spans[1:]))
+        read = material.token_trace(role, trace, annotation)
+        starts = sorted({at for _, at in read.starts})
+        for condition, kind in under.items():
+            row = material.intervention(condition, trace.problem_id)
+            rows.append(Forced(read.ids, read.reply_start, starts, row))
+            line = dataclasses.asdict(condition) | {"kind": kind, "text": source, "problem_id": trace.problem_id}
+            lines.append(line | {"n_starts": len(starts)})
+
+    for source, texts in texts_of(material).items():
+        for trace in texts:
+            add(trace, source, 0, {condition: condition.kind for condition in conditions})
+            if shown := _examples(material, trace.problem_id):
+                longer = dataclasses.replace(trace, text=f"{shown} {trace.text}", token_ids=None)
+                add(longer, source, len(shown), {c: EXAMPLES for c in conditions if c.kind == UNSTEERED})
+    return lines, rows
+
+
+def texts_of(material: Material) -> dict[str, list[Trace]]:
+    """The texts, one a problem, at most `analysis.forced_texts` of each source."""
+    limit = material.experiment.analysis.forced_texts
+    traces = {trace.problem_id: trace for trace in reversed(material.traces)}
+    written = {
+        reply.problem_id: reply.trace()
+        for reply in reversed(material.replies)
+        if (reply.condition.target, reply.condition.kind) == ("base", UNSTEERED)
+    }
+    found = {REASONING_TRACES: list(reversed(traces.values())), BASE_REPLIES: list(reversed(written.values()))}
+    return {source: spread(texts, limit) if limit else [] for source, texts in found.items()}
+
+
+def _examples(material: Material, problem: str) -> str:
+    """Sections of the experiment's label out of traces of other problems, each after the sentence before it."""
+    e, found = material.experiment, []
+    for trace, annotation in material.pairs:
+        if trace.problem_id == problem:
+            continue
+        for before, section in zip(annotation.sections, annotation.sections[1:], strict=False):
+            if section.label == e.vectors.label and before.label != e.vectors.label:
+                found.append(trace.text[before.start : section.stop])
+                break  # one a trace
+    return " ".join(spread(found, e.analysis.examples)) if e.analysis.examples and found else ""
+
+
+def effects(r: Results, target: str, text: str, **condition: object) -> dict[str, float]:
+    """Problem -> log-odds under a condition less those of the unsteered model on the same text, in nats.
+
+    Args:
+      r: the run.
+      target: role of the model that reads.
+      text: `REASONING_TRACES` or `BASE_REPLIES`.
+      **condition: other fields of the condition, as in the table.
+    """
+    own = [line for line in r.tables["log_odds"] if (line["target"], line["text"]) == (target, text)]
+    plain = {line["problem_id"]: line["log_odds"] for line in own if line["kind"] == UNSTEERED}
+    changed = {
+        line["problem_id"]: line["log_odds"] - plain.get(line["problem_id"], math.nan)
+        for line in own
+        if all(line[name] == value for name, value in condition.items())
+    }
+    return {problem: change for problem, change in changed.items() if math.isfinite(change)}
+
+
+def by_magnitude(r: Results) -> Plot | None:
+    """Change of the log-odds against magnitude: vectors of either model, and controls, on each model and text."""
+    found = [line for line in r.tables["log_odds"] if line["kind"] != UNSTEERED and line["layer"] == r.layer]
+    kinds = [(r.label, source, f"{source}-derived vector") for source in r.roles]
+    kinds += [(kind, "", kind) for kind in CONTROLS if kind in {line["kind"] for line in found}]
+    shown: Table = []
+    panels = []
+    for text in (REASONING_TRACES, BASE_REPLIES):
+        row = []
+        for target in r.roles:
+            own = [line for line in found if (line["target"], line["text"]) == (target, text)]
+            series = []
+            for number, (kind, source, name) in enumerate(kinds):
+                cell = {"kind": kind, "source": source, "layer": r.layer, "window": r.window if source else ""}
+                points = [{"magnitude": 0.0, "effect": 0.0, "low": 0.0, "high": 0.0}]
+                magnitudes = {line["magnitude"] for line in own if line["kind"] == kind}
+                for magnitude in sorted(magnitudes):
+                    changes = list(effects(r, target, text, magnitude=magnitude, **cell).values())
+                    if not changes:
+                        continue
+                    low, high = interval(changes)
+                    point = {"magnitude": magnitude, "effect": float(np.mean(changes)), "low": low, "high": high}
+                    points.append(point)
+                    shown.append({"target": target, "text": text, **cell, **point, "n_problems": len(changes)})
+                if len(points) > 1:
+                    points.sort(key=lambda point: point["magnitude"])
+                    columns = ([point[name] for point in points] for name in ("magnitude", "effect", "low", "high"))
+                    series.append(Series(name, *columns, **line_of(number, source)))
+            if series:
+                row.append(Panel(f"{target} model on {text}", cells.unit_label(r, target), AXIS, series, level=0.0))
+        if row:
+            panels.append(row)
+    if not shown:
+        return None
+    problems = extent(shown, "n_problems")
+    caption = (
+        "Change of the log-odds of wait or hmm where a sentence begins, from the unsteered model on the same text: "
+        f"mean and 95 % interval over {problems} problems (Student's t); {cells.setting(r)}. Texts are given, not "
+        "sampled: there is no floor that could hide an effect."
+    )
+    return Plot("log_odds", "Log-odds on given text", caption, panels, shown, place=3.1)
+
+
+def _base_silent(r: Results) -> Claim | None:
+    """By the worse of both vectors, on the worse of both texts."""
+    chosen, plain = dose.of_run(r), r.unsteered("base") if "base" in r.roles else None
+    if r.label != PAPER_LABEL or not chosen or not plain or len(r.roles) < 2 or not r.tables["log_odds"]:
+        return None
+    region, magnitude = Region(high=SILENT), chosen.cell["magnitude"]
+    of_cell = replies.by_cell(r.tables["replies"])
+    tried, verdicts, notes = [], [], []
+    for text in (REASONING_TRACES, BASE_REPLIES):
+        for source in r.roles:
+            both = paired_effects(r, text, source, magnitude)
+            if len(both) < 2:
+                continue
+            ends = statistics.mean_ratio_interval(both[:, 0], both[:, 1], level=dose.LEVEL)
+            verdicts.append(statistics.verdict(*ends, region, len(both)))
+            base, reasoning = both.mean(0)
+            tried.append((ends[1], base / reasoning, ends, len(both)))
+            notes.append(f"{source}-derived on {text} {base:.2f} of {reasoning:.2f} nats")
+        control = np.array(list(effects(r, "base", text, kind=EXAMPLES).values()))
+        ends = interval(control, dose.LEVEL)
+        verdicts.append("holds" if ends[0] > 0 else "undecided")
+        seen = f"{control.mean():.2f} ({ends[0]:.2f} to {ends[1]:.2f}) nats" if len(control) else "not measured"
+        notes.append(f"positive control, examples of {r.label} first, on {text}: {seen}")
+    steered = next((c for c in r.cells("base", r.label, r.roles[0]) if c["magnitude"] == magnitude), None)
+    if not tried or steered is None:
+        return None
+    coherence = dose.coherence(of_cell, steered, plain)
+    verdicts.append("holds" if coherence.low >= dose.COHERENT else "undecided")
+    notes.append(f"coherence of its replies {coherence}")
+    _, estimate, ends, n = max(tried)
+    return measured(
+        "base_silent",
+        "Neither vector makes the base model backtrack.",
+        figure="log_odds",
+        where="Fig. 3",
+        rule=f"change of the log-odds on the base model over that on the reasoning model below {SILENT:g} with either "
+        f"vector on either text, the base model's replies coherent, its log-odds raised by examples, {dose.RULE}",
+        estimate=float(estimate),
+        interval=ends,
+        unit="of the reasoning model's change",
+        region=region,
+        n=n,
+        note="; ".join(notes),
+        given=all_of(verdicts),
+    )
+
+
+def interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float]:
+    """Student's t interval of the mean of one value a problem."""
+    return statistics.mean_interval(np.asarray(values), np.ones(np.shape(values)), level=level)
+
+
+def paired_effects(r: Results, text: str, source: str, magnitude: float) -> np.ndarray:
+    """[problems, 2] changes of the log-odds in the base and the reasoning model on the same texts, in nats."""
+    cell = {"kind": r.label, "source": source, "layer": r.layer, "window": r.window, "magnitude": magnitude}
+    base, reasoning = (effects(r, target, text, **cell) for target in ("base", "reasoning"))
+    return np.array([(base[name], reasoning[name]) for name in base if name in reasoning]).reshape(-1, 2)

@@ -1,0 +1,70 @@
+"""The paper's claims with their verdicts: as a table for summary and page, and as `claims.json`."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from backtrack_jax.analysis.base import Analysis
+from backtrack_jax.analysis.claims import Claim
+from backtrack_jax.analysis.results import Results
+from backtrack_jax.report.reference import settings
+
+
+def claims(r: Results, analyses: Sequence[Analysis]) -> list[Claim]:
+    """Every claim that the run can say something about, in the order of the analyses."""
+    return [claim for analysis in analyses for claim in analysis.claims(r)]
+
+
+def table(found: Sequence[Claim]) -> list[dict[str, str]]:
+    """Rows of `claim`, `where`, `verdict`, `estimate`, `rule`, `seen`, `n`, `note`, `figure`."""
+    return [
+        {
+            "claim": claim.title,
+            "where": claim.where,
+            "verdict": claim.verdict,
+            "estimate": f"{number(claim.estimate)} ({number(claim.low)} to {number(claim.high)}){claim.unit and ' '}"
+            f"{claim.unit}",
+            "rule": claim.rule,
+            "seen": number(claim.detectable),
+            "n": str(claim.n),
+            "note": claim.note,
+            "figure": claim.figure,
+        }
+        for claim in found
+    ]
+
+
+def columns(found: Sequence[Claim]) -> list[dict[str, str]]:
+    """`table` with the headings of summary.md."""
+    heads = {"claim": "claim", "where": "where", "verdict": "verdict", "estimate": "measured (90 % interval)"}
+    heads |= {"rule": "holds if", "seen": "could be seen", "n": "problems", "note": "note"}
+    return [{head: row[name] or "-" for name, head in heads.items()} for row in table(found)]
+
+
+def as_json(r: Results, found: Sequence[Claim]) -> str:
+    """claims.json: the verdicts with all their numbers, and the settings in which the run differs from the paper."""
+    differing = [row for row in settings(r) if row["same"] != "yes"]
+    lines = [{name: _json(value) for name, value in dataclasses.asdict(claim).items()} for claim in found]
+    return json.dumps({"claims": lines, "settings that differ": differing}, indent=1, ensure_ascii=False) + "\n"
+
+
+def tally(found: Sequence[Claim]) -> str:
+    """How many claims hold, fail and are undecided, in words."""
+    counts = {verdict: sum(claim.verdict == verdict for claim in found) for verdict in ("holds", "fails", "undecided")}
+    return (
+        f"Of {len(found)} claims {counts['holds']} hold, {counts['fails']} fail, {counts['undecided']} are undecided."
+    )
+
+
+def number(value: float) -> str:
+    """Three digits; `-` where it is not defined."""
+    return "-" if math.isnan(value) else f"{value:.3g}"
+
+
+def _json(value: Any) -> Any:
+    """Numbers that JSON does not have as null, or as text where they are ends of an interval without a bound."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value
