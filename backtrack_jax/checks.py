@@ -233,14 +233,17 @@ def _steering_faults(e: Experiment) -> list[str]:
     faults += [*_repeated("steering.layers", s.layers), *_repeated("steering.offsets", s.offsets)]
     if not _integers(s.offsets) or any(offset not in e.vectors.offsets for offset in s.offsets):
         faults.append(_fault("steering.offsets", s.offsets, f"some of vectors.offsets, {e.vectors.offsets}"))
-    for field, magnitudes in (("magnitudes", s.magnitudes), ("grid_magnitudes", s.grid_magnitudes or s.magnitudes)):
+    for field in ("magnitudes", "grid_magnitudes", "baseline_magnitudes"):
+        magnitudes = getattr(s, field) or s.magnitudes
         if not any(magnitudes) or not all(map(_finite, magnitudes)):
             faults.append(_fault(f"steering.{field}", magnitudes, "finite numbers, at least one of them not 0"))
         faults += _repeated(f"steering.{field}", magnitudes)
-    shares = [entry for entry in (*s.kinds, *s.baselines) if isinstance(entry, str) and kinds.by_share(entry)]
-    if shares and any(_finite(magnitude) and abs(magnitude) > 1 for magnitude in s.magnitudes):
-        accepted = f"-1 to 1: for {shares[0]!r} they are shares"
-        faults.append(_fault("steering.magnitudes", s.magnitudes, accepted))
+    of_baselines = "baseline_magnitudes" if s.baseline_magnitudes else "magnitudes"
+    for entries, field in ((s.kinds, "magnitudes"), (s.baselines, of_baselines)):
+        shares = [entry for entry in entries if isinstance(entry, str) and kinds.by_share(entry)]
+        if shares and any(_finite(magnitude) and abs(magnitude) > 1 for magnitude in getattr(s, field)):
+            accepted = f"-1 to 1: for {shares[0]!r} they are shares"
+            faults.append(_fault(f"steering.{field}", getattr(s, field), accepted))
     swept = s.offsets or s.layers
     if s.grid_limit < 0 or (swept and s.limit and s.grid_limit > s.limit):
         accepted = "at least 0" + (f", at most steering.limit={s.limit}" if s.limit else "")

@@ -72,9 +72,11 @@ def _conditions(e: Experiment, scale: Callable[[str, str, str, int, str], float]
                 c = Condition(target, UNSTEERED, "", s.main_layer, "", 0.0, 0.0)
             made[c] = max(made.get(c, limit), limit) if limit and made.get(c, limit) else 0
 
-    def add_kind(target: str, kind: str, sources: Sequence[str], layer: int) -> None:
+    def add_kind(
+        target: str, kind: str, sources: Sequence[str], layer: int, magnitudes: Sequence[float] = s.magnitudes
+    ) -> None:
         for source in sources if parse(kind).read else ("",):
-            add(target, kind, source, layer, own if source else "", s.magnitudes, s.limit)
+            add(target, kind, source, layer, own if source else "", magnitudes, s.limit)
 
     own = window_name(e.vectors.window)
     grid, grid_limit = s.grid_magnitudes or s.magnitudes, s.grid_limit or s.limit
@@ -85,7 +87,7 @@ def _conditions(e: Experiment, scale: Callable[[str, str, str, int, str], float]
         if target != e.author:
             continue
         for kind in s.baselines:
-            add_kind(target, kind, (target,), s.main_layer)
+            add_kind(target, kind, (target,), s.main_layer, s.baseline_magnitudes or s.magnitudes)
         for offset in s.offsets:
             add(
                 target,

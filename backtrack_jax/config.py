@@ -219,6 +219,7 @@ class SteeringSpec:
       magnitudes: strengths, in `unit`; negative ones go the other way, and 0 is run once per model. For an ablation the
         share of the component that is removed, whatever the unit: 1 removes it all, a negative one adds to it.
       baselines: further kinds, done only to the model that writes the traces, from its own activations (Fig. 4).
+      baseline_magnitudes: strengths of `baselines`; empty for `magnitudes`.
       offsets: of `vectors.offsets`, those whose vectors are added to that model as well (Fig. 2).
       layers: blocks at which the vectors of `vectors.label` of every model are added to that model as well (Fig. B.1).
       grid_magnitudes: strengths at `offsets` and `layers`; empty for `magnitudes`.
@@ -240,6 +241,7 @@ class SteeringSpec:
     layer: tuple[int, ...] = (10,)
     magnitudes: tuple[float, ...] = (0.0, 4.0, 8.0, 12.0)
     baselines: tuple[str, ...] = ()
+    baseline_magnitudes: tuple[float, ...] = ()
     offsets: tuple[int, ...] = ()
     layers: tuple[int, ...] = ()
     grid_magnitudes: tuple[float, ...] = ()

@@ -16,7 +16,7 @@ class Claim:
       where: section or figure of the paper.
       rule: what was measured, and the region in which the claim holds, in words with its numbers.
       estimate: the number.
-      low: lower end of its 90 % interval over problems.
+      low: lower end of its 92 % interval over problems.
       high: upper end.
       unit: of the three.
       verdict: "holds", "fails" or "undecided".
@@ -60,7 +60,7 @@ def measured(
     Takes the fields of `Claim` that are not decided here, and:
 
     Args:
-      interval: of 90 %.
+      interval: of 92 %.
       region: where the number lies if the claim is true.
       given: the verdict, where more than this interval decides; it is "undecided" all the same with too few problems.
     """

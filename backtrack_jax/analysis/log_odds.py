@@ -11,6 +11,7 @@ traces and what the base model wrote, so that neither model is measured on the o
 
 import dataclasses
 import math
+import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -46,6 +47,8 @@ CONTROLS = ("noise", "random", "self-amplification")
 """Kinds without a source that the figure shows beside the vectors."""
 
 AXIS = "change of the log-odds, nats"
+
+_OPENING = re.compile(r"\s*(<think>)?\s*")  # matches any text
 
 SILENT = 0.25
 """What the base model's change must stay below, in units of the reasoning model's."""
@@ -173,28 +176,45 @@ def keyword_log_odds(
         check_ids(row.ids, model.config.vocab_size, f"row {number}")
         if not all(0 < start < len(row.ids) for start in row.starts):
             raise ValueError(f"row {number} has the starts {list(row.starts)}, expected 1 to {len(row.ids) - 1}")
-    keyword = np.array([i in keyword_ids for i in range(model.config.vocab_size)])
-    edits = with_same_terms([row.intervention for row in rows]) if rows else []
+    keyword = jnp.asarray([i in keyword_ids for i in range(model.config.vocab_size)])
     width = bucket(max((len(row.starts) for row in rows), default=1))
-    for padded, members in batches([len(row.ids) for row in rows], batch_size):
-        if all(row in done for row in members):
-            continue
-        filled = members + [members[-1]] * (batch_size - len(members))
-        ids, positions = right_pad([rows[row].ids for row in filled], padded)
-        at = np.zeros((batch_size, width), np.int32)
-        counted = np.zeros((batch_size, width), bool)
-        for i, row in enumerate(filled):
-            n = len(rows[row].starts)
-            at[i, :n], counted[i, :n] = np.asarray(rows[row].starts) - 1, True
-        prompts = np.array([rows[row].prompt_length for row in filled], np.int32)
-        intervention = stack_rows([edits[row] for row in filled]).resolve(jnp.asarray(prompts))
-        placed = place_rows(model, (ids, positions, at, counted, intervention))
-        sums = np.asarray(_sums(model, jnp.asarray(keyword), *placed), np.float64)
-        n_starts = np.array([len(rows[row].starts) for row in members])
-        if bad := [row for row, value in zip(members, sums, strict=False) if not math.isfinite(value)]:
-            raise FloatingPointError(f"logits of row {bad[0]} are not finite")
-        means = np.divide(sums[: len(members)], n_starts, out=np.full(len(members), np.nan), where=n_starts > 0)
-        yield list(zip(members, means.tolist(), strict=True))
+    noisy = np.array([any(term.draws for term in row.intervention.terms) for row in rows])
+    # Apart, since in a batch with noise it is drawn for every row, which takes longer than a small model.
+    for own in (np.flatnonzero(~noisy).tolist(), np.flatnonzero(noisy).tolist()):
+        edits = dict(zip(own, with_same_terms([rows[row].intervention for row in own]) if own else [], strict=True))
+        for padded, members in batches([len(rows[row].ids) for row in own], batch_size):
+            of_batch = [own[member] for member in members]
+            if all(row in done for row in of_batch):
+                continue
+            yield _measured_batch(model, keyword, rows, edits, of_batch, (batch_size, padded, width))
+
+
+def _measured_batch(
+    model: Decoder,
+    keyword: jax.Array,
+    rows: Sequence[Forced],
+    edits: Mapping[int, Intervention],
+    members: Sequence[int],
+    shape: tuple[int, int, int],
+) -> list[tuple[int, float]]:
+    """Mean log-odds of some rows as one batch of a shape: rows, tokens, starts."""
+    batch_size, padded, width = shape
+    filled = [*members, *[members[-1]] * (batch_size - len(members))]
+    ids, positions = right_pad([rows[row].ids for row in filled], padded)
+    at = np.zeros((batch_size, width), np.int32)
+    counted = np.zeros((batch_size, width), bool)
+    for i, row in enumerate(filled):
+        n = len(rows[row].starts)
+        at[i, :n], counted[i, :n] = np.asarray(rows[row].starts) - 1, True
+    prompts = np.array([rows[row].prompt_length for row in filled], np.int32)
+    intervention = stack_rows([edits[row] for row in filled]).resolve(jnp.asarray(prompts))
+    placed = place_rows(model, (ids, positions, at, counted, intervention))
+    sums = np.asarray(_sums(model, keyword, *placed), np.float64)[: len(members)]
+    if bad := [row for row, value in zip(members, sums, strict=True) if not math.isfinite(value)]:
+        raise FloatingPointError(f"logits of row {bad[0]} are not finite")
+    n_starts = np.array([len(rows[row].starts) for row in members])
+    means = np.divide(sums, n_starts, out=np.full(len(members), np.nan), where=n_starts > 0)
+    return list(zip(members, means.tolist(), strict=True))
 
 
 @jax.jit
@@ -223,12 +243,15 @@ def _sums(
 
 
 def forced_rows(material: Material, role: str) -> tuple[Table, list[Forced]]:
-    """What a model reads: every text under every condition, and the positive control.
+    """What a model reads: texts under every condition, as many as it has problems, and the positive control.
 
     Returns:
       A line per row: the condition, `text`, `problem_id` and `n_starts`; and the rows, in the same order.
     """
-    conditions = list(dict.fromkeys(reply.condition for reply in material.replies if reply.condition.target == role))
+    problems: dict[Condition, set[str]] = {}
+    for reply in material.replies:
+        if reply.condition.target == role:
+            problems.setdefault(reply.condition, set()).add(reply.problem_id)
     lines: Table = []
     rows: list[Forced] = []
 
@@ -246,11 +269,15 @@ def forced_rows(material: Material, role: str) -> tuple[Table, list[Forced]]:
             lines.append(line | {"n_starts": len(starts)})
 
     for source, texts in texts_of(material).items():
+        read_by = {condition: spread(texts, len(ids)) for condition, ids in problems.items()}
         for trace in texts:
-            add(trace, source, 0, {condition: condition.kind for condition in conditions})
-            if shown := _examples(material, trace.problem_id):
-                longer = dataclasses.replace(trace, text=f"{shown} {trace.text}", token_ids=None)
-                add(longer, source, len(shown), {c: EXAMPLES for c in conditions if c.kind == UNSTEERED})
+            add(trace, source, 0, {c: c.kind for c, read in read_by.items() if trace in read})
+            plain = [c for c, read in read_by.items() if c.kind == UNSTEERED and trace in read]
+            if plain and (shown := _examples(material, trace.problem_id)):
+                opening = _OPENING.match(trace.text)[0]  # pyright: ignore[reportOptionalSubscript]
+                longer = f"{opening}{shown} {trace.text[len(opening) :]}"
+                longer = dataclasses.replace(trace, text=longer, token_ids=None)
+                add(longer, source, len(opening) + len(shown), dict.fromkeys(plain, EXAMPLES))
     return lines, rows
 
 
@@ -325,8 +352,8 @@ def by_magnitude(r: Results) -> Plot | None:
                     shown.append({"target": target, "text": text, **cell, **point, "n_problems": len(changes)})
                 if len(points) > 1:
                     points.sort(key=lambda point: point["magnitude"])
-                    columns = ([point[name] for point in points] for name in ("magnitude", "effect", "low", "high"))
-                    series.append(Series(name, *columns, **line_of(number, source)))
+                    x, y, low, high = ([p[column] for p in points] for column in ("magnitude", "effect", "low", "high"))
+                    series.append(Series(name, x, y, low, high, **line_of(number, source)))
             if series:
                 row.append(Panel(f"{target} model on {text}", cells.unit_label(r, target), AXIS, series, level=0.0))
         if row:

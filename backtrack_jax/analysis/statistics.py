@@ -34,7 +34,7 @@ class Region:
 
 
 def verdict(low: float, high: float, region: Region, n: int) -> str:
-    """What an interval of 90 % says of a claim, so that either answer errs in at most one case of twenty.
+    """What an interval of 92 % says of a claim, so that either answer errs in at most one case of twenty.
 
     Args:
       low: lower end of the interval; NaN where there is none.
@@ -221,6 +221,38 @@ def mean_interval(
     half = special.stdtrit(P - 1, high) * math.sqrt(P / (P - 1) * (parts**2).sum())
     value = np.asarray(factors, np.float64) @ means
     return (float(value - half), float(value + half)) if half > 1e-12 * max(1.0, abs(value)) else (NAN, NAN)
+
+
+def mean_ratio_interval(above: ArrayLike, below: ArrayLike, *, level: float = 0.95) -> tuple[float, float]:
+    """Interval of the ratio of two means of paired values, one of each a problem, by Fieller's theorem.
+
+    All ratios R for which Student's t interval of the mean of above - R * below holds 0.
+
+    Args:
+      above: [P], of the numerator.
+      below: [P], of the denominator.
+      level: coverage, between 0 and 1.
+
+    Returns:
+      Lower and upper end; (-inf, inf) where the denominator cannot be told from 0, (nan, nan) for one problem.
+
+    Raises:
+      ValueError: shapes differ or are not [P], or the level is not between 0 and 1.
+    """
+    x, y = np.asarray(above, np.float64), np.asarray(below, np.float64)
+    if x.ndim != 1 or x.shape != y.shape:
+        raise ValueError(f"above {x.shape} and below {y.shape} must both have the shape [P]")
+    _, high = tails(level)
+    if len(x) < 2:
+        return NAN, NAN
+    t2 = special.stdtrit(len(x) - 1, high) ** 2 / len(x)
+    (xx, xy), (_, yy) = np.cov(x, y)
+    # (mean x - R mean y)^2 = t^2 / P * var(x - R y), a quadratic equation of R
+    a, b, c = y.mean() ** 2 - t2 * yy, x.mean() * y.mean() - t2 * xy, x.mean() ** 2 - t2 * xx
+    if a <= 0:
+        return -math.inf, math.inf
+    root = math.sqrt(max(0.0, b * b - a * c))
+    return (b - root) / a, (b + root) / a
 
 
 class _Rates:

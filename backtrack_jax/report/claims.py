@@ -38,7 +38,7 @@ def table(found: Sequence[Claim]) -> list[dict[str, str]]:
 
 def columns(found: Sequence[Claim]) -> list[dict[str, str]]:
     """`table` with the headings of summary.md."""
-    heads = {"claim": "claim", "where": "where", "verdict": "verdict", "estimate": "measured (90 % interval)"}
+    heads = {"claim": "claim", "where": "where", "verdict": "verdict", "estimate": "measured (92 % interval)"}
     heads |= {"rule": "holds if", "seen": "could be seen", "n": "problems", "note": "note"}
     return [{head: row[name] or "-" for name, head in heads.items()} for row in table(found)]
 

@@ -121,9 +121,11 @@ def test_every_condition_reads_the_same_texts(finished: Path) -> None:
             assert len(texts) == 1, (source, problem)
             (ids,) = texts
             control = rows[numbers[kinds.index(EXAMPLES)]]
-            assert len(control.ids) > len(ids) and not control.intervention.terms
+            assert len(control.ids) > len(ids) + 5 and not control.intervention.terms
             own = rows[numbers[kinds.index(UNSTEERED)]]
             assert own.prompt_length == control.prompt_length < min([*own.starts, len(ids)])
+            if source == BASE_REPLIES:  # a random model samples tokens that an encoder would not choose
+                continue
             assert [control.ids[at] for at in control.starts] == [ids[at] for at in own.starts]
             shown = len(control.ids) - len(ids)
             assert all(at - own_at == shown for at, own_at in zip(control.starts, own.starts, strict=True))

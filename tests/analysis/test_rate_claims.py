@@ -12,6 +12,7 @@ import tiny
 from backtrack_jax.analysis import cells, dose, replies
 from backtrack_jax.analysis.agreement import AGREEMENT
 from backtrack_jax.analysis.claims import Claim
+from backtrack_jax.analysis.dose import LEVEL
 from backtrack_jax.analysis.grids import GRIDS
 from backtrack_jax.analysis.rates import RATES
 from backtrack_jax.analysis.results import Results
@@ -90,12 +91,12 @@ def test_of_a_pair_as_in_the_paper_all_claims_hold() -> None:
     base, reasoning, plain = counts.rates
     works, comparable = claims["works_base"], claims["comparable"]
     assert works.estimate == base / plain
-    assert (works.low, works.high) == ratio_interval(counts.hits, counts.words, [1, 0, 0], [0, 0, 1], level=0.9)
+    assert (works.low, works.high) == ratio_interval(counts.hits, counts.words, [1, 0, 0], [0, 0, 1], level=LEVEL)
     assert comparable.estimate == pytest.approx((base - plain) / (reasoning - plain))
-    ends = ratio_interval(counts.hits, counts.words, [1, 0, -1], [0, 1, -1], level=0.9)
+    ends = ratio_interval(counts.hits, counts.words, [1, 0, -1], [0, 1, -1], level=LEVEL)
     assert (comparable.low, comparable.high) == ends and comparable.detectable == (ends[1] - ends[0]) / 2
     backwards = replies.shared(replies.by_cell(lines), [steered("backtracking", "base", -4.0), PLAIN])
-    ends = paired_interval(backwards.hits, backwards.words, [1, -1], level=0.9)
+    ends = paired_interval(backwards.hits, backwards.words, [1, -1], level=LEVEL)
     assert (claims["negative"].low, claims["negative"].high) == tuple(100 * end for end in ends)
     assert all(kind in claims["controls"].note for kind in ("deduction", "noise", "random"))
     assert " - " not in claims["controls"].note and "ablate" not in claims["controls"].note
@@ -144,7 +145,7 @@ def test_the_dose_is_the_largest_coherent_magnitude_whatever_the_rates() -> None
     assert plain is not None
     of_cell = replies.by_cell(broken)
     own = np.array([[line["log_likelihood"] for line in of_cell[c]] for c in (four, PLAIN)])
-    low, high = mean_interval(own, np.ones(own.shape), [1, -1], level=0.9)
+    low, high = mean_interval(own, np.ones(own.shape), [1, -1], level=LEVEL)
     assert at.coherence == pytest.approx((math.exp(own[0].mean() - own[1].mean()), math.exp(low), math.exp(high)))
     # A larger magnitude that is coherent again does not count, and the smallest one stands in where none is.
     for likelihood, expected in (({four: -0.3}, 2), ({steered("backtracking", "base", 2.0): -0.3}, 2)):
@@ -178,7 +179,7 @@ def test_offset_and_layers() -> None:
     pair = [steered("backtracking", "reasoning", 8.0, window=window) for window in (OWN, ZERO)]
     counts = replies.shared(lines, pair)
     assert offset.estimate == counts.rates[0] / counts.rates[1]
-    assert (offset.low, offset.high) == ratio_interval(counts.hits, counts.words, [1, 0], [0, 1], level=0.9)
+    assert (offset.low, offset.high) == ratio_interval(counts.hits, counts.words, [1, 0], [0, 1], level=LEVEL)
     assert layers.estimate == layers.low == layers.high == 1 / 6 and "excluded as the best: 0, 3, 5" in layers.note
     assert math.isnan(layers.detectable)
     # Were the last layer as good, it could not be excluded; were it the best, the claim would fail.
