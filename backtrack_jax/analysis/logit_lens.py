@@ -25,6 +25,7 @@ import numpy as np
 from backtrack_jax.analysis import by_problem
 from backtrack_jax.analysis.base import Analysis, Material
 from backtrack_jax.analysis.claims import Claim, measured
+from backtrack_jax.analysis.dose import LEVEL
 from backtrack_jax.analysis.plots import COLOURS, MARKERS, Panel, Plot, Series
 from backtrack_jax.analysis.results import PAPER_LABEL, Results
 from backtrack_jax.analysis.statistics import NAN, Region
@@ -134,8 +135,8 @@ def _base_claim(r: Results) -> Claim:
         # Below the true largest one if every layer's lower end is, which takes Bonferroni's level; above it if that
         # layer's own upper end is, which does not.
         estimate = max(abs(line["z"]) for line in lines)
-        high = max(max(map(abs, by_problem.interval(line["z"], line["z_error"], n, 0.9))) for line in lines)
-        ends = [by_problem.interval(line["z"], line["z_error"], n, 1 - 0.1 / len(lines)) for line in lines]
+        high = max(max(map(abs, by_problem.interval(line["z"], line["z_error"], n, LEVEL))) for line in lines)
+        ends = [by_problem.interval(line["z"], line["z_error"], n, 1 - (1 - LEVEL) / len(lines)) for line in lines]
         low = max(max(0.0, a, -b) for a, b in ends)
     layers = ", ".join(str(line["layer"]) for line in lines)
     return measured(
@@ -161,7 +162,7 @@ def _reasoning_claim(r: Results) -> Claim:
     note = f"{_not_kept(r)}: it takes some of the first third and some of the last"
     if line:
         estimate, n, note = line["rise"], int(line["n_problems"]), f"layers {line['last']} against {line['first']}"
-        interval = by_problem.interval(estimate, line["error"], n, 0.9)
+        interval = by_problem.interval(estimate, line["error"], n, LEVEL)
     return measured(
         "lens_reasoning",
         "A reasoning-derived vector spells the keywords more in late layers than in early ones.",

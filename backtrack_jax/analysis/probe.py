@@ -21,6 +21,7 @@ from scipy import sparse
 from backtrack_jax.analysis import activations, by_problem, projections, shuffles
 from backtrack_jax.analysis.base import Analysis, Material, Planned
 from backtrack_jax.analysis.claims import Claim, measured
+from backtrack_jax.analysis.dose import LEVEL
 from backtrack_jax.analysis.plots import COLOURS, MARKERS, Panel, Plot, Series
 from backtrack_jax.analysis.results import PAPER_LABEL, Results, extent
 from backtrack_jax.analysis.statistics import NAN, Region, percentiles, resampled
@@ -111,7 +112,7 @@ class Probe(Analysis):
             why = f"vectors.layers={r.experiment.vectors.layers} keeps no means of sections at layer {r.layer}"
             return [_claim(r, "base-derived direction", NAN, (NAN, NAN), 0, why)]
         n, chance = int(own["n_problems"]), lines[_shuffled(own["method"])]
-        interval = by_problem.interval(own["auc"], own["error"], n, 0.9)
+        interval = by_problem.interval(own["auc"], own["error"], n, LEVEL)
         spread = f"{chance['low']:.3f} to {chance['high']:.3f}"
         note = f"directions of shuffled labels {chance['auc']:.3f}, middle 95 % {spread}"
         return [_claim(r, own["method"], own["auc"], interval, n, note)]

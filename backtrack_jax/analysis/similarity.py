@@ -21,6 +21,7 @@ from backtrack_jax import vectors
 from backtrack_jax.analysis import by_problem, shuffles
 from backtrack_jax.analysis.base import Analysis, Material
 from backtrack_jax.analysis.claims import Claim, all_of, measured
+from backtrack_jax.analysis.dose import LEVEL
 from backtrack_jax.analysis.plots import COLOURS, Heat, Panel, Plot, Series, line_of
 from backtrack_jax.analysis.results import PAPER_LABEL, Results
 from backtrack_jax.analysis.statistics import NAN, Region, percentiles, verdict
@@ -89,7 +90,7 @@ class Similarity(Analysis):
             )
             return [_claim(r, NAN, (NAN, NAN), "undecided", int(line["n_problems"]) if line else 0, why)]
         n, note = int(line["n_problems"]), f"raw {line['cosine']:.3f}, shuffles below {line['shuffled_95']:.3f}"
-        interval = by_problem.cosine_interval(line["corrected"], line["corrected_error"], n, 0.9)
+        interval = by_problem.cosine_interval(line["corrected"], line["corrected_error"], n, LEVEL)
         above = _above_null(line)
         if above != "holds":
             note += ": no more alike than shuffled sections may be"

@@ -8,6 +8,7 @@ from scipy import stats
 
 from backtrack_jax.analysis import by_problem
 from backtrack_jax.analysis.by_problem import ProblemSums
+from backtrack_jax.analysis.dose import LEVEL
 from backtrack_jax.analysis.statistics import Region, verdict
 
 Arrays = dict[str, Any]
@@ -167,5 +168,5 @@ def test_at_a_bound_the_verdict_on_the_corrected_cosine_errs_in_at_most_one_case
     for _ in range(R):
         base, reasoning = simulated(rng, n, c, noise, 0.3)
         value, error = by_problem.corrected_cosine(base, reasoning)
-        found.append(verdict(*by_problem.cosine_interval(value, error, base.n_problems, 0.9), region, n))
+        found.append(verdict(*by_problem.cosine_interval(value, error, base.n_problems, LEVEL), region, n))
     assert found.count("holds") / R <= 0.06 and found.count("fails") / R <= 0.06

@@ -12,6 +12,7 @@ import tiny
 from helpers import hf_llama, save
 from scipy import stats
 
+from backtrack_jax.analysis.dose import LEVEL
 from backtrack_jax.analysis.logit_lens import LOGIT_LENS, _rise, keyword_ids, logit_lens, word_ids, z_scores
 from backtrack_jax.analysis.results import Results
 from backtrack_jax.models import checkpoint
@@ -186,9 +187,9 @@ def test_verdict_of_the_base_derived_lens(z: dict[int, float], error: float, n: 
     claim, _ = LOGIT_LENS.claims(lens_results(z, error, n))
     assert (claim.name, claim.verdict) == ("lens_base", answer) and said in claim.note
     if z:
-        ends = [stats.t.interval(1 - 0.1 / len(z), n - 1, abs(x), error)[0] for x in z.values()]
+        ends = [stats.t.interval(1 - (1 - LEVEL) / len(z), n - 1, abs(x), error)[0] for x in z.values()]
         assert claim.estimate == max(map(abs, z.values())) and claim.low == pytest.approx(max(0, *ends))
-        assert claim.high == pytest.approx(stats.t.interval(0.9, n - 1, claim.estimate, error)[1])
+        assert claim.high == pytest.approx(stats.t.interval(LEVEL, n - 1, claim.estimate, error)[1])
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from scipy import stats
 from sklearn import metrics
 
 from backtrack_jax.analysis import probe
+from backtrack_jax.analysis.dose import LEVEL
 from backtrack_jax.analysis.results import Results
 
 
@@ -261,5 +262,5 @@ def test_verdict_of_the_probe(line: dict[str, Any], answer: str, said: str) -> N
     assert said in claim.note
     if "layer" not in line:
         n = line.get("n_problems", 90)
-        ends = stats.t.interval(0.9, n - 1, line.get("auc", 0.65), 0.03)
+        ends = stats.t.interval(LEVEL, n - 1, line.get("auc", 0.65), 0.03)
         assert (claim.low, claim.high) == pytest.approx(ends)

@@ -8,6 +8,7 @@ import tiny
 from scipy import stats
 
 from backtrack_jax.analysis import similarity
+from backtrack_jax.analysis.dose import LEVEL
 from backtrack_jax.analysis.results import Results
 from backtrack_jax.analysis.similarity import SIMILARITY, cosine_matrix
 
@@ -58,13 +59,13 @@ def results(**line: Any) -> Results:
     ],
 )
 def test_verdict_of_the_cosine(line: dict[str, Any], answer: str, said: str) -> None:
-    """c* by its 90 % interval; the raw one against the shuffles, of which it is one if labels mean nothing."""
+    """c* by its interval; the raw one against the shuffles, of which it is one if labels mean nothing."""
     (claim,) = SIMILARITY.claims(results(**line))
     assert (claim.verdict, claim.name, claim.figure) == (answer, "cosine", "cosine_by_layer")
     assert said in claim.note
     if not np.isnan(claim.low):
         n, c, error = line.get("n_problems", 100), line.get("corrected", 0.85), line.get("corrected_error", 0.025)
-        half = stats.t.ppf(0.95, n - 1) * error / (1 - c**2)
+        half = stats.t.ppf((1 + LEVEL) / 2, n - 1) * error / (1 - c**2)
         assert (claim.low, claim.high) == pytest.approx((np.tanh(np.arctanh(c) - half), np.tanh(np.arctanh(c) + half)))
         assert claim.detectable == pytest.approx((claim.high - claim.low) / 2)
 
