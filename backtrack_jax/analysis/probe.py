@@ -201,7 +201,7 @@ def roc_auc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray | None
       [...] float64; nan where there is no positive or no other token.
     """
     w = np.ones(len(scores)) if weights is None else np.asarray(weights, np.float64)
-    order = np.argsort(scores, kind="stable")
+    order = np.argsort(scores)
     last = np.flatnonzero(np.append(np.diff(np.asarray(scores)[order]) != 0, True))  # of each group of equal scores
     yes = np.cumsum(w[..., order] * positive[order], axis=-1)[..., last]
     no = np.cumsum(w[..., order] * ~positive[order], axis=-1)[..., last]
@@ -214,7 +214,7 @@ def roc_auc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray | None
 
 def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
     """Mean over positive tokens of the precision at their score, sum (R_n - R_n-1) P_n; nan without a positive one."""
-    order = np.argsort(-np.asarray(scores), kind="stable")
+    order = np.argsort(-np.asarray(scores))
     last = np.flatnonzero(np.append(np.diff(np.asarray(scores)[order]) != 0, True))
     hits = np.cumsum(positive[order])[last]
     if not len(hits) or not hits[-1]:

@@ -267,8 +267,8 @@ def by_layer(r: Results) -> Plot | None:
         x = list(range(len(labels)))
         panels.append(Panel(f"layer {layer}", "", "cosine", _beside_null(of_label, x, 0.2), categories=labels))
         caption += (
-            f" As read: with the noise of {of_label[0]['n_problems']} problems and of what both models have in common "
-            "on one text. Corrected (c*): from products of different problems alone. Intervals: 95 %, over problems. "
+            f" As read: with the noise of so many problems ({of_label[0]['n_problems']} with {labels[0]}), which models have "
+            "in part in common. Corrected (c*): from products of different problems alone. Intervals: 95 %, over problems. "
             f"Shuffled: vectors of as many sections, drawn at random in the same traces, mean and middle 95 % of "
             f"{shuffles.N_DRAWS} draws: what any sections of these traces reach."
         )
