@@ -267,10 +267,10 @@ def by_layer(r: Results) -> Plot | None:
         x = list(range(len(labels)))
         panels.append(Panel(f"layer {layer}", "", "cosine", _beside_null(of_label, x, 0.2), categories=labels))
         caption += (
-            f" As read: with the noise of so many problems ({of_label[0]['n_problems']} with {labels[0]}), which models have "
-            "in part in common. Corrected (c*): from products of different problems alone. Intervals: 95 %, over problems. "
-            f"Shuffled: vectors of as many sections, drawn at random in the same traces, mean and middle 95 % of "
-            f"{shuffles.N_DRAWS} draws: what any sections of these traces reach."
+            f" As read: with the noise of so many problems ({of_label[0]['n_problems']} with {labels[0]}), which the "
+            "models have in part in common. Corrected (c*): from products of different problems alone. Intervals: "
+            "95 %, over problems. Shuffled: vectors of as many sections, drawn at random in the same traces, mean and "
+            f"middle 95 % of {shuffles.N_DRAWS} draws: what any sections of these traces reach."
         )
     title = "Section 3.2: base- against reasoning-derived vectors"
     return Plot("cosine_by_layer", title, caption, [panels], table, place=3.2)
