@@ -296,6 +296,7 @@ class AnalysisSpec:
       shown: traces that the report shows token by token.
       forced_texts: texts of each kind, one a problem, on which the log-odds of the keywords are measured under every
         condition; 0 takes none.
+      forced_sentences: how many sentences of each of them count, after the first one; 0 for all.
       examples: sections of `vectors.label` that the positive control of the log-odds shows a model first.
       batch_size: sequences per forward pass.
     """
@@ -307,6 +308,7 @@ class AnalysisSpec:
     folds: int = 5
     shown: int = 6
     forced_texts: int = 80
+    forced_sentences: int = 12
     examples: int = 8
     batch_size: int = 16
 

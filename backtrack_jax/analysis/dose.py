@@ -18,11 +18,14 @@ LEVEL = 0.92
 COHERENT = 0.9
 """What a token must still be likely, in units of the unsteered replies' tokens."""
 
-RULE = (
-    f"at the largest magnitude that keeps replies coherent (tokens at least {COHERENT:g} times as likely under the "
-    "unsteered model as unsteered ones; no rate has a say)"
+RULE = "at the dose"
+"""Said in the rule of every claim that is read there."""
+
+DEFINITION = (
+    f"The dose is the largest magnitude that keeps replies coherent: tokens at least {COHERENT:g} times as likely "
+    "under the unsteered model as those of unsteered replies. No rate has a say in it."
 )
-"""Said in the rule of every claim; see `choose`."""
+"""Said once beside the claims; see `choose`."""
 
 NONE = "read at the smallest magnitude, as none keeps replies coherent for sure"
 """Said in the note of every claim where this is so."""

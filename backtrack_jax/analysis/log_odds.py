@@ -64,7 +64,7 @@ class Forced:
     Attributes:
       ids: token ids of prompt and text, BOS included.
       prompt_length: tokens of the prompt, from which spans are resolved.
-      starts: index of the first token of each sentence that counts, > 0.
+      starts: index of the first token of each sentence that counts, > 0; that token itself need not be among the ids.
       intervention: one row.
     """
 
@@ -78,7 +78,8 @@ class LogOdds(Analysis):
     """Of the keywords of Eq. 1, under every condition of the sweep."""
 
     name = "log_odds"
-    settings = ("seed", "steering.main_layer", "analysis.forced_texts", "analysis.examples")
+    settings = ("seed", "steering.main_layer", "analysis.forced_texts")
+    settings += ("analysis.forced_sentences", "analysis.examples")
     role_tables = ("log_odds",)
 
     def scratch(self, role: str) -> list[str]:
@@ -174,8 +175,8 @@ def keyword_log_odds(
     """
     for number, row in enumerate(rows):
         check_ids(row.ids, model.config.vocab_size, f"row {number}")
-        if not all(0 < start < len(row.ids) for start in row.starts):
-            raise ValueError(f"row {number} has the starts {list(row.starts)}, expected 1 to {len(row.ids) - 1}")
+        if not all(0 < start <= len(row.ids) for start in row.starts):
+            raise ValueError(f"row {number} has the starts {list(row.starts)}, expected 1 to {len(row.ids)}")
     keyword = jnp.asarray([i in keyword_ids for i in range(model.config.vocab_size)])
     width = bucket(max((len(row.starts) for row in rows), default=1))
     noisy = np.array([any(term.draws for term in row.intervention.terms) for row in rows])
@@ -261,10 +262,11 @@ def forced_rows(material: Material, role: str) -> tuple[Table, list[Forced]]:
         # What stands before the first sentence is a prompt or an example, not text.
         annotation = Annotation(trace.id, "", tuple(Section("", *span) for span in spans[1:]))
         read = material.token_trace(role, trace, annotation)
-        starts = sorted({at for _, at in read.starts})
+        starts = sorted({at for _, at in read.starts})[: material.experiment.analysis.forced_sentences or None]
+        ids = read.ids[: max(starts, default=read.reply_start)]  # what comes later changes nothing
         for condition, kind in under.items():
             row = material.intervention(condition, trace.problem_id)
-            rows.append(Forced(read.ids, read.reply_start, starts, row))
+            rows.append(Forced(ids, read.reply_start, starts, row))
             line = dataclasses.asdict(condition) | {"kind": kind, "text": source, "problem_id": trace.problem_id}
             lines.append(line | {"n_starts": len(starts)})
 
@@ -401,7 +403,7 @@ def _base_silent(r: Results) -> Claim | None:
     _, estimate, ends, n = max(tried)
     return measured(
         "base_silent",
-        "Neither vector makes the base model backtrack.",
+        "The vectors act on the reasoning model and not on the base model.",
         figure="log_odds",
         where="Fig. 3",
         rule=f"change of the log-odds on the base model over that on the reasoning model below {SILENT:g} with either "

@@ -6,9 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from backtrack_jax.analysis import dose
 from backtrack_jax.analysis.base import Analysis
 from backtrack_jax.analysis.claims import Claim
 from backtrack_jax.analysis.results import Results
+from backtrack_jax.analysis.statistics import FEWEST_PROBLEMS
 from backtrack_jax.report.reference import settings
 
 
@@ -51,10 +53,14 @@ def as_json(r: Results, found: Sequence[Claim]) -> str:
 
 
 def tally(found: Sequence[Claim]) -> str:
-    """How many claims hold, fail and are undecided, in words."""
+    """How many claims hold, fail and are undecided, and how that is decided."""
     counts = {verdict: sum(claim.verdict == verdict for claim in found) for verdict in ("holds", "fails", "undecided")}
     return (
-        f"Of {len(found)} claims {counts['holds']} hold, {counts['fails']} fail, {counts['undecided']} are undecided."
+        f"Of {len(found)} claims {counts['holds']} hold, {counts['fails']} fail, {counts['undecided']} are undecided. A "
+        f"claim holds if the {100 * dose.LEVEL:g} % interval over problems lies inside the region of its rule, fails "
+        f"if it lies wholly outside, and is undecided otherwise, as with fewer than {FEWEST_PROBLEMS} problems. "
+        '"Could be seen" is how far from the region\'s bound a number must lie to be told from it. '
+        f"{dose.DEFINITION}"
     )
 
 

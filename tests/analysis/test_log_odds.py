@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -14,7 +15,7 @@ from torch_reference import CONFIG, added, tiny_llama, torch_copy, torch_logits,
 from backtrack_jax import pipeline
 from backtrack_jax.analysis import coherence, log_odds
 from backtrack_jax.analysis.log_odds import BASE_REPLIES, EXAMPLES, REASONING_TRACES, Forced
-from backtrack_jax.data.records import UNSTEERED
+from backtrack_jax.data.records import UNSTEERED, Condition
 from backtrack_jax.files import tables
 from backtrack_jax.intervention import add_vector, no_intervention
 from backtrack_jax.report.stage import read_results
@@ -90,8 +91,8 @@ def test_what_cannot_be_measured_is_named() -> None:
     good = forced(0)
     for row, message in (
         (dataclasses.replace(good, ids=[*good.ids[:-1], V]), rf"row 1 has the token id {V}"),
-        (dataclasses.replace(good, starts=(0,)), r"row 1 has the starts \[0\], expected 1 to 14"),
-        (dataclasses.replace(good, starts=(15,)), r"row 1 has the starts \[15\], expected 1 to 14"),
+        (dataclasses.replace(good, starts=(0,)), r"row 1 has the starts \[0\], expected 1 to 15"),
+        (dataclasses.replace(good, starts=(16,)), r"row 1 has the starts \[16\], expected 1 to 15"),
     ):
         with pytest.raises(ValueError, match=message):
             measured([good, row])
@@ -107,7 +108,11 @@ def test_every_condition_reads_the_same_texts(finished: Path) -> None:
     e = material.experiment
     for role in e.roles:
         lines, rows = log_odds.forced_rows(material, role)
-        sampled = {reply.condition for reply in material.replies if reply.condition.target == role}
+        asked: dict[Condition, set[str]] = {}
+        for reply in material.replies:
+            if reply.condition.target == role:
+                asked.setdefault(reply.condition, set()).add(reply.problem_id)
+        compared = 0
         by_text: dict[tuple[str, str], list[int]] = {}
         for number, line in enumerate(lines):
             assert line["target"] == role and line["n_starts"] == len(rows[number].starts)
@@ -116,19 +121,26 @@ def test_every_condition_reads_the_same_texts(finished: Path) -> None:
         assert len([1 for source, _ in by_text if source == REASONING_TRACES]) == N_TEXTS
         for (source, problem), numbers in by_text.items():
             kinds = [lines[number]["kind"] for number in numbers]
-            assert len(numbers) == len(sampled) + 1 and kinds.count(EXAMPLES) == kinds.count(UNSTEERED) == 1
+            assert kinds.count(EXAMPLES) == kinds.count(UNSTEERED) == 1
             texts = {tuple(rows[n].ids) for n, kind in zip(numbers, kinds, strict=True) if kind != EXAMPLES}
             assert len(texts) == 1, (source, problem)
             (ids,) = texts
             control = rows[numbers[kinds.index(EXAMPLES)]]
-            assert len(control.ids) > len(ids) + 5 and not control.intervention.terms
             own = rows[numbers[kinds.index(UNSTEERED)]]
+            assert len(control.starts) == len(own.starts) and not control.intervention.terms
+            if not own.starts:
+                continue
+            compared += 1
+            assert len(control.ids) > len(ids) + 5
             assert own.prompt_length == control.prompt_length < min([*own.starts, len(ids)])
             if source == BASE_REPLIES:  # a random model samples tokens that an encoder would not choose
                 continue
-            assert [control.ids[at] for at in control.starts] == [ids[at] for at in own.starts]
+            assert [control.ids[at - 1] for at in control.starts] == [ids[at - 1] for at in own.starts]
             shown = len(control.ids) - len(ids)
             assert all(at - own_at == shown for at, own_at in zip(control.starts, own.starts, strict=True))
+        assert compared > 1
+        read = Counter(Condition.of(line) for line in lines if line["kind"] != EXAMPLES)
+        assert read == {condition: 2 * len(problems) for condition, problems in asked.items()}
 
 
 def test_the_effect_is_the_difference_from_the_unsteered_model(finished: Path) -> None:
