@@ -12,6 +12,7 @@ from typing import Any
 
 from backtrack_jax import kinds, labelling
 from backtrack_jax.config import (
+    CONTRASTS,
     ESTIMATORS,
     ROLES,
     UNITS,
@@ -193,7 +194,7 @@ def _labels(e: Experiment) -> Sequence[str] | None:
 def _vector_faults(e: Experiment) -> list[str]:
     v, labels = e.vectors, _labels(e)
     faults = _not_one_of("vectors.estimator", v.estimator, ESTIMATORS)
-    faults += _not_one_of("vectors.contrast", v.contrast, ("all", "rest"))
+    faults += _not_one_of("vectors.contrast", v.contrast, CONTRASTS)
     faults += _not_one_of("vectors.label", v.label, labels) if labels else []
     if len(v.window) != 2 or not _integers(v.window) or v.window[0] > v.window[1]:
         faults.append(_fault("vectors.window", v.window, "(first, last), integers, first <= last"))

@@ -12,6 +12,7 @@ from backtrack_jax.kinds import is_vector_file, parse
 
 ROLES = ("base", "reasoning")
 ESTIMATORS = ("trace_mean", "token_mean")
+CONTRASTS = ("all", "rest", "trace")
 UNITS = ("absolute", "relative", "raw")
 
 
@@ -169,13 +170,15 @@ class VectorSpec:
 
     Attributes:
       label: D+ of Eq. 3.
-      contrast: D of Eq. 3: `all` sections (paper) or the `rest`. Vectors of other labels are against `all` of them.
+      contrast: D of Eq. 3: `all` sections (paper), the `rest`, or all sections of each `trace` of which a window of D+
+        is read, so that what sets such traces apart from others cancels. Vectors of other labels are against `all`.
       estimator: `trace_mean` (Eq. 3) or `token_mean` (the released script).
       window: first and last offset from a section's first token, both included.
       offsets: offsets whose sums are kept as well (Fig. 2).
       offset_window: what is read at an offset o: positions o + first to o + last; (0, 0) is the single position,
         (-1, 4) the six that the authors' sweep read at each of its offsets.
-      layers: blocks (0-based) at which every trace's own mean is kept as well, for intervals and probes.
+      layers: blocks (0-based) at which every section's own mean is kept as well, for intervals, probes and vectors of
+        shuffled sections: 4 bytes times the width of the model for every section and block.
       into_prompt: whether a window may reach back into the prompt, as in the paper's code, or is dropped.
       batch_size: traces per forward pass.
     """

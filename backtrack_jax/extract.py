@@ -27,11 +27,14 @@ from safetensors import SafetensorError, safe_open
 from backtrack_jax.config import ESTIMATORS
 from backtrack_jax.files import store
 from backtrack_jax.models import ops
-from backtrack_jax.models.batching import batches, check_ids, right_pad
+from backtrack_jax.models.batching import batches, bucket, check_ids, right_pad
 from backtrack_jax.models.decoder import BlockOutput, Decoder
 from backtrack_jax.models.sharding import place_rows
 
-_ARRAYS = ("sums", "counts", "read", "dropped", "norm_sum", "trace_means", "trace_counts")
+_ARRAYS = (
+    *("sums", "counts", "read", "dropped", "norm_sum"),
+    *("section_means", "section_traces", "section_labels", "section_starts", "section_positions"),
+)
 
 Window = tuple[int, int]
 
@@ -60,10 +63,11 @@ class WindowPlan:
     Attributes:
       labels: section labels that occur; a section of any other label is an error.
       groups: name -> labels whose windows are pooled. A label by itself is a group of one.
-      windows: inclusive offset pairs; the first one is the experiment's window, whose per-trace means are kept.
-      layers: layers (0-based block outputs) at which per-trace means are kept.
+      windows: inclusive offset pairs; the first one is the experiment's window, at which each section's mean is kept.
+      layers: layers (0-based block outputs) at which the means of single sections are kept.
       into_prompt: whether windows may reach back before the reply, as in the paper's code. They never read BOS, whose
         activation is an outlier that would dominate a mean.
+      beside: group -> another group; windows of the former count only in traces in which the latter's are read.
     """
 
     labels: tuple[str, ...]
@@ -71,9 +75,10 @@ class WindowPlan:
     windows: tuple[Window, ...]
     layers: tuple[int, ...]
     into_prompt: bool = False
+    beside: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuses empty windows and groups of unknown labels; windows are looked up as tuples."""
+        """Refuses empty windows, groups of unknown labels and unknown groups; windows are looked up as tuples."""
         object.__setattr__(self, "windows", tuple((first, last) for first, last in self.windows))
         for first, last in self.windows:
             if first > last:
@@ -81,6 +86,8 @@ class WindowPlan:
         for name, members in self.groups.items():
             if unknown := set(members) - set(self.labels):
                 raise ValueError(f"group {name!r} has unknown labels {sorted(unknown)}; known: {self.labels}")
+        for name in (*self.beside.keys(), *self.beside.values()):
+            _index("beside", name, tuple(self.groups))
 
 
 @dataclasses.dataclass
@@ -97,9 +104,12 @@ class WindowSums:
       norm_sum: [L] float64, sum over reply tokens of the residual stream's norm.
       n_tokens: reply tokens.
       trace_ids: the traces summed, in the order of their batches, which is not that in which they were given.
-      trace_means: [n, len(plan.layers), C, D] float32, each trace's mean over the first window, in the order of
-        `trace_ids`; NaN where it has none. `means_by_trace` takes them out in another order.
-      trace_counts: [n, C] int64, number of positions that each of these means is over.
+      section_means: [S, len(plan.layers), D] float32, each section's mean over the first window; NaN if it was dropped.
+        Sections stand in the order of `trace_ids`, and in a trace in that of `TokenTrace.starts`.
+      section_traces: [S] int64, of which of `trace_ids` each section is.
+      section_labels: [S] int64, which of `plan.labels` it has.
+      section_starts: [S] int64, its first token.
+      section_positions: [S] int64, how many positions its mean is over; 0 if the window was dropped.
     """
 
     plan: WindowPlan
@@ -110,8 +120,11 @@ class WindowSums:
     norm_sum: np.ndarray
     n_tokens: int
     trace_ids: list[str]
-    trace_means: np.ndarray
-    trace_counts: np.ndarray
+    section_means: np.ndarray
+    section_traces: np.ndarray
+    section_labels: np.ndarray
+    section_starts: np.ndarray
+    section_positions: np.ndarray
 
     @classmethod
     def zeros(cls, plan: WindowPlan, n_layers: int, d_model: int) -> "WindowSums":
@@ -129,8 +142,11 @@ class WindowSums:
             norm_sum=np.zeros(n_layers),
             n_tokens=0,
             trace_ids=[],
-            trace_means=np.zeros((0, len(plan.layers), C, d_model), np.float32),
-            trace_counts=np.zeros((0, C), np.int64),
+            section_means=np.zeros((0, len(plan.layers), d_model), np.float32),
+            section_traces=np.zeros(0, np.int64),
+            section_labels=np.zeros(0, np.int64),
+            section_starts=np.zeros(0, np.int64),
+            section_positions=np.zeros(0, np.int64),
         )
 
     def mean(self, group: str, window: Window, estimator: str = "trace_mean") -> np.ndarray:
@@ -146,15 +162,28 @@ class WindowSums:
             raise ValueError(f"no window {window} of group {group!r} was read ({self.dropped[g, w]} were dropped)")
         return self.sums[e, :, g, w] / self.counts[e, g, w]
 
+    def members(self, group: str) -> np.ndarray:
+        """Which sections a group's mean over the first window is over, [S] bool; ValueError if it was not summed."""
+        _index("group", group, tuple(self.plan.groups))
+        labels = [self.plan.labels.index(label) for label in self.plan.groups[group]]
+        found = np.isin(self.section_labels, labels) & (self.section_positions > 0)
+        if other := self.plan.beside.get(group):
+            found &= np.isin(self.section_traces, self.section_traces[self.members(other)])
+        return found
+
     def means_by_trace(self, trace_ids: Sequence[str], group: str, layer: int) -> np.ndarray:
         """Each trace's mean over the first window, [n, D] float32 in the order of `trace_ids`; NaN where it has none.
 
         Raises:
           ValueError: if a trace, the group or the means of the layer were not summed.
         """
-        g = _index("group", group, tuple(self.plan.groups))
-        at_layer = _index("layer", layer, self.plan.layers)
-        return self.trace_means[self._rows(trace_ids), at_layer, g]
+        at_layer, kept = _index("layer", layer, self.plan.layers), self.members(group)
+        means = np.full((len(self.trace_ids), self.section_means.shape[-1]), np.nan, np.float32)
+        traces, first, n = np.unique(self.section_traces[kept], return_index=True, return_counts=True)
+        if len(traces):  # windows are equally long, so that the mean over positions is the mean over sections
+            sums = np.add.reduceat(self.section_means[kept, at_layer], first, axis=0, dtype=np.float64)
+            means[traces] = sums / n[:, None]
+        return means[self._rows(trace_ids)]
 
     def weights_by_trace(self, trace_ids: Sequence[str], group: str, estimator: str) -> np.ndarray:
         """How much each of `means_by_trace` counts in a mean over traces, [n] int64.
@@ -165,7 +194,9 @@ class WindowSums:
           ValueError: if a trace or the group was not summed, or the estimator is unknown.
         """
         _index("estimator", estimator, ESTIMATORS)
-        counts = self.trace_counts[self._rows(trace_ids), _index("group", group, tuple(self.plan.groups))]
+        counts, kept = np.zeros(len(self.trace_ids), np.int64), self.members(group)
+        np.add.at(counts, self.section_traces[kept], self.section_positions[kept])
+        counts = counts[self._rows(trace_ids)]
         return counts if estimator == "token_mean" else np.minimum(counts, 1)
 
     def _rows(self, trace_ids: Sequence[str]) -> list[int]:
@@ -214,14 +245,18 @@ def add_traces(
         _check_trace(trace, model.config.vocab_size, total.plan.labels)
     done = set(total.trace_ids)
     todo = []
-    for padded, members in batches([len(trace.ids) for trace in traces], batch_size):
+    grouped = batches([len(trace.ids) for trace in traces], batch_size)
+    slots: dict[int, int] = {}  # one number of them for each padded length, so that each has one program
+    for padded, members in grouped:
+        slots[padded] = max(slots.get(padded, 0), section_slots(max(len(traces[i].starts) for i in members)))
+    for padded, members in grouped:
         rows = [traces[i] for i in members]
         already = [row.id for row in rows if row.id in done]
         if already and len(already) < len(rows):
             raise ValueError(f"trace {already[0]!r} was summed in another batch; resume with the same batch size")
         if not already:
             todo.append((rows, padded))
-    started = (_start_batch(total.plan, model, rows, padded, batch_size) for rows, padded in todo)
+    started = (_start_batch(total.plan, model, rows, padded, slots[padded], batch_size) for rows, padded in todo)
     for batch in _one_ahead(started):
         _add_batch(total, batch)
         yield [row.id for row in batch.rows]
@@ -242,6 +277,11 @@ def count_windows(trace: TokenTrace, plan: WindowPlan, length: int) -> tuple[np.
             else:
                 dropped[row, w] += 1
     return reads, dropped
+
+
+def section_slots(n_sections: int) -> int:
+    """Number of sections of a trace that a batch has room for."""
+    return bucket(max(1, n_sections), 16)
 
 
 def read_positions(trace: TokenTrace, start: int, window: Window, into_prompt: bool) -> range | None:
@@ -282,6 +322,7 @@ def _plan(fields: Mapping[str, Any]) -> WindowPlan:
         windows=tuple((first, last) for first, last in fields["windows"]),
         layers=tuple(fields["layers"]),
         into_prompt=fields["into_prompt"],
+        beside=dict(fields["beside"]),
     )
 
 
@@ -292,6 +333,8 @@ class _Batch(NamedTuple):
       rows: its traces.
       reads: [B, C, W] float32, positions that are read; rows that fill the batch up read none.
       dropped: [C, W], windows that are not read.
+      labels: of the rows' sections in turn, numbers of `plan.labels`.
+      positions: of the same sections, how many positions are read in the first window.
       n_reply: reply tokens.
       out: of `_contract_batch`, perhaps not computed yet.
     """
@@ -299,26 +342,47 @@ class _Batch(NamedTuple):
     rows: Sequence[TokenTrace]
     reads: np.ndarray
     dropped: np.ndarray
+    labels: Sequence[int]
+    positions: Sequence[int]
     n_reply: int
     out: dict[str, jax.Array]
 
 
-def _start_batch(plan: WindowPlan, model: Decoder, rows: Sequence[TokenTrace], padded: int, batch_size: int) -> _Batch:
+def _start_batch(
+    plan: WindowPlan, model: Decoder, rows: Sequence[TokenTrace], padded: int, slots: int, batch_size: int
+) -> _Batch:
     """Sends a batch to the device, filled up with padding rows to a fixed shape, and does not wait for it."""
     members = np.array([[label in group for label in plan.labels] for group in plan.groups.values()], np.float32)
     counted = [count_windows(trace, plan, padded) for trace in rows]
     reads = np.zeros((batch_size, len(plan.groups), len(plan.windows), padded), np.float32)
     reads[: len(rows)] = [np.tensordot(members, of_labels, 1) for of_labels, _ in counted]
-    dropped = members @ sum(dropped for _, dropped in counted)
+    dropped = np.stack([members @ of_labels for _, of_labels in counted])
+    for group, other in plan.beside.items():
+        g, o = (list(plan.groups).index(name) for name in (group, other))
+        there = np.any(reads[:, o], axis=-1)  # [B, W]
+        reads[:, g] *= there[..., None]
+        dropped[:, g] *= there[: len(rows)]
     group_reads = reads.sum(-1)
     scale = np.divide(1.0, group_reads, out=np.zeros_like(group_reads), where=group_reads > 0)
+    sections, read = np.zeros((batch_size, slots, padded), np.float32), []
+    for i, row in enumerate(rows):
+        for number, (_, start) in enumerate(row.starts):
+            found = read_positions(row, start, plan.windows[0], plan.into_prompt) or range(0)
+            sections[i, number, found.start : found.stop] = 1 / max(1, len(found))
+            read.append(len(found))
     ids, positions = right_pad([row.ids for row in rows] + [[0]] * (batch_size - len(rows)), padded)
     reply = np.zeros(ids.shape, np.float32)
     for i, row in enumerate(rows):
         reply[i, row.reply_start : len(row.ids)] = 1
-    arrays = place_rows(model, (ids, positions, reads, scale, reply))
+    arrays = place_rows(model, (ids, positions, reads, scale, sections, reply))
     return _Batch(
-        rows, group_reads, dropped, int(reply.sum()), contraction(model)(model, *arrays, np.array(plan.layers, int))
+        rows=rows,
+        reads=group_reads,
+        dropped=dropped.sum(0),
+        labels=[plan.labels.index(label) for row in rows for label, _ in row.starts],
+        positions=read,
+        n_reply=int(reply.sum()),
+        out=contraction(model)(model, *arrays, np.array(plan.layers, int)),
     )
 
 
@@ -344,11 +408,24 @@ def _add_batch(total: WindowSums, batch: _Batch) -> None:
     total.dropped += batch.dropped.astype(np.int64)
     total.norm_sum += out["norm_sum"]
     total.n_tokens += batch.n_reply
+    _add_sections(total, batch, out["section_means"])
     total.trace_ids += [row.id for row in batch.rows]
-    first = batch.reads[: len(batch.rows), :, 0]
-    means = np.where((first > 0)[:, None, :, None], out["trace_means"][: len(first)], np.nan)
-    total.trace_means = np.concatenate([total.trace_means, means])
-    total.trace_counts = np.concatenate([total.trace_counts, first.astype(np.int64)])
+
+
+def _add_sections(total: WindowSums, batch: _Batch, means: np.ndarray) -> None:
+    """Adds the sections of a batch, whose means are [B, layers, slots, D], before its traces are named."""
+    in_row = [len(row.starts) for row in batch.rows]
+    found = [np.moveaxis(of_row[:, :n], 0, 1) for of_row, n in zip(means, in_row, strict=False)]
+    positions = np.array(batch.positions, np.int64)
+    new = {
+        "means": np.where((positions > 0)[:, None, None], np.concatenate(found), np.float32(np.nan)),
+        "traces": np.repeat(len(total.trace_ids) + np.arange(len(in_row)), in_row),
+        "labels": np.array(batch.labels, np.int64),
+        "starts": np.array([start for row in batch.rows for _, start in row.starts], np.int64),
+        "positions": positions,
+    }
+    for name, values in new.items():
+        setattr(total, f"section_{name}", np.concatenate([getattr(total, f"section_{name}"), values]))
 
 
 def _contract_batch(
@@ -357,26 +434,26 @@ def _contract_batch(
     positions: jax.Array,  # [B, T]
     reads: jax.Array,  # [B, C, W, T] how often a position is read
     scale: jax.Array,  # [B, C, W] 1 / positions that the group reads in this trace
+    sections: jax.Array,  # [B, S, T] 1 / positions that a section's first window reads, at these positions
     reply: jax.Array,  # [B, T] 1 at reply tokens
     layers: jax.Array,
 ) -> dict[str, jax.Array]:
-    """Sums of one batch, in float32: sums [E, L, C, W, D], trace_means [B, n, C, D], norm_sum [L], finite [L, B]."""
+    """Sums of one batch, in float32: sums [E, L, C, W, D], section_means [B, n, S, D], norm_sum [L], finite [L, B]."""
 
     def capture(out: BlockOutput) -> dict[str, jax.Array]:
         x = jnp.where(positions[..., None] >= 0, out.resid_post, 0.0)
         per_trace = jnp.einsum("BCWT,BTD->BCWD", reads, x, precision=lax.Precision.HIGHEST)
-        means = per_trace * scale[..., None]
         return {
             # A product, since a reduction over the batch takes XLA's CPU backend as long as all the MLPs together.
-            "sums": jnp.stack([_sum_rows(means), _sum_rows(per_trace)]),
-            "trace_means": means[:, :, 0],
+            "sums": jnp.stack([_sum_rows(per_trace * scale[..., None]), _sum_rows(per_trace)]),
+            "section_means": jnp.einsum("BST,BTD->BSD", sections, x, precision=lax.Precision.HIGHEST),
             "norm_sum": jnp.sum(jnp.linalg.norm(x, axis=-1) * reply),
             "finite": jnp.all(jnp.isfinite(x), axis=(1, 2)),
         }
 
     captured = model(ids, positions, capture=capture).captured
     captured["sums"] = jnp.moveaxis(captured["sums"], 1, 0)
-    captured["trace_means"] = jnp.moveaxis(captured["trace_means"][layers], 0, 1)
+    captured["section_means"] = jnp.moveaxis(captured["section_means"][layers], 0, 1)
     return captured
 
 

@@ -100,7 +100,8 @@ def difference_of_means(
       sums: of one model over the traces.
       label: the group of D+, for instance "backtracking".
       window: inclusive offsets from a section's first token.
-      contrast: the group of D: "all" sections as in the paper, or another group, for instance "rest".
+      contrast: the group of D: "all" sections as in the paper, or another group, for instance "rest", or "trace", the
+        sections of those traces of which a window of D+ is read.
       estimator: "trace_mean" (Eq. 3: mean over traces of the mean over that trace's positions) or "token_mean" (all
         positions pooled, as the released script does).
       provenance: what else is to be remembered: model, data.

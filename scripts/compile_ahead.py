@@ -49,7 +49,7 @@ flags.DEFINE_integer("prompt_tokens", 128, "Tokens of a padded prompt.", lower_b
 flags.DEFINE_integer("new_tokens", 128, "Tokens sampled.", lower_bound=1)
 flags.DEFINE_integer("read_rows", 16, "Traces of a batch that is read.", lower_bound=1)
 flags.DEFINE_integer("read_tokens", 1024, "Tokens of a padded trace.", lower_bound=1)
-GROUPS, WINDOWS = 9, 7  # of the paper's plan
+GROUPS, WINDOWS, TOKENS_OF_SECTION = 9, 7, 17  # of the paper's plan; a section is a sentence or more
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
@@ -117,7 +117,8 @@ def lower_reading(model: Decoder, mesh: Mesh) -> Any:
     """Window sums of one batch of traces."""
     n, length = FLAGS.read_rows, FLAGS.read_tokens
     ids, reads, scale = (n, length), (n, GROUPS, WINDOWS, length), (n, GROUPS, WINDOWS)
-    batch = [jnp.zeros(ids, jnp.int32), jnp.zeros(ids, jnp.int32), *map(jnp.zeros, (reads, scale, ids))]
+    sections = (n, extract.section_slots(length // TOKENS_OF_SECTION), length)
+    batch = [jnp.zeros(ids, jnp.int32), jnp.zeros(ids, jnp.int32), *map(jnp.zeros, (reads, scale, sections, ids))]
     layers = abstract(jnp.zeros(1, jnp.int32), NamedSharding(mesh, PartitionSpec()))
     return extract.contraction(model).lower(model, *abstract(batch, rows_sharding(mesh, n)), layers)
 

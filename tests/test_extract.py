@@ -36,7 +36,9 @@ WINDOWS = ((-5, -3), (-2, -2), (-1, 3))
 PLAN = WindowPlan(LABELS, GROUPS, WINDOWS, layers=(2, 0))
 MODEL = tiny_llama()
 BATCH_SIZE = 3
-SUMMED = ("sums", "counts", "read", "dropped", "norm_sum", "n_tokens", "trace_means", "trace_counts")
+SUMMED = ("sums", "counts", "read", "dropped", "norm_sum", "n_tokens")
+SECTIONS = tuple(f"section_{name}" for name in ("means", "traces", "labels", "starts", "positions"))
+WITHIN = dataclasses.replace(PLAN, groups=GROUPS | {"trace": LABELS}, beside={"trace": "backtracking"})
 
 
 def made_traces() -> list[TokenTrace]:
@@ -73,17 +75,49 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.sum(a * b, axis=-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
 
 
-def naive_sums(residuals: Sequence[np.ndarray], plan: WindowPlan) -> WindowSums:
-    """What `window_sums` promises for TRACES, by loops in float64."""
+@dataclasses.dataclass
+class Naive:
+    """What `window_sums` promises for TRACES: its sums, and the means over the first window of each trace and group.
+
+    Attributes:
+      sums: those that are not of single sections.
+      trace_means: [n, layers, C, D], of all positions that the windows of a trace read; NaN where there is none.
+      trace_counts: [n, C], number of these positions.
+      sections: [label, start, positions, mean [layers, D]] of every section of each trace.
+    """
+
+    sums: WindowSums
+    trace_means: np.ndarray
+    trace_counts: np.ndarray
+    sections: list[list[tuple[str, int, int, np.ndarray]]]
+
+
+def naive_sums(residuals: Sequence[np.ndarray], plan: WindowPlan) -> Naive:
+    """By loops in float64."""
     total = WindowSums.zeros(plan, L, D)
     earliest = {trace.id: 1 if plan.into_prompt else trace.reply_start for trace in TRACES}
     trace_means = np.full((len(TRACES), len(plan.layers), len(plan.groups), D), np.nan)
     trace_counts = np.zeros((len(TRACES), len(plan.groups)), np.int64)
+    sections = []
+
+    def inside(trace: TokenTrace, start: int, window: tuple[int, int]) -> bool:
+        return start + window[0] >= earliest[trace.id] and start + window[1] < len(trace.ids)
+
     for t, (trace, x) in enumerate(zip(TRACES, residuals, strict=True)):
         x = x.astype(np.float64)
-        for g, members in enumerate(plan.groups.values()):
+        first, last = plan.windows[0]
+        of_trace = []
+        for label, start in trace.starts:
+            window = [p for p in range(start + first, start + last + 1) if inside(trace, start, (first, last))]
+            mean = x[list(plan.layers)][:, window].mean(1) if window else np.full((len(plan.layers), D), np.nan)
+            of_trace.append((label, start, len(window), mean))
+        sections.append(of_trace)
+        for g, (group, members) in enumerate(plan.groups.items()):
             for w, (first, last) in enumerate(plan.windows):
                 rows = []
+                needed = plan.groups[plan.beside[group]] if group in plan.beside else ()
+                if needed and not any(label in needed and inside(trace, s, (first, last)) for label, s in trace.starts):
+                    continue
                 for label, start in trace.starts:
                     positions = [start + offset for offset in range(first, last + 1)]
                     if label not in members:
@@ -105,18 +139,19 @@ def naive_sums(residuals: Sequence[np.ndarray], plan: WindowPlan) -> WindowSums:
         total.norm_sum += np.linalg.norm(reply, axis=-1).sum(1)
         total.n_tokens += reply.shape[1]
         total.trace_ids.append(trace.id)
-    return dataclasses.replace(total, trace_means=trace_means, trace_counts=trace_counts)
+    return Naive(total, trace_means, trace_counts, sections)
 
 
-def in_order_of(ids: Sequence[str], sums: WindowSums) -> np.ndarray:
-    """The per-trace means, sorted like `ids`."""
-    return sums.trace_means[[sums.trace_ids.index(trace_id) for trace_id in ids]]
+def trace_means(ids: Sequence[str], sums: WindowSums) -> np.ndarray:
+    """The means of single traces, [n, layers, C, D] in the order of `ids`."""
+    by_layer = [[sums.means_by_trace(ids, group, layer) for group in sums.plan.groups] for layer in sums.plan.layers]
+    return np.moveaxis(np.array(by_layer), 2, 0)
 
 
 def assert_same_sums(a: WindowSums, b: WindowSums) -> None:
     """To the bit."""
     assert a.trace_ids == b.trace_ids
-    for name in SUMMED:
+    for name in (*SUMMED, *SECTIONS):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
 
 
@@ -148,8 +183,9 @@ def test_layers_are_block_outputs_and_the_last_one_is_not_normed(residuals):
 @pytest.mark.parametrize("into_prompt", [False, True])
 def test_sums_equal_naive_loops_over_torch_activations(residuals, into_prompt):
     """Both estimators, every group, window and layer, in one pass (T1-T3, T14)."""
-    plan = dataclasses.replace(PLAN, into_prompt=into_prompt)
-    mine, naive = window_sums(MODEL, TRACES, plan, batch_size=BATCH_SIZE), naive_sums(residuals, plan)
+    plan = dataclasses.replace(WITHIN, into_prompt=into_prompt)
+    mine, expected = window_sums(MODEL, TRACES, plan, batch_size=BATCH_SIZE), naive_sums(residuals, plan)
+    naive = expected.sums
     assert sorted(mine.trace_ids) == sorted(naive.trace_ids)
     for name in ("counts", "read", "dropped", "n_tokens"):
         np.testing.assert_array_equal(getattr(mine, name), getattr(naive, name), err_msg=name)
@@ -157,17 +193,60 @@ def test_sums_equal_naive_loops_over_torch_activations(residuals, into_prompt):
     np.testing.assert_allclose(mine.sums, naive.sums, rtol=1e-4, atol=1e-4)
     assert cosines(mine.sums, naive.sums).min() >= 0.999999
     np.testing.assert_allclose(mine.norm_sum, naive.norm_sum, rtol=1e-5)
-    np.testing.assert_allclose(in_order_of(naive.trace_ids, mine), naive.trace_means, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(trace_means(naive.trace_ids, mine), expected.trace_means, rtol=1e-4, atol=1e-4)
     for group in plan.groups:
-        for estimator, counts in (("token_mean", naive.trace_counts), ("trace_mean", naive.trace_counts > 0)):
+        for estimator, counts in (("token_mean", expected.trace_counts), ("trace_mean", expected.trace_counts > 0)):
             weights = mine.weights_by_trace(naive.trace_ids, group, estimator)
             np.testing.assert_array_equal(weights, counts[:, list(plan.groups).index(group)])
     assert (naive.dropped > 0).any()
     assert (naive.read > 0).all()
 
 
+def test_sections_equal_naive_loops_over_torch_activations(sums, residuals):
+    """In the order of the traces as they were summed, with label, start and positions; NaN where dropped."""
+    expected = naive_sums(residuals, PLAN).sections
+    found = [section for trace_id in sums.trace_ids for section in expected[int(trace_id[8])]]
+    labels, starts, positions, means = zip(*found, strict=True)
+    assert [PLAN.labels[i] for i in sums.section_labels] == list(labels)
+    np.testing.assert_array_equal(sums.section_starts, starts)
+    np.testing.assert_array_equal(sums.section_positions, positions)
+    assert set(positions) == {0, 3}
+    assert sums.section_means.dtype == np.float32
+    np.testing.assert_allclose(sums.section_means, np.array(means), rtol=1e-4, atol=1e-4)
+    assert sums.section_traces.tolist() == [n for n, t in enumerate(sums.trace_ids) for _ in expected[int(t[8])]]
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_within_trace_contrasts_equal_naive_loops_over_torch_activations(residuals, estimator):
+    """D of contrast `trace` are all sections of those traces of which that window of D+ is read, at every layer."""
+    sums = window_sums(MODEL, TRACES, WITHIN, batch_size=BATCH_SIZE)
+    for window in WINDOWS:
+        own, every = [], []
+        for trace, x in zip(TRACES, residuals, strict=True):
+            read: dict[str, list[np.ndarray]] = {"own": [], "all": []}
+            for label, start in trace.starts:
+                first, last = start + window[0], start + window[1]
+                if first >= trace.reply_start and last < len(trace.ids):
+                    read["all"].append(x[:, first : last + 1])
+                    read["own"] += [x[:, first : last + 1]] if label == "backtracking" else []
+            if read["own"]:
+                own.append(np.concatenate(read["own"], axis=1).astype(np.float64))
+                every.append(np.concatenate(read["all"], axis=1).astype(np.float64))
+        assert 0 < len(own) < len(TRACES)
+        if estimator == "trace_mean":
+            own, every = ([x.mean(1, keepdims=True) for x in found] for found in (own, every))
+        expected = np.concatenate(own, axis=1).mean(1) - np.concatenate(every, axis=1).mean(1)
+        found = difference_of_means(sums, "backtracking", window, contrast="trace", estimator=estimator)
+        np.testing.assert_allclose(found.directions, expected, rtol=1e-3, atol=1e-4)
+        assert cosines(found.directions, expected).min() > 0.99999
+        assert found.provenance["contrast"] == "trace"
+    ids = [trace.id for trace in TRACES]
+    weights = [sums.weights_by_trace(ids, group, estimator) for group in ("backtracking", "trace")]
+    np.testing.assert_array_equal(weights[0] > 0, weights[1] > 0)
+
+
 def test_means_are_sums_over_counts(sums, residuals):
-    naive = naive_sums(residuals, PLAN)
+    naive = naive_sums(residuals, PLAN).sums
     for e, g, w in np.ndindex(naive.counts.shape):
         mean = sums.mean(list(GROUPS)[g], WINDOWS[w], ESTIMATORS[e])
         assert mean.dtype == np.float64
@@ -197,8 +276,8 @@ def test_mean_norm_is_over_reply_tokens(sums, residuals):
 
 
 def test_trace_means_are_nan_exactly_where_a_trace_has_no_window(sums):
-    absent = np.isnan(in_order_of([trace.id for trace in TRACES], sums))
-    assert sums.trace_means.dtype == np.float32
+    absent = np.isnan(trace_means([trace.id for trace in TRACES], sums))
+    assert sums.means_by_trace(sums.trace_ids, "all", 2).dtype == np.float32
     missing = np.any(absent, axis=(1, 3))  # [n, G]
     np.testing.assert_array_equal(missing, np.all(absent, axis=(1, 3)))
     assert missing[3].all(), "no sections at all"
@@ -264,16 +343,17 @@ def test_batch_size_does_not_matter():
     short = [trace for trace in TRACES if len(trace.ids) <= 64]
     by_three, by_four = (window_sums(MODEL, short, PLAN, batch_size=n) for n in (BATCH_SIZE, 4))
     assert by_three.trace_ids == by_four.trace_ids == [trace.id for trace in short]
-    for name in SUMMED:
+    for name in (*SUMMED, *SECTIONS):
         np.testing.assert_allclose(getattr(by_three, name), getattr(by_four, name), rtol=1e-5, atol=1e-4, err_msg=name)
 
 
 def test_order_of_traces_does_not_matter(sums):
     again = window_sums(MODEL, TRACES[::-1], PLAN, batch_size=BATCH_SIZE)
     assert again.trace_ids != sums.trace_ids
-    for name in SUMMED[:-2]:  # the last two are by trace
+    for name in SUMMED:
         np.testing.assert_allclose(getattr(again, name), getattr(sums, name), rtol=1e-5, atol=1e-4, err_msg=name)
-    np.testing.assert_allclose(in_order_of(sums.trace_ids, again), sums.trace_means, rtol=1e-5, atol=1e-5)
+    ids = sums.trace_ids
+    np.testing.assert_allclose(trace_means(ids, again), trace_means(ids, sums), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("n_done", [1, 2, 3])
@@ -331,8 +411,8 @@ def test_one_program_per_bucket_whatever_is_read(sums):
 def test_nothing_of_all_layers_and_positions_is_kept():
     """T24: no buffer of the compiled program has a value for every layer, position and unit."""
     B, T = 5, 64
-    shapes = [(B, T), (B, T), (B, 5, 3, T), (B, 5, 3), (B, T), (2,)]
-    dtypes = [jnp.int32] * 2 + [jnp.float32] * 3 + [jnp.int32]
+    shapes = [(B, T), (B, T), (B, 5, 3, T), (B, 5, 3), (B, 16, T), (B, T), (2,)]
+    dtypes = [jnp.int32] * 2 + [jnp.float32] * 4 + [jnp.int32]
     arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
     program = contraction(MODEL).lower(MODEL, *arrays).compile().as_text() or ""
     assert f"f32[{B},{T},{D}]" in program
@@ -413,6 +493,8 @@ def test_a_mean_of_nothing_is_refused():
     [
         ({"windows": ((-1, -2),)}, r"window \(-1, -2\) is empty"),
         ({"groups": {"all": ("deduction", "humming")}}, r"group 'all' has unknown labels \['humming'\]"),
+        ({"beside": {"trace": "all"}}, "beside: 'trace' is not among"),
+        ({"beside": {"all": "humming"}}, "beside: 'humming' is not among"),
     ],
 )
 def test_a_plan_that_cannot_be_read_is_refused(changes, message):

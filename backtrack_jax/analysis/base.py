@@ -65,6 +65,11 @@ class Material:
         """The annotated traces, each with its annotation."""
         return pair_annotations(self.traces, self.annotations)
 
+    def contrast_of(self, label: str) -> str:
+        """The group of D of a label's vector."""
+        spec = self.experiment.vectors
+        return spec.contrast if label == spec.label else "all"
+
     def means_by_trace(
         self, role: str, ids: Sequence[str], label: str, layer: int
     ) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
@@ -82,7 +87,7 @@ class Material:
           [n, D] float32 each, NaN where a trace has no window; weights, [n] each.
         """
         spec, sums = self.experiment.vectors, self.sums[role]
-        groups = (label, spec.contrast if label == spec.label else "all")
+        groups = (label, self.contrast_of(label))
         positive, contrast = (sums.means_by_trace(ids, group, layer) for group in groups)
         of_positive, of_contrast = (sums.weights_by_trace(ids, group, spec.estimator) for group in groups)
         return positive, contrast, (of_positive, of_contrast)

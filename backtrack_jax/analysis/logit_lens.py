@@ -4,19 +4,31 @@
 
 a selects the vocabulary items whose text contains a keyword, so s is their mean logit under the unembedding W_U, with v
 as it was found. With the final norm in between, as a residual stream passes it, the length of v does not matter.
+
+{role}.lens.csv        score, and others, the mean logit of all other items; z, their difference in units of the spread
+                       of single other items, which does not depend on the length of v either; without the final norm
+                       and at the layers of `vectors.layers` its standard error over problems, a jackknife
+{role}.lens_rise.csv   mean z of the last third of the layers less that of the first, of those layers that were kept
+{role}.lens_tokens.csv items with the highest and lowest logits
 """
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from backtrack_jax.analysis import by_problem
 from backtrack_jax.analysis.base import Analysis, Material
+from backtrack_jax.analysis.claims import Claim, measured
+from backtrack_jax.analysis.dose import LEVEL
 from backtrack_jax.analysis.plots import COLOURS, MARKERS, Panel, Plot, Series
 from backtrack_jax.analysis.results import PAPER_LABEL, Results
+from backtrack_jax.analysis.statistics import NAN, Region
 from backtrack_jax.data.text import LENS_KEYWORDS
 from backtrack_jax.files.tables import Table
 from backtrack_jax.models.decoder import Decoder
@@ -27,23 +39,32 @@ class LogitLens(Analysis):
     """Vectors of every model through every model's unembedding, as in Eq. 2 and with the final norm."""
 
     name = "lens"
+    version = 2
     of_replies = False
     settings = ("analysis.keywords",)
-    role_tables = ("lens", "lens_tokens")
+    role_tables = ("lens", "lens_rise", "lens_tokens")
 
     def of_role(self, material: Material, role: str, folder: Path) -> dict[str, Table]:
         """Through the unembedding of the model of a role."""
         e, tokenizer, model = material.experiment, material.tokenizer, material.model(role)
         n_items = min(tokenizer.vocab_size, model.config.vocab_size)  # markers may be beyond an embedding
         ids = [i for i in keyword_ids(tokenizer, e.analysis.keywords) if i < n_items]
-        scores, items = [], []
+        scores, rises, items = [], [], []
         for source in e.roles:
+            kept = {layer: by_problem.of_label(material, source, e.vectors.label, layer) for layer in e.vectors.layers}
+            z = {layer: z_scores(model, sums.vectors(), ids, n_items=n_items) for layer, sums in kept.items()}
+            errors = {layer: by_problem.standard_error(values) for layer, values in z.items()}
+            n = {layer: sums.n_problems for layer, sums in kept.items()}
+            rises += _rise(source, role, z, n, model.config.n_layers)
             directions = material.vectors[source, e.vectors.label].directions
             for final_norm in (False, True):
                 lens = logit_lens(model, directions, ids, n_items=n_items, final_norm=final_norm)
                 key = {"source": source, "unembedding": role, "final_norm": int(final_norm)}
-                for layer, (score, others) in enumerate(zip(lens.score, lens.others, strict=True)):
-                    scores.append(key | {"layer": layer, "score": float(score), "others": float(others)})
+                known = {} if final_norm else errors
+                for layer, (score, others, spread) in enumerate(zip(lens.score, lens.others, lens.spread, strict=True)):
+                    line = {"layer": layer, "score": float(score), "others": float(others)}
+                    line |= {"z": float((score - others) / spread) if spread else NAN, "z_error": known.get(layer, NAN)}
+                    scores.append(key | line | {"n_problems": n[layer] if layer in known else 0})
                 for side, found, logits in (
                     ("top", lens.top, lens.top_logits),
                     ("bottom", lens.bottom, lens.bottom_logits),
@@ -55,11 +76,16 @@ class LogitLens(Analysis):
                         for layer in range(len(found))
                         for rank, (token, logit) in enumerate(zip(found[layer], logits[layer], strict=True))
                     ]
-        return {"lens": scores, "lens_tokens": items}
+        return {"lens": scores, "lens_rise": rises, "lens_tokens": items}
 
     def plots(self, r: Results) -> Sequence[Plot | None]:
         """Fig. 5."""
         return [by_layer(r)]
+
+    def claims(self, r: Results) -> Sequence[Claim]:
+        """That a base-derived vector does not spell the keywords, and a reasoning-derived one does in late layers."""
+        made = {"base": _base_claim, "reasoning": _reasoning_claim}
+        return [made[role](r) for role in r.roles]
 
     def reference(self, r: Results) -> dict[str, str]:
         """The base-derived vector through its own unembedding, at the steered and at the last layer."""
@@ -77,6 +103,84 @@ class LogitLens(Analysis):
 
 LOGIT_LENS = LogitLens()
 
+_ROWS = 32
+_SILENT = Region(high=1.0)
+_RISES = Region(low=0.0)
+
+
+def _rise(
+    source: str, unembedding: str, z: Mapping[int, np.ndarray], n: Mapping[int, int], n_layers: int
+) -> list[dict[str, Any]]:
+    """Mean z of the last third of the layers less that of the first, [1 + P] each; no line where one was not kept."""
+    first = [layer for layer in z if 3 * layer < n_layers]
+    last = [layer for layer in z if 3 * layer >= 2 * n_layers]
+    if not first or not last:
+        return []
+    rise = np.mean([z[layer] for layer in last], axis=0) - np.mean([z[layer] for layer in first], axis=0)
+    layers = {"first": " ".join(map(str, first)), "last": " ".join(map(str, last))}
+    measured = {"rise": float(rise[0]), "error": by_problem.standard_error(rise), "n_problems": min(n.values())}
+    return [{"source": source, "unembedding": unembedding} | layers | measured]
+
+
+def _base_claim(r: Results) -> Claim:
+    """The largest |z| of the base-derived vector, through the base model's unembedding, over the layers kept."""
+    lines = [
+        line
+        for line in r.tables["lens"]
+        if (line["source"], line["unembedding"], line["final_norm"]) == ("base", "base", 0)
+        and not math.isnan(line["z_error"])
+    ]
+    n, estimate, low, high = min((line["n_problems"] for line in lines), default=0), NAN, NAN, NAN
+    if lines:
+        # Below the true largest one if every layer's lower end is, which takes Bonferroni's level; above it if that
+        # layer's own upper end is, which does not.
+        estimate = max(abs(line["z"]) for line in lines)
+        high = max(max(map(abs, by_problem.interval(line["z"], line["z_error"], n, LEVEL))) for line in lines)
+        ends = [by_problem.interval(line["z"], line["z_error"], n, 1 - (1 - LEVEL) / len(lines)) for line in lines]
+        low = max(max(0.0, a, -b) for a, b in ends)
+    layers = ", ".join(str(line["layer"]) for line in lines)
+    return measured(
+        "lens_base",
+        "What a base-derived vector spells through the unembedding is not the keywords.",
+        figure="fig5_logit_lens",
+        where="Fig. 5",
+        rule=f"the largest |z| of the layers is below {_SILENT.high:g}, the spread of single other items",
+        estimate=estimate,
+        interval=(low, high),
+        unit="|z|, in spreads of single items",
+        region=_SILENT,
+        n=n,
+        note=f"layers {layers} of {r.n_layers}" if lines else _not_kept(r),
+    )
+
+
+def _reasoning_claim(r: Results) -> Claim:
+    """Rise of z of the reasoning-derived vector through the reasoning model's unembedding."""
+    key = ("reasoning", "reasoning")
+    line = next((x for x in r.tables["lens_rise"] if (x["source"], x["unembedding"]) == key), None)
+    estimate, interval, n = NAN, (NAN, NAN), 0
+    note = f"{_not_kept(r)}: it takes some of the first third and some of the last"
+    if line:
+        estimate, n, note = line["rise"], int(line["n_problems"]), f"layers {line['last']} against {line['first']}"
+        interval = by_problem.interval(estimate, line["error"], n, LEVEL)
+    return measured(
+        "lens_reasoning",
+        "A reasoning-derived vector spells the keywords more in late layers than in early ones.",
+        figure="fig5_logit_lens",
+        where="Fig. 5",
+        rule="mean z of the last third of the layers less that of the first third is above 0",
+        estimate=estimate,
+        interval=interval,
+        unit="z, in spreads of single items",
+        region=_RISES,
+        n=n,
+        note=note,
+    )
+
+
+def _not_kept(r: Results) -> str:
+    return f"vectors.layers={r.experiment.vectors.layers} keeps no means of sections of enough layers"
+
 
 @dataclasses.dataclass(frozen=True)
 class Lens:
@@ -85,6 +189,7 @@ class Lens:
     Attributes:
       score: [L] float64, s(v) of Eq. 2.
       others: [L] float64, mean logit of all other items that have a text, to read `score` against.
+      spread: [L] float64, standard deviation of the logits of these.
       top: [L, n] int, ids of the highest logits, highest first.
       bottom: [L, n] int, ids of the lowest logits, lowest first.
       top_logits: [L, n] float32.
@@ -93,6 +198,7 @@ class Lens:
 
     score: np.ndarray
     others: np.ndarray
+    spread: np.ndarray
     top: np.ndarray
     bottom: np.ndarray
     top_logits: np.ndarray
@@ -178,11 +284,47 @@ def logit_lens(
     return Lens(
         logits[:, selected].mean(-1, dtype=np.float64),
         logits[:, ~selected].mean(-1, dtype=np.float64),
+        logits[:, ~selected].std(-1, dtype=np.float64),
         top,
         bottom,
         np.take_along_axis(logits, top, -1),
         np.take_along_axis(logits, bottom, -1),
     )
+
+
+def z_scores(model: Decoder, directions: np.ndarray, ids: Sequence[int], *, n_items: int) -> np.ndarray:
+    """Mean logit W_U v of some items above that of all others, in units of the spread of single ones: [N] float64.
+
+    Logits are linear in v, and differences from the first direction are read by themselves, at length 1: so the
+    rounding of 16-bit weights does not hide how little a direction changes without one problem.
+
+    Args:
+      model: whose unembedding is used.
+      directions: [N, D], alike but for small differences.
+      ids: the items.
+      n_items: vocabulary items that have a text.
+    """
+    selected = np.zeros(n_items, bool)
+    selected[list(ids)] = True
+    steps = directions - directions[0]
+    lengths = np.linalg.norm(steps, axis=-1)
+    lengths[0], steps[0] = 1.0, directions[0]
+    units = np.divide(steps, lengths[:, None], out=np.zeros_like(steps), where=lengths[:, None] > 0)
+    at_first, found = np.zeros(n_items), []
+    for start in range(0, len(units), _ROWS):
+        rows = np.zeros((_ROWS, directions.shape[1]), np.float32)  # of one shape, so that it compiles once
+        own = units[start : start + _ROWS]
+        rows[: len(own)] = own
+        logits = np.asarray(_logits(model, jnp.asarray(rows), False), np.float64)[: len(own), :n_items]
+        logits *= lengths[start : start + _ROWS, None]
+        if start == 0:
+            at_first = logits[0].copy()
+            logits[0] = 0
+        logits += at_first
+        score, others = logits[:, selected].mean(-1), logits[:, ~selected]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            found.append((score - others.mean(-1)) / others.std(-1))
+    return np.concatenate(found)
 
 
 @jax.jit(static_argnums=2)

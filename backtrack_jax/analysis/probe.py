@@ -3,6 +3,10 @@
 A token is *positive* if a backtracking section starts within the next k tokens. Problems are split into folds; what is
 scored on a problem was fitted on others only, the direction included: it is read again from the other problems' window
 means. A probe that had seen the problem would score too well.
+
+{role}.probe.csv: AUC and average precision of each method. `low` and `high` are a 95 % interval over problems, in which
+directions are fitted again without each problem, with `error`, the standard error; of a logistic regression, a
+bootstrap over problems of scores as they are; of random directions and shuffled labels, the middle 95 % of draws.
 """
 
 import dataclasses
@@ -12,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import sparse
 
-from backtrack_jax.analysis import activations, projections
+from backtrack_jax.analysis import activations, by_problem, projections, shuffles
 from backtrack_jax.analysis.base import Analysis, Material, Planned
-from backtrack_jax.analysis.cells import INTERVAL
+from backtrack_jax.analysis.claims import Claim, measured
+from backtrack_jax.analysis.dose import LEVEL
 from backtrack_jax.analysis.plots import COLOURS, MARKERS, Panel, Plot, Series
 from backtrack_jax.analysis.results import PAPER_LABEL, Results, extent
-from backtrack_jax.analysis.statistics import NAN, percentiles, resampled
+from backtrack_jax.analysis.statistics import NAN, Region, percentiles, resampled
 from backtrack_jax.data.problems import spread
 from backtrack_jax.data.records import Trace
 from backtrack_jax.extract import TokenTrace
@@ -32,6 +38,7 @@ class Probe(Analysis):
     """Scores of directions on tokens drawn from all traces, and projections of all tokens of a few traces."""
 
     name = "probe"
+    version = 2
     of_replies = False
     settings = (
         *("seed", "steering.main_layer"),
@@ -81,19 +88,34 @@ class Probe(Analysis):
 
     def sentences(self, r: Results) -> Sequence[str]:
         """How well the direction does as a probe, beside a logistic regression."""
-        lines = {x["method"]: x for x in r.tables["probe"] if (x["role"], x["layer"]) == (r.author, r.layer)}
-        own = lines.get("base-derived direction") or lines.get(f"{r.author}-derived direction")
+        own, lines = _of_direction(r)
         if not own or math.isnan(own["auc"]):
             return []
-        other = lines.get("logistic regression")
-        beside = ""
+        other, chance = lines.get("logistic regression"), lines[_shuffled(own["method"])]
+        beside = (
+            ""
+            if math.isnan(chance["auc"])
+            else f"; of shuffled labels, {chance['auc']:.2f} (middle 95 %: {chance['low']:.2f} to {chance['high']:.2f})"
+        )
         if other and not math.isnan(other["auc"]):
             on = "the same" if other["n_tokens"] == own["n_tokens"] else f"{other['n_tokens']} of the {own['n_tokens']}"
-            beside = f"; a logistic regression on {on} tokens has {other['auc']:.2f}"
+            beside += f"; a logistic regression on {on} tokens has {other['auc']:.2f}"
         return [
             f"As a probe for what begins within {own['horizon']} tokens, the {own['method']} has a ROC-AUC of "
             f"{own['auc']:.2f} ({own['low']:.2f} to {own['high']:.2f}) at layer {r.layer}{beside}."
         ]
+
+    def claims(self, r: Results) -> Sequence[Claim]:
+        """That the direction tells something of what is about to begin, but does not tell it cleanly."""
+        own, lines = _of_direction(r)
+        if own is None:
+            why = f"vectors.layers={r.experiment.vectors.layers} keeps no means of sections at layer {r.layer}"
+            return [_claim(r, "base-derived direction", NAN, (NAN, NAN), 0, why)]
+        n, chance = int(own["n_problems"]), lines[_shuffled(own["method"])]
+        interval = by_problem.interval(own["auc"], own["error"], n, LEVEL)
+        spread = f"{chance['low']:.3f} to {chance['high']:.3f}"
+        note = f"directions of shuffled labels {chance['auc']:.3f}, middle 95 % {spread}"
+        return [_claim(r, own["method"], own["auc"], interval, n, note)]
 
     def reference(self, r: Results) -> dict[str, str]:
         """The base-derived direction at the steered layer."""
@@ -122,6 +144,9 @@ class Probe(Analysis):
 
 PROBE = Probe()
 
+_UNCLEAN = Region(0.5, 0.8)
+_SCORES_AT_ONCE = 4_000_000
+
 
 @dataclasses.dataclass(frozen=True)
 class SampledTokens:
@@ -144,15 +169,17 @@ class Score:
 
     Attributes:
       auc: area under the ROC curve.
-      low: lower bound of its 95 % bootstrap interval over problems.
-      high: upper bound.
+      low: lower bound of its 95 % interval over problems, or 2.5 % quantile of draws.
+      high: upper bound, or 97.5 % quantile.
       average_precision: of the ranking; a ranking by chance has the share of positive tokens.
+      error: standard error of the area over problems; NaN where there is none.
     """
 
     auc: float
     low: float
     high: float
     average_precision: float
+    error: float = NAN
 
 
 def starts_soon(starts: Iterable[int], positions: np.ndarray, horizon: int) -> np.ndarray:
@@ -174,7 +201,7 @@ def roc_auc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray | None
       [...] float64; nan where there is no positive or no other token.
     """
     w = np.ones(len(scores)) if weights is None else np.asarray(weights, np.float64)
-    order = np.argsort(scores, kind="stable")
+    order = np.argsort(scores)
     last = np.flatnonzero(np.append(np.diff(np.asarray(scores)[order]) != 0, True))  # of each group of equal scores
     yes = np.cumsum(w[..., order] * positive[order], axis=-1)[..., last]
     no = np.cumsum(w[..., order] * ~positive[order], axis=-1)[..., last]
@@ -187,7 +214,7 @@ def roc_auc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray | None
 
 def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
     """Mean over positive tokens of the precision at their score, sum (R_n - R_n-1) P_n; nan without a positive one."""
-    order = np.argsort(-np.asarray(scores), kind="stable")
+    order = np.argsort(-np.asarray(scores))
     last = np.flatnonzero(np.append(np.diff(np.asarray(scores)[order]) != 0, True))
     hits = np.cumsum(positive[order])[last]
     if not len(hits) or not hits[-1]:
@@ -199,7 +226,11 @@ def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
 def score(
     scores: np.ndarray, positive: np.ndarray, problems: Sequence[str], *, n_resamples: int = 500, seed: int = 0
 ) -> Score:
-    """AUC with its bootstrap interval over problems ([N] each), and average precision; nan where nothing is scored."""
+    """AUC with its bootstrap interval over problems ([N] each), and average precision; nan where nothing is scored.
+
+    What the scores were fitted on stays as it is, so that the interval leaves out that other problems would have given
+    another probe; see `refitted_score`.
+    """
     if not len(scores):
         return Score(*[NAN] * 4)
     names, group = np.unique(np.asarray(problems, str), return_inverse=True)
@@ -215,6 +246,66 @@ def score(
             )
         )
     return Score(float(roc_auc(scores, positive)), low, high, average_precision(scores, positive))
+
+
+def refitted_score(
+    tokens: SampledTokens,
+    positive: np.ndarray,
+    contrast: np.ndarray,
+    fold: np.ndarray,
+    problems: Sequence[str],
+    weights: tuple[np.ndarray, np.ndarray] | None = None,
+) -> tuple[np.ndarray, Score]:
+    """Scores of `direction_scores`, [N], and how well they rank.
+
+    The interval is Student's t about a jackknife over problems: each is left out in turn, of the tokens that are scored
+    and of the traces that all folds' directions and centres are read from.
+
+    Args:
+      tokens: N tokens.
+      positive: [n, D], as for `direction_scores`.
+      contrast: [n, D], likewise.
+      fold: [n] int, fold of each trace.
+      problems: problem of each trace.
+      weights: [n] each, as for `direction_scores`.
+    """
+    names, group = np.unique(np.asarray(problems, str), return_inverse=True)
+    scores = direction_scores(tokens, positive, contrast, fold, weights)
+    kept = np.isfinite(scores)
+    if not kept.any():
+        return scores, Score(*[NAN] * 4)
+    soon = tokens.positive[kept]
+    auc = float(roc_auc(scores[kept], soon))
+    counts = (1 - np.eye(len(names)))[:, group]  # of each trace, without each problem
+    aucs = []
+    for some in np.array_split(counts, 1 + counts.shape[0] * len(scores) // _SCORES_AT_ONCE):
+        refitted = direction_scores(tokens, positive, contrast, fold, weights, some)[:, kept]
+        aucs += [roc_auc(x, soon, of_trace[tokens.traces[kept]]) for x, of_trace in zip(refitted, some, strict=True)]
+    error = by_problem.standard_error(np.array([auc, *aucs], np.float64))
+    scored = len(np.unique(group[tokens.traces[kept]]))
+    low, high = by_problem.interval(auc, error, scored)
+    return scores, Score(auc, max(low, 0.0), min(high, 1.0), average_precision(scores[kept], soon), error)
+
+
+def shuffled_score(tokens: SampledTokens, directions: np.ndarray, fold: np.ndarray) -> tuple[np.ndarray, Score]:
+    """What directions of shuffled labels reach through the same folds: means over draws, and the middle 95 % of AUCs.
+
+    Args:
+      tokens: N tokens.
+      directions: [F, R, D], what each draw gives without each fold.
+      fold: [n] int, fold of each trace.
+
+    Returns:
+      Which tokens were scored, [N] bool; how well they were ranked.
+    """
+    scores = _projected(tokens, directions, fold)
+    kept = np.asarray(np.isfinite(scores).all(0))
+    if not kept.any():
+        return kept, Score(*[NAN] * 4)
+    soon = tokens.positive[kept]
+    aucs = np.array([roc_auc(values[kept], soon) for values in scores])
+    precision = np.mean([average_precision(values[kept], soon) for values in scores])
+    return kept, Score(float(aucs.mean()), *percentiles(aucs), float(precision))
 
 
 def random_score(tokens: SampledTokens, *, n_directions: int = 50, seed: int = 0) -> Score:
@@ -244,6 +335,7 @@ def direction_scores(
     contrast: np.ndarray,
     fold: np.ndarray,
     weights: tuple[np.ndarray, np.ndarray] | None = None,
+    counts: np.ndarray | None = None,
 ) -> np.ndarray:
     """Projection on the difference of means of the other folds' problems.
 
@@ -253,20 +345,52 @@ def direction_scores(
       contrast: [n, D], likewise of D.
       fold: [n] int, fold of each trace.
       weights: [n] each, how much a trace counts in the mean of D+ and in that of D; default once.
+      counts: [R, n], how often each trace is there, in each of R samples of them; default once in one sample.
 
     Returns:
-      [N] float64, projections of activations on the unit direction, centred on the other folds' mean token; nan where
-      the other folds have no window.
+      [N] float64, or [R, N] float32 with `counts`: projections of activations on the unit direction, centred on the
+      other folds' mean token; nan where the other folds have no window.
     """
-    scores = np.full(len(tokens.traces), np.nan)
     of_positive, of_contrast = weights or (np.ones(len(fold)), np.ones(len(fold)))
-    for held_out in np.unique(fold):
-        test, others = fold[tokens.traces] == held_out, fold != held_out
-        v = _mean(positive[others], of_positive[others]) - _mean(contrast[others], of_contrast[others])
-        u = v / np.linalg.norm(v)
-        centre = tokens.activations[~test].mean(0, dtype=np.float64) if (~test).any() else np.nan
-        scores[test] = (tokens.activations[test] - centre) @ u
+    samples = np.ones((1, len(fold))) if counts is None else counts
+    others = np.stack([samples * (fold != f) for f in range(int(fold.max()) + 1)])  # [F, R, n]
+    directions = _means(positive, others * of_positive) - _means(contrast, others * of_contrast)
+    scores = _projected(tokens, directions, fold, others)
+    return scores if counts is not None else scores[0].astype(np.float64)
+
+
+def _projected(
+    tokens: SampledTokens, directions: np.ndarray, fold: np.ndarray, counts: np.ndarray | None = None
+) -> np.ndarray:
+    """Tokens of each fold on the unit directions that the others gave, less their mean token: [R, N] float32.
+
+    Args:
+      tokens: N tokens.
+      directions: [F, R, D].
+      fold: [n] int, fold of each trace.
+      counts: [F, R, n], how often each trace counts in a fold's mean token; default the traces of the other folds once.
+    """
+    of_token = fold[tokens.traces]
+    places = (tokens.traces, np.arange(len(of_token)))
+    of_trace = sparse.csr_array((np.ones(len(of_token)), places), (len(fold), len(of_token)))
+    sums, n = of_trace @ tokens.activations, of_trace.sum(1)  # of tokens of each trace
+    scores = np.full((directions.shape[1], len(of_token)), np.nan, np.float32)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        for f, of_fold in enumerate(directions):
+            others = (fold != f)[None].astype(np.float64) if counts is None else counts[f]
+            centres = (others @ sums) / (others @ n)[:, None]  # [R or 1, D]
+            units = (of_fold / np.linalg.norm(of_fold, axis=-1, keepdims=True)).astype(np.float32)
+            test = of_token == f
+            scores[:, test] = units @ tokens.activations[test].T - np.sum(units * centres, axis=-1)[:, None]
     return scores
+
+
+def _means(rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Weighted means of the rows that are not NaN: [n, D] and [..., n] to [..., D] float64; NaN if there are none."""
+    has = np.asarray(np.isfinite(rows).all(-1))
+    weights = np.where(has, counts, 0.0)
+    sums, n = weights @ np.where(has[:, None], rows, 0.0).astype(np.float64), weights.sum(-1, keepdims=True)
+    return np.divide(sums, n, out=np.full_like(sums, np.nan), where=n > 0)
 
 
 def logistic_scores(tokens: SampledTokens, fold: np.ndarray, *, strength: float = 1e-2) -> np.ndarray:
@@ -294,14 +418,6 @@ def logistic_scores(tokens: SampledTokens, fold: np.ndarray, *, strength: float 
         fitted = LogisticRegression(C=strength, max_iter=300, class_weight="balanced").fit((x - mean) / scale, y)
         scores[test] = fitted.decision_function((tokens.activations[test] - mean) / scale)
     return scores
-
-
-def _mean(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Weighted mean of the rows that are not NaN, [D] float64; NaN if there is none."""
-    has = np.isfinite(rows).all(-1)
-    if not has.any():
-        return np.full(rows.shape[-1], np.nan)
-    return np.average(rows[has].astype(np.float64), axis=0, weights=weights[has])
 
 
 def _layers(material: Material) -> list[int]:
@@ -349,17 +465,23 @@ def score_directions(
     problems = [trace.problem_id for trace in traces]
     fold = folds(problems, e.analysis.folds, e.seed)
     of_token = np.array(problems)[tokens.traces]
-    scored = {}
-    for source in material.sums:
-        positive, contrast, weights = material.means_by_trace(source, ids, e.vectors.label, layer)
-        scored[f"{source}-derived direction"] = direction_scores(tokens, positive, contrast, fold, weights)
-    if layer == e.steering.main_layer:
-        scored["logistic regression"] = logistic_scores(tokens, fold)
     everywhere = np.ones(len(of_token), bool)
     found = [("random directions", everywhere, random_score(tokens, seed=e.seed))]
-    for method, values in scored.items():
+    for source, sums in material.sums.items():
+        positive, contrast, weights = material.means_by_trace(source, ids, e.vectors.label, layer)
+        scores, of_direction = refitted_score(tokens, positive, contrast, fold, problems, weights)
+        drawn = shuffles.shuffle({source: sums}, ids, e.vectors.label, seed=e.seed)
+        parts = shuffles.shuffled_sums(drawn, material, source, ids, e.vectors.label, layer, fold)
+        n_folds = np.arange(len(parts.n_positive))
+        directions = np.stack([parts.vectors(n_folds != f) for f in n_folds])
+        method = f"{source}-derived direction"
+        found.append((method, np.isfinite(scores), of_direction))
+        found.append((_shuffled(method), *shuffled_score(tokens, directions, fold)))
+    if layer == e.steering.main_layer:
+        values = logistic_scores(tokens, fold)
         kept = np.isfinite(values)
-        found.append((method, kept, score(values[kept], tokens.positive[kept], of_token[kept].tolist())))
+        fitted = score(values[kept], tokens.positive[kept], of_token[kept].tolist())
+        found.append(("logistic regression", kept, fitted))
     return [
         {"role": role, "layer": layer, "horizon": horizon, "method": method}
         | dataclasses.asdict(of_method)
@@ -367,6 +489,36 @@ def score_directions(
         | {"n_problems": len(set(of_token[kept]))}
         for method, kept, of_method in found
     ]
+
+
+def _shuffled(method: str) -> str:
+    """Name of what stands beside a direction as its null."""
+    return method.replace("direction", "shuffled labels")
+
+
+def _of_direction(r: Results) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]]]:
+    """The line of the direction that the paper is about, at the steered layer, and all lines there by method."""
+    lines = {x["method"]: x for x in r.tables["probe"] if (x["role"], x["layer"]) == (r.author, r.layer)}
+    return lines.get("base-derived direction") or lines.get(f"{r.author}-derived direction"), lines
+
+
+def _claim(r: Results, method: str, auc: float, interval: tuple[float, float], n: int, note: str) -> Claim:
+    return measured(
+        "probe",
+        f"The {method} tells a little of whether {r.label} is about to begin, but not cleanly.",
+        figure="probe",
+        where="section 4.2",
+        rule=(
+            f"the ROC-AUC for what begins within {r.experiment.analysis.horizons[-1]} tokens lies between "
+            f"{_UNCLEAN.low:g} and {_UNCLEAN.high:g}"
+        ),
+        estimate=auc,
+        interval=interval,
+        unit=f"ROC-AUC at layer {r.layer}",
+        region=_UNCLEAN,
+        n=n,
+        note=note,
+    )
 
 
 def probe(r: Results) -> Plot | None:
@@ -400,6 +552,8 @@ def probe(r: Results) -> Plot | None:
     caption = (
         f"Does a {r.label} section start within the next tokens? Layer {layer}; {extent(lines, 'n_tokens')} tokens of "
         f"{extent(lines, 'n_problems')} problems, positive: {positive}; every problem is scored by what was fitted on "
-        f"others. {INTERVAL}. Random directions: mean and middle 95 % of 50. Dashed: chance."
+        f"others. Intervals: 95 %, over problems; of directions with folds fitted again without each problem. Shuffled "
+        f"labels: directions of sections drawn at random in the same traces, through the same folds, mean and middle "
+        f"95 % of {shuffles.N_DRAWS}. Random directions: the same of 50 Gaussian ones. Dashed: chance."
     )
     return Plot("probe", "Section 4.2: the direction as a probe", caption, [panels], table, place=5.5)

@@ -6,16 +6,20 @@ from typing import NamedTuple
 
 import numpy as np
 
+from backtrack_jax.analysis import by_problem
 from backtrack_jax.analysis.base import Analysis, Material
 from backtrack_jax.analysis.plots import COLOURS, MARKERS, Panel, Plot, Series
 from backtrack_jax.analysis.results import Results, extent
+from backtrack_jax.analysis.statistics import NAN
+from backtrack_jax.config import CONTRASTS
 from backtrack_jax.files.tables import Table
 
 
 class Reliability(Analysis):
-    """Of every label's vector, at the layers whose trace means were kept."""
+    """Of every label's vector, at the layers where the means of sections were kept."""
 
     name = "reliability"
+    version = 2
     of_replies = False
     settings = ("seed",)
     tables = ("reliability",)
@@ -28,7 +32,7 @@ class Reliability(Analysis):
         lines = []
         for role, sums in material.sums.items():
             for layer in sums.plan.layers:
-                for label in (name for name in sums.plan.groups if name not in ("all", "rest")):
+                for label in (name for name in sums.plan.groups if name not in CONTRASTS):
                     positive, contrast, weights = material.means_by_trace(role, ids, label, layer)
                     found = split_half(positive, contrast, problems, weights=weights, seed=e.seed)
                     lines.append({"role": role, "layer": layer, "label": label} | found._asdict())
@@ -47,8 +51,8 @@ class SplitHalf(NamedTuple):
 
     Attributes:
       cosine: mean cosine of the two halves' vectors over random splits; nan if no split could be made.
-      low: 2.5 % quantile over splits.
-      high: 97.5 % quantile.
+      low: lower end of its 95 % interval over problems; nan where too few problems have windows.
+      high: upper end.
       full: the reliability of the vector of all the data, 2 c / (1 + c) of the mean (Spearman and Brown).
       n_splits: splits of which both halves had windows of both groups.
     """
@@ -97,10 +101,23 @@ def split_half(
     cosines = dot / (np.linalg.norm(halves[0], axis=-1) * np.linalg.norm(halves[1], axis=-1))
     cosines = cosines[np.isfinite(cosines)]
     if not len(cosines):
-        return SplitHalf(np.nan, np.nan, np.nan, np.nan, 0)
+        return SplitHalf(NAN, NAN, NAN, NAN, 0)
     mean = float(cosines.mean())
-    low, high = np.quantile(cosines, [0.025, 0.975])
-    return SplitHalf(mean, float(low), float(high), 2 * mean / (1 + mean), len(cosines))
+    sums = by_problem.of_traces(positive, contrast, (of_positive, of_contrast), problems)
+    low, high = by_problem.cosine_interval(mean, by_problem.standard_error(_halves_cosine(sums)), sums.n_problems)
+    return SplitHalf(mean, low, high, 2 * mean / (1 + mean), len(cosines))
+
+
+def _halves_cosine(sums: by_problem.ProblemSums) -> np.ndarray:
+    """What the mean cosine of halves comes to, of all problems and without each of them: [1 + P].
+
+    With E the squared length of the expected vector and N the noise in the squared length of the vector that was read,
+    halves have a cosine of E / (E + 2 N).
+    """
+    read = sums.vectors()
+    expected, length = by_problem.product(sums, sums), np.sum(read * read, axis=-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return expected / (2 * length - expected)
 
 
 def _means(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -137,8 +154,8 @@ def reliability(r: Results) -> Plot | None:
     names = [f"{label} ({read.get((r.author, label), 0)})" for label in labels]
     splits = extent([line for line in lines if line["n_splits"]] or lines, "n_splits")  # a label of none has no point
     caption = (
-        f"Cosine of the vectors of two random halves of the problems at layer {layer}: mean and 2.5 to 97.5 % of "
-        f"{splits} splits. In brackets: windows read. shuffled: D+ drawn at random from all sections."
+        f"Cosine of the vectors of two random halves of the problems at layer {layer}: mean of {splits} splits, with "
+        "its 95 % interval over problems. In brackets: windows read. shuffled: D+ drawn at random from all sections."
     )
     panel = Panel("", "", "split-half cosine", series, categories=names, level=0.0)
     return Plot("reliability", "Split-half reliability of the vectors", caption, [[panel]], lines)

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from backtrack_jax.config import CONTRASTS
 from backtrack_jax.data import jsonl
 from backtrack_jax.data.jsonl import Fields
 from backtrack_jax.kinds import RESERVED
@@ -24,7 +25,7 @@ LABELS = ("initializing", "deduction", "adding-knowledge", "example-testing", "u
 OTHER = "other"
 """Label that a judge with one question (is this backtracking?) gives sections that are not; see `judges.keyword`."""
 
-RESERVED_LABELS = ("all", "rest", "sums", "unsteered", *RESERVED)
+RESERVED_LABELS = (*CONTRASTS, "sums", "unsteered", *RESERVED)
 """Names of groups of sections, files of stage 3 and conditions; no label may have them."""
 
 FINISH_REASONS = ("stop", "length")

@@ -35,6 +35,11 @@ def trace_lengths(e: Experiment) -> list[int]:
     return [prompt_tokens(e, trace.problem) + len(trace.text) // CHARACTERS_PER_TOKEN for trace in traces]
 
 
+def sections(tokens: int) -> int:
+    """Sections of a trace of so many tokens, if each were a sentence."""
+    return tokens * CHARACTERS_PER_TOKEN // _CHARACTERS_PER_SENTENCE
+
+
 def prompt_tokens(e: Experiment, problem: str) -> int:
     """Tokens of a prompt."""
     return _MARKER_TOKENS + (len(e.prompt.system) + len(problem)) // CHARACTERS_PER_TOKEN

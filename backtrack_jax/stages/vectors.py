@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from backtrack_jax import conditions, extract, inputs, vectors
-from backtrack_jax.config import Experiment
+from backtrack_jax.config import CONTRASTS, Experiment
 from backtrack_jax.data import records
 from backtrack_jax.files import store
 from backtrack_jax.files.console import Progress, say
@@ -31,7 +31,7 @@ class VectorsStage(Stage):
     """Reads every model over the traces, and takes differences of means."""
 
     name = "3-vectors"
-    format = 5
+    format = 6
 
     def inputs(self, e: Experiment) -> dict[str, Any]:
         """What is read and how, and both models. Sums over traces can only be resumed in the same batches."""
@@ -58,9 +58,13 @@ class VectorsStage(Stage):
             parts, rows_at_once = e.model_parallel, -(-e.vectors.batch_size // e.data_parallel)
             scores = config.n_heads // parts * longest**2 // 2  # half are never computed
             width = longest * (2 * config.d_mlp // parts + 6 * config.d_model) + windows * 14 * config.d_model
-            held = estimates.gigabytes(4 * rows_at_once * (scores + width))
+            slots = extract.section_slots(estimates.sections(longest)) if e.vectors.layers else 0
+            # Held of all layers until the pass ends.
+            held = estimates.gigabytes(4 * rows_at_once * (scores + width + config.n_layers * slots * config.d_model))
             weights = estimates.weights(e, role, config)
-            lines.append(f"  {estimates.memory(e)}: weights {weights}, activations about {held}")
+            kept = 4 * len(e.vectors.layers) * sum(map(estimates.sections, lengths)) * config.d_model
+            on_host = f", means of sections on the host about {estimates.gigabytes(kept)}" if kept else ""
+            lines.append(f"  {estimates.memory(e)}: weights {weights}, activations about {held}{on_host}")
         return lines
 
     def run(self, context: Context, folder: Path) -> None:
@@ -75,19 +79,28 @@ class VectorsStage(Stage):
                 f"every section is labelled {found[0]!r}, so that D+ and D of vectors.contrast='all' are the same "
                 "sections and their difference is zero; expected sections with other labels too"
             )
+        if e.vectors.contrast == "trace" and not _has_others([annotation for _, annotation in pairs], e.vectors.label):
+            raise ValueError(
+                f"every section of the traces with {e.vectors.label!r} is labelled so, so that D+ and D of "
+                "vectors.contrast='trace' are the same sections and their difference is zero; expected such traces to "
+                "have sections with other labels too"
+            )
         if missing := sorted(wanted - set(found)):
             raise ValueError(
                 f"no section is labelled {missing[0]!r}, which vectors.label or steering.kinds asks for; "
                 f"labels that occur: {', '.join(found) or 'none'}"
             )
         windows = [e.vectors.window, *map(e.vectors.window_at, e.vectors.offsets)]
+        within = e.vectors.contrast == "trace"
         plan = extract.WindowPlan(
             labels=(*found, SHUFFLED),
             groups={label: (label,) for label in (*found, SHUFFLED)}
-            | {"all": tuple(found), "rest": tuple(label for label in found if label != e.vectors.label)},
+            | {"all": tuple(found), "rest": tuple(label for label in found if label != e.vectors.label)}
+            | ({"trace": tuple(found)} if within else {}),
             windows=tuple(dict.fromkeys(windows)),
             layers=e.vectors.layers,
             into_prompt=e.vectors.into_prompt,
+            beside={"trace": e.vectors.label} if within else {},
         )
         summary: dict[str, Any] = {"labels": found}
         added = {SHUFFLED} & set(e.steering.names) if steered else set()
@@ -183,6 +196,27 @@ def _require_windows(
                     f"no window {window} of {group!r} lies inside a reply, so it has no mean; "
                     "choose another vectors.window or steering.offsets, or vectors.into_prompt=True"
                 )
+        for group, other in plan.beside.items():
+            if group in wanted.get(window, ()) and not _differs(plan, [reads[:, at] for reads, _ in counted], other):
+                raise ValueError(
+                    f"windows {window} of {other!r} are the only ones that are read of their traces, so that the "
+                    f"difference of vectors.contrast={group!r} is zero; choose another vectors.window or "
+                    "steering.offsets, or vectors.contrast='all'"
+                )
+
+
+def _differs(plan: extract.WindowPlan, reads: Sequence[np.ndarray], group: str) -> bool:
+    """Whether a trace of which windows of a group are read has others: reads are [labels, T] of each trace."""
+    own = np.array([label in plan.groups[group] for label in plan.labels])
+    others = np.array([label in plan.groups["rest"] for label in plan.labels])
+    return any(of_trace[own].any() and of_trace[others].any() for of_trace in reads)
+
+
+def _has_others(annotated: Sequence[records.Annotation], label: str) -> bool:
+    """Whether a trace with a label has sections with another; also where no trace has it, which is another error."""
+    found = [{section.label for section in annotation.sections} for annotation in annotated]
+    marked = [labels for labels in found if label in labels]
+    return any(len(labels) > 1 for labels in marked) or not marked
 
 
 def _drawn_sections(annotated: Sequence[records.Annotation], label: str) -> list[set[int]]:
@@ -209,7 +243,7 @@ def _write_vectors(context: Context, folder: Path, role: str, sums: extract.Wind
     windows = {}
     for g, label in enumerate(sums.plan.groups):
         windows[label] = {"read": int(sums.read[g, 0]), "dropped": int(sums.dropped[g, 0])}
-        if label in ("all", "rest") or not sums.read[g, 0]:
+        if label in CONTRASTS or not sums.read[g, 0]:
             continue
         contrast = spec.contrast if label == spec.label else "all"
         vector = vectors.difference_of_means(

@@ -1,10 +1,16 @@
 """Probe scores against scikit-learn; no problem is scored by what was fitted on it (T30)."""
 
+from typing import Any
+
 import numpy as np
 import pytest
+import tiny
+from scipy import stats
 from sklearn import metrics
 
 from backtrack_jax.analysis import probe
+from backtrack_jax.analysis.dose import LEVEL
+from backtrack_jax.analysis.results import Results
 
 
 @pytest.fixture(params=["distinct", "ties"])
@@ -130,3 +136,131 @@ def test_random_directions_tell_what_chance_reaches() -> None:
         probe.SampledTokens(rng.standard_normal((400, 8), np.float32), tokens.traces, positive)
     )
     assert 0.35 < unshifted.low < unshifted.high < 0.65
+
+
+def noisy(n_traces: int = 30, D: int = 12, seed: int = 6) -> tuple[probe.SampledTokens, np.ndarray, np.ndarray]:
+    """Two traces of each of 15 problems, whose windows hold a shared direction in much noise."""
+    rng = np.random.default_rng(seed)
+    v, own = rng.standard_normal(D), rng.standard_normal((n_traces, D))
+    traces = np.repeat(np.arange(n_traces), 20)
+    positive = rng.random(len(traces)) < 0.2
+    activations = own[traces] + rng.standard_normal((len(traces), D)) + 0.5 * positive[:, None] * v
+    windows = own + v + 1.5 * rng.standard_normal((n_traces, D))
+    windows[4] = np.nan
+    contrast = own + 0.2 * rng.standard_normal((n_traces, D))
+    return probe.SampledTokens(activations.astype(np.float32), traces, positive), windows, contrast
+
+
+def without(problem: str, problems: list[str], tokens: probe.SampledTokens) -> tuple[np.ndarray, probe.SampledTokens]:
+    """Which traces are not of a problem, and the tokens of these."""
+    kept = np.array(problems) != problem
+    there = kept[tokens.traces]
+    renumbered = (np.cumsum(kept) - 1)[tokens.traces[there]]
+    return kept, probe.SampledTokens(tokens.activations[there], renumbered, tokens.positive[there])
+
+
+def test_the_interval_is_that_of_fitting_every_fold_again_without_each_problem() -> None:
+    """Directions, centres and tokens of the other problems alone, written out one problem at a time."""
+    tokens, windows, contrast = noisy()
+    problems = [f"p{i // 2:02d}" for i in range(30)]
+    weights = np.arange(1, 31), np.arange(31, 1, -1)
+    fold = probe.folds(problems, 4)
+    scores, found = probe.refitted_score(tokens, windows, contrast, fold, problems, weights)
+    np.testing.assert_allclose(scores, probe.direction_scores(tokens, windows, contrast, fold, weights))
+    assert found.auc == pytest.approx(metrics.roc_auc_score(tokens.positive, scores), abs=1e-12)
+    aucs = []
+    for problem in sorted(set(problems)):
+        kept, rest = without(problem, problems, tokens)
+        of_rest = (weights[0][kept], weights[1][kept])
+        refitted = probe.direction_scores(rest, windows[kept], contrast[kept], fold[kept], of_rest)
+        aucs.append(metrics.roc_auc_score(rest.positive, refitted))
+    error = np.sqrt(14 / 15 * np.sum((np.array(aucs) - np.mean(aucs)) ** 2))
+    assert found.error == pytest.approx(error, rel=1e-3)
+    assert (found.low, found.high) == pytest.approx(stats.t.interval(0.95, 14, found.auc, error), rel=1e-3)
+    assert found.average_precision == pytest.approx(metrics.average_precision_score(tokens.positive, scores))
+
+
+def test_a_problem_that_counts_twice_counts_twice() -> None:
+    tokens, windows, contrast = noisy()
+    fold, counts = np.arange(30) % 3, np.ones((2, 30))
+    counts[1, 7] = 2
+    once, twice = probe.direction_scores(tokens, windows, contrast, fold, None, counts)
+    np.testing.assert_allclose(once, probe.direction_scores(tokens, windows, contrast, fold), rtol=1e-4, atol=1e-5)
+    rows = np.append(np.arange(30), 7)
+    more = np.append(tokens.traces, np.full(20, 30))
+    places = np.append(np.arange(600), np.flatnonzero(tokens.traces == 7))
+    doubled = probe.SampledTokens(tokens.activations[places], more, tokens.positive[places])
+    expected = probe.direction_scores(doubled, windows[rows], contrast[rows], fold[rows])
+    np.testing.assert_allclose(twice, expected[:600], rtol=1e-4, atol=1e-5)
+
+
+def test_shuffled_directions_are_scored_through_the_same_folds() -> None:
+    tokens, windows, _ = noisy()
+    fold, rng = np.arange(30) % 3, np.random.default_rng(8)
+    directions = rng.standard_normal((3, 20, windows.shape[1]))
+    kept, found = probe.shuffled_score(tokens, directions, fold)
+    aucs = []
+    for draw in range(20):
+        scores = np.zeros(len(tokens.traces))
+        for f in range(3):
+            test = fold[tokens.traces] == f
+            x = tokens.activations[test] - tokens.activations[~test].mean(0)
+            scores[test] = x @ directions[f, draw] / np.linalg.norm(directions[f, draw])
+        aucs.append(metrics.roc_auc_score(tokens.positive, scores))
+    assert kept.all()
+    assert found.auc == pytest.approx(np.mean(aucs), abs=1e-5)
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(aucs, [0.025, 0.975])), abs=1e-4)
+    nothing = probe.shuffled_score(tokens, np.full((3, 20, 12), np.nan), fold)
+    assert not nothing[0].any() and np.isnan(nothing[1].auc)
+
+
+@pytest.mark.slow
+def test_the_interval_covers_where_one_of_scores_as_they_are_does_not() -> None:
+    """The area that the procedure has on average over data sets, from 60 problems of which half have windows of D+."""
+    R, P, D, aucs, intervals = 200, 60, 24, [], {"refitted": [], "as they are": []}
+    v, traces = np.eye(D)[0], np.repeat(np.arange(P), 24)
+    for seed in range(R):
+        rng = np.random.default_rng(seed)
+        own = 0.7 * rng.standard_normal((P, D))
+        positive = rng.random(len(traces)) < rng.beta(1, 6, P)[traces]
+        states = own[traces] + rng.standard_normal((len(traces), D)) + positive[:, None] * v
+        windows = own + v + rng.standard_normal((P, D))
+        windows[rng.random(P) < 0.5] = np.nan
+        contrast = own + 0.1 * v + 0.4 * rng.standard_normal((P, D))
+        tokens = probe.SampledTokens(states.astype(np.float32), traces, positive)
+        problems = [f"{i:02d}" for i in range(P)]
+        scores, found = probe.refitted_score(tokens, windows, contrast, probe.folds(problems, 5, seed), problems)
+        plain = probe.score(scores, positive, [problems[i] for i in traces], n_resamples=200)
+        aucs.append(found.auc)
+        intervals["refitted"].append((found.low, found.high))
+        intervals["as they are"].append((plain.low, plain.high))
+    true = np.mean(aucs)
+    covered = {name: np.mean([low <= true <= high for low, high in ends]) for name, ends in intervals.items()}
+    assert 0.93 <= covered["refitted"] <= 1.0 and covered["as they are"] < 0.9
+
+
+def results(**line: Any) -> Results:
+    shuffled = {"method": "base-derived shuffled labels", "auc": 0.52, "low": 0.45, "high": 0.6}
+    own = {"method": "base-derived direction", "auc": 0.65, "low": 0.6, "high": 0.7, "error": 0.03, "n_problems": 90}
+    place = {"role": "reasoning", "layer": 1, "horizon": 13}
+    return Results(tiny.get_config(), {}, {"probe": [place | own | line, place | shuffled]}, {}, [], "", {})
+
+
+@pytest.mark.parametrize(
+    ("line", "answer", "said"),
+    [
+        ({}, "holds", "directions of shuffled labels 0.520, middle 95 % 0.450 to 0.600"),
+        ({"auc": 0.9}, "fails", ""),
+        ({"auc": 0.53}, "undecided", ""),
+        ({"n_problems": 79}, "undecided", "undecided on 79 problems"),
+        ({"layer": 2}, "undecided", "keeps no means of sections at layer 1"),
+    ],
+)
+def test_verdict_of_the_probe(line: dict[str, Any], answer: str, said: str) -> None:
+    (claim,) = probe.PROBE.claims(results(**line))
+    assert (claim.verdict, claim.name, claim.figure) == (answer, "probe", "probe")
+    assert said in claim.note
+    if "layer" not in line:
+        n = line.get("n_problems", 90)
+        ends = stats.t.interval(LEVEL, n - 1, line.get("auc", 0.65), 0.03)
+        assert (claim.low, claim.high) == pytest.approx(ends)

@@ -104,6 +104,7 @@ def test_chains_behind_a_blank_line_are_chains(tmp_path: Path) -> None:
         (" my label", "did you mean 'my label'"),
         ("rest", "label 'rest' is a name that this program uses itself"),
         ("all", "uses itself .*choose another"),
+        ("trace", "uses itself"),
         ("shuffled", "uses itself"),
         ("sums", "uses itself"),  # its vector would overwrite the window sums
         *((name, "uses itself") for name in RESERVED),

@@ -30,8 +30,9 @@ from sklearn import metrics
 
 import backtrack_jax
 from backtrack_jax import conditions, extract, generate, pipeline
-from backtrack_jax.analysis import activations, probe, reliability
+from backtrack_jax.analysis import activations, by_problem, probe, reliability, shuffles
 from backtrack_jax.data import records
+from backtrack_jax.files import tables
 from backtrack_jax.models import prompts
 from backtrack_jax.models.tokenizer import Tokenizer
 from backtrack_jax.stages import analysis as stage_analysis
@@ -39,9 +40,9 @@ from backtrack_jax.stages import steering
 from backtrack_jax.stages import vectors as stage_vectors
 
 TABLES = ("replies", "rates", "effects", "similarity", "label_cosines", "reliability", "windows", "agreement")
-PER_MODEL = ("lens.csv", "lens_tokens.csv", "probe.csv", "projections.json")
+PER_MODEL = ("lens.csv", "lens_rise.csv", "lens_tokens.csv", "probe.csv", "projections.json")
 FIGURES = ("fig1_trace", "fig2_offsets", "fig3_pairs", "cosine_by_layer", "fig4_baselines", "fig5_logit_lens")
-FIGURES += ("probe", "figB1_layers", "metrics", "effects", "label_cosines", "reliability", "fig6_projection")
+FIGURES += ("probe", "figB1_layers", "metrics", "effects", "norms", "label_cosines", "reliability", "fig6_projection")
 READ = ("adding-knowledge", "backtracking", "deduction", "uncertainty-estimation")  # `initializing` starts the reply
 
 
@@ -172,6 +173,64 @@ def test_a_vector_says_where_it_comes_from(tiny_run: Path) -> None:
     assert provenance["counts"]["backtracking"] == {"windows": 17, "dropped": 1}
     assert json.loads(metadata["raw_norms"]) == pytest.approx(norms)
     assert not any(abs(norm - 1) < 1e-3 for norm in norms)  # as found, not normalised
+
+
+@pytest.mark.parametrize("estimator", extract.ESTIMATORS)
+def test_a_contrast_within_traces_leaves_out_traces_without_the_label(finished: Path, estimator: str) -> None:
+    """The run's vector is that of the sections which were kept, at their layers; other labels' are against all."""
+    e = tiny.get_config()
+    e.vectors.contrast, e.vectors.estimator = "trace", estimator
+    run(e, "vectors", "steering", "analysis")
+    sums = extract.load_sums(finished / "3-vectors" / "base.sums.safetensors")
+    label = sums.plan.labels.index("backtracking")
+    own, every = [], []
+    for number in range(len(sums.trace_ids)):
+        here = (sums.section_traces == number) & (sums.section_positions > 0)
+        here &= sums.section_labels != sums.plan.labels.index("shuffled")
+        if (sums.section_labels[here] == label).any():
+            own.append(sums.section_means[here & (sums.section_labels == label)].astype(np.float64))
+            every.append(sums.section_means[here].astype(np.float64))
+    assert 3 < len(own) < len(sums.trace_ids)
+    if estimator == "trace_mean":
+        own, every = ([x.mean(0, keepdims=True) for x in found] for found in (own, every))
+    expected = np.concatenate(own).mean(0) - np.concatenate(every).mean(0)
+    found = load_file(finished / "3-vectors" / "base.backtracking.safetensors")
+    for at, layer in enumerate(sums.plan.layers):
+        np.testing.assert_allclose(found[f"direction.{layer}"], expected[at], atol=1e-5)
+    deduction = sums.mean("deduction", e.vectors.window, estimator) - sums.mean("all", e.vectors.window, estimator)
+    other = load_file(finished / "3-vectors" / "base.deduction.safetensors")
+    np.testing.assert_allclose(other["direction.0"], deduction[0], atol=1e-6)
+
+
+def test_cosines_have_a_null_where_sections_were_kept(finished: Path) -> None:
+    """The table is that of the functions, which are tested by themselves, on the run's own sections."""
+    made = pipeline.Run(tiny.get_config())
+    material = stage_analysis.gather(made.context)
+    rows = [row for row in tables.read(finished / "5-analysis" / "similarity.csv") if row["label"] == "backtracking"]
+    summary = json.loads((finished / "3-vectors" / "summary.json").read_text())
+    assert [row["layer"] for row in rows] == [0, 1, 2]
+    np.testing.assert_allclose([row["cosine"] for row in rows], summary["cosine"], atol=1e-6)
+    assert rows[0]["n_problems"] == 0 and all(np.isnan(rows[0][name]) for name in ("low", "corrected", "shuffled_95"))
+    ids = [trace.id for trace, _ in material.pairs]
+    drawn = shuffles.shuffle(material.sums, ids, "backtracking", seed=made.experiment.seed)
+    for row in rows[1:]:
+        sums = {role: by_problem.of_label(material, role, "backtracking", row["layer"]) for role in ROLES}
+        values = by_problem.cosine(sums["base"], sums["reasoning"])
+        assert values[0] == pytest.approx(row["cosine"], abs=1e-5)
+        n = sums["base"].n_problems
+        ends = by_problem.cosine_interval(float(values[0]), by_problem.standard_error(values), n)
+        assert row["n_problems"] == n == 11 and (row["low"], row["high"]) == pytest.approx(ends)
+        group = np.zeros(len(ids), int)
+        vectors = {
+            role: shuffles.shuffled_sums(drawn, material, role, ids, "backtracking", row["layer"], group).vectors(
+                np.array([True])
+            )
+            for role in ROLES
+        }
+        cosines = [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(*vectors.values(), strict=True)]
+        assert row["shuffled_95"] == pytest.approx(np.quantile(cosines, 0.95), abs=1e-5) and len(cosines) == 200
+        norm = np.quantile(np.linalg.norm(vectors["base"], axis=-1), 0.95)
+        assert row["norm_base_95"] == pytest.approx(norm, rel=1e-5)
 
 
 def test_generations_are_conditions_times_problems_times_samples(tiny_run: Path) -> None:
@@ -364,11 +423,11 @@ def test_problems_are_counted_where_tokens_are_scored(finished: Path) -> None:
     e = made.experiment
     traces = records.read_traces(finished / "1-traces" / "traces.jsonl")
     sums = extract.load_sums(finished / "3-vectors" / "base.sums.safetensors")
-    only, group = traces[0].problem_id, list(sums.plan.groups).index("backtracking")
+    only, label = traces[0].problem_id, sums.plan.labels.index("backtracking")
     others = [number for number, name in enumerate(sums.trace_ids) if name != traces[0].id]
-    sums.trace_means[others, :, group] = np.nan
+    sums.section_positions[np.isin(sums.section_traces, others) & (sums.section_labels == label)] = 0
     rng = np.random.default_rng(0)
-    states = rng.standard_normal((2 * len(traces), sums.trace_means.shape[-1]), np.float32)
+    states = rng.standard_normal((2 * len(traces), sums.section_means.shape[-1]), np.float32)
     tokens = probe.SampledTokens(states, np.repeat(np.arange(len(traces)), 2), np.arange(2 * len(traces)) % 2 == 0)
     material = dataclasses.replace(stage_analysis.gather(made.context), sums={"base": sums})
     rows = probe.score_directions(material, "base", 2, 13, tokens, traces)

@@ -110,6 +110,40 @@ def test_sections_of_one_label_make_no_difference(fresh: Path, loaded: list[str]
     assert not loaded
 
 
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            [("backtracking", "First, wait. I add two."), ("backtracking", "Wait, no. Two and two is four.")],
+            "every section of the traces with",
+        ),
+        (
+            [("deduction", "First, I add two."), ("backtracking", "Wait, no. Two and two is four.")],
+            r"windows \(-5, -2\) of 'backtracking' are the only ones that are read of their traces",
+        ),
+    ],
+)
+def test_a_contrast_within_traces_of_one_label_makes_no_difference(
+    fresh: Path, loaded: list[str], sections: list[tuple[str, str]], message: str
+) -> None:
+    """Even if other traces have other sections; what a window does not read counts as absent."""
+
+    def change(chain: dict[str, str]) -> None:
+        plain = [("deduction", "First, I add two."), ("deduction", "Then two and two is four.")]
+        own = sections if chain["task_id"] in tiny.TASKS[::2] else plain
+        chain["reasoning_chain"] = " ".join(text for _, text in own)
+        chain["annotated_chain"] = " ".join(f'["{label}"]{text}["end-section"]' for label, text in own)
+
+    edit_chains(change)
+    e = tiny.get_config()
+    e.vectors.contrast = "trace"
+    with pytest.raises(ValueError, match=message):
+        run(e, "1", "2", "3")
+    assert not loaded
+    e.vectors.contrast = "all"
+    run(e, "1", "2", "3")
+
+
 def overflow(model: str) -> None:
     """Makes the logits of a model infinite, and nothing else of it."""
     file = Path(model) / "model.safetensors"

@@ -264,7 +264,7 @@ def test_no_rate_is_drawn_or_printed_without_width(r: Results, drawn: dict[str, 
 def test_captions_count_what_is_drawn(r: Results) -> None:
     some = [row | {"n_splits": 105 if row["label"] == "deduction" else 200} for row in r.tables["reliability"]]
     plot = reliability.reliability(changed(r, "reliability", some))
-    assert plot is not None and "of 105 to 200 splits." in plot.caption
+    assert plot is not None and "of 105 to 200 splits, with its 95 % interval over problems." in plot.caption
     own = [row for row in r.tables["effects"] if (row["kind"], row["layer"]) == ("backtracking", 1)]
     left_out = next(row for row in own if row["target"] == "reasoning" and row["window"] == "-5..-2")
     plot = rates.effects(changed(r, "effects", [row for row in r.tables["effects"] if row is not left_out]))
@@ -313,7 +313,9 @@ def test_chance_is_drawn_where_it_is_one(r: Results) -> None:
     assert f"positive: {100 * share:.1f} % within 13, " in plot.caption
 
 
-@pytest.mark.parametrize("name", ["fig3_pairs", "probe", "figB1_layers", "label_cosines", "reliability"])
+@pytest.mark.parametrize(
+    "name", ["fig3_pairs", "probe", "figB1_layers", "label_cosines", "reliability", "cosine_by_layer", "norms"]
+)
 def test_paper_and_page_draw_the_same_numbers(drawn: dict[str, plots.Plot], name: str) -> None:
     plot = drawn[name]
     traces = iter(interactive.figure(plot)["data"])
@@ -372,7 +374,11 @@ def test_the_comparison_takes_its_numbers_from_the_tables(r: Results) -> None:
     rows = {row["what"]: row["run"] for row in reference.comparison(r, ANALYSES)}
     assert len(rows) == len(reference.numbers()["numbers"]) and "not measured" not in rows.values()
     cosine = rows["cosine of base- and reasoning-derived backtracking vectors"]
-    assert cosine == f"{r.vectors['cosine'][1]:.3f} at layer 1"
+    assert cosine.startswith(f"{r.vectors['cosine'][1]:.3f} at layer 1; ")
+    null = next(x for x in r.tables["similarity"] if (x["label"], x["layer"]) == ("backtracking", 1))
+    assert cosine.endswith(
+        f"sections shuffled within traces have {null['shuffled']:.3f}, 95 % of draws below {null['shuffled_95']:.3f}"
+    )
     more = copied(r)
     found = cells.highest(more, more.cells("reasoning", "noise", ""), either_way=True)
     noise = {row["what"]: row["run"] for row in reference.comparison(more, ANALYSES)}["noise: highest rate, % of words"]

@@ -88,7 +88,7 @@ def test_the_page_is_one_file_that_asks_for_nothing(hostile: tuple[Results, str]
 
 def test_every_figure_is_drawn_and_nothing_is_complained_of(opened: Any, hostile: tuple[Results, str]) -> None:
     names = [plot.name for plot in all_plots(hostile[0])]
-    assert len(names) == 11
+    assert len(names) == 13
     for name in names:
         opened.locator(f"#figure-{name} .plot").scroll_into_view_if_needed()
         opened.wait_for_selector(f"#figure-{name} .plot.js-plotly-plot .main-svg", state="attached")
