@@ -234,7 +234,9 @@ def _steering_faults(e: Experiment) -> list[str]:
     if not _integers(s.offsets) or any(offset not in e.vectors.offsets for offset in s.offsets):
         faults.append(_fault("steering.offsets", s.offsets, f"some of vectors.offsets, {e.vectors.offsets}"))
     for field in ("magnitudes", "grid_magnitudes", "baseline_magnitudes"):
-        magnitudes = getattr(s, field) or s.magnitudes
+        magnitudes = getattr(s, field)
+        if not magnitudes and field != "magnitudes":
+            continue  # those of `magnitudes` stand in for them
         if not any(magnitudes) or not all(map(_finite, magnitudes)):
             faults.append(_fault(f"steering.{field}", magnitudes, "finite numbers, at least one of them not 0"))
         faults += _repeated(f"steering.{field}", magnitudes)

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 
 from backtrack_jax import pipeline
+from backtrack_jax.analysis.claims import number
 from backtrack_jax.checks import check
 from backtrack_jax.config import Experiment
 from backtrack_jax.files import store
 from backtrack_jax.files.console import ends_in_one_line
 from backtrack_jax.models import checkpoint
 from backtrack_jax.organism import measure
-from backtrack_jax.report.claims import number
 from backtrack_jax.report.stage import REPORT
 from backtrack_jax.stages.annotations import read_pairs
 from backtrack_jax.stages.vectors import VECTORS

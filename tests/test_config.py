@@ -259,7 +259,7 @@ def test_windows_that_no_sampled_reply_can_hold_are_refused(into_prompt: bool) -
             "backtracking +",
             "'backtracking +' is not a name with an optional weight, expected a label, control or vector",
         ),
-        ("backtracking - noise", "'backtracking - noise': 'noise' has no direction that could be summed or ablated"),
+        ("backtracking - noise", "'noise' is an operation, not a direction that could be summed, weighted or ablated"),
     ],
 )
 def test_a_wrong_kind_is_told_what_there_is(entry: str, message: str) -> None:

@@ -20,7 +20,6 @@ MEASURES = (
 )
 """Columns of rates.csv with what stands at the axis, and the factor."""
 
-INTERVAL = "Bars: 95 % bootstrap interval over problems"
 RATE_INTERVAL = "Bars: 95 % intervals over problems (Clopper-Pearson at the effective sample size)."
 TOO_FEW = "fewer than 4 problems"
 """Said in place of a maximum where there are too few problems for two halves."""

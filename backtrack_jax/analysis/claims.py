@@ -1,6 +1,7 @@
 """What a run says of one claim of the paper: a number, its interval, and whether that settles the claim."""
 
 import dataclasses
+import math
 
 from backtrack_jax.analysis.statistics import FEWEST_PROBLEMS, Region, detectable, verdict
 
@@ -73,6 +74,11 @@ def measured(
         notes.append(f"undecided on {n} problems, at least {FEWEST_PROBLEMS} are needed")
     width = detectable(low, high)
     return Claim(name, title, figure, where, rule, estimate, low, high, unit, found, width, n, "; ".join(notes))
+
+
+def number(value: float) -> str:
+    """Three digits; `-` where it is not defined."""
+    return "-" if math.isnan(value) else f"{value:.3g}"
 
 
 def all_of(verdicts: list[str]) -> str:

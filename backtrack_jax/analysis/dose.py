@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from backtrack_jax.analysis import cells, replies
+from backtrack_jax.analysis.claims import number
 from backtrack_jax.analysis.replies import Line
 from backtrack_jax.analysis.results import Cell, Results
 from backtrack_jax.analysis.statistics import NAN, mean_interval
@@ -39,7 +40,7 @@ class Coherence(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+        return f"{number(self.value)} ({number(self.low)} to {number(self.high)})"
 
 
 class Dose(NamedTuple):

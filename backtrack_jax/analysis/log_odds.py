@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike
 
 from backtrack_jax.analysis import cells, dose, logit_lens, replies, statistics
 from backtrack_jax.analysis.base import Analysis, Material, Planned
-from backtrack_jax.analysis.claims import Claim, all_of, measured
+from backtrack_jax.analysis.claims import Claim, all_of, measured, number
 from backtrack_jax.analysis.coherence import logits_at_once
 from backtrack_jax.analysis.plots import Panel, Plot, Series, line_of
 from backtrack_jax.analysis.results import PAPER_LABEL, Results, extent
@@ -78,8 +78,7 @@ class LogOdds(Analysis):
     """Of the keywords of Eq. 1, under every condition of the sweep."""
 
     name = "log_odds"
-    settings = ("seed", "steering.main_layer", "analysis.forced_texts")
-    settings += ("analysis.forced_sentences", "analysis.examples")
+    settings = ("analysis.forced_texts", "analysis.forced_sentences", "analysis.examples")
     role_tables = ("log_odds",)
 
     def scratch(self, role: str) -> list[str]:
@@ -173,10 +172,10 @@ def keyword_log_odds(
       ValueError: names the row with a token that the model does not know, or a start that no token stands before.
       FloatingPointError: names the row whose logits are not finite.
     """
-    for number, row in enumerate(rows):
-        check_ids(row.ids, model.config.vocab_size, f"row {number}")
+    for i, row in enumerate(rows):
+        check_ids(row.ids, model.config.vocab_size, f"row {i}")
         if not all(0 < start <= len(row.ids) for start in row.starts):
-            raise ValueError(f"row {number} has the starts {list(row.starts)}, expected 1 to {len(row.ids)}")
+            raise ValueError(f"row {i} has the starts {list(row.starts)}, expected 1 to {len(row.ids)}")
     keyword = jnp.asarray([i in keyword_ids for i in range(model.config.vocab_size)])
     width = bucket(max((len(row.starts) for row in rows), default=1))
     noisy = np.array([any(term.draws for term in row.intervention.terms) for row in rows])
@@ -340,7 +339,7 @@ def by_magnitude(r: Results) -> Plot | None:
         for target in r.roles:
             own = [line for line in found if (line["target"], line["text"]) == (target, text)]
             series = []
-            for number, (kind, source, name) in enumerate(kinds):
+            for i, (kind, source, name) in enumerate(kinds):
                 cell = {"kind": kind, "source": source, "layer": r.layer, "window": r.window if source else ""}
                 points = [{"magnitude": 0.0, "effect": 0.0, "low": 0.0, "high": 0.0}]
                 magnitudes = {line["magnitude"] for line in own if line["kind"] == kind}
@@ -355,7 +354,7 @@ def by_magnitude(r: Results) -> Plot | None:
                 if len(points) > 1:
                     points.sort(key=lambda point: point["magnitude"])
                     x, y, low, high = ([p[column] for p in points] for column in ("magnitude", "effect", "low", "high"))
-                    series.append(Series(name, x, y, low, high, **line_of(number, source)))
+                    series.append(Series(name, x, y, low, high, **line_of(i, source)))
             if series:
                 row.append(Panel(f"{target} model on {text}", cells.unit_label(r, target), AXIS, series, level=0.0))
         if row:
@@ -392,7 +391,7 @@ def _base_silent(r: Results) -> Claim | None:
         control = np.array(list(effects(r, "base", text, kind=EXAMPLES).values()))
         ends = interval(control, dose.LEVEL)
         verdicts.append("holds" if ends[0] > 0 else "undecided")
-        seen = f"{control.mean():.2f} ({ends[0]:.2f} to {ends[1]:.2f}) nats" if len(control) else "not measured"
+        seen = f"{control.mean():.2f} ({number(ends[0])} to {number(ends[1])}) nats" if len(control) else "not measured"
         notes.append(f"positive control, examples of {r.label} first, on {text}: {seen}")
     steered = next((c for c in r.cells("base", r.label, r.roles[0]) if c["magnitude"] == magnitude), None)
     if not tried or steered is None:

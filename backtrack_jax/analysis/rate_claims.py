@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from backtrack_jax.analysis import dose, replies
-from backtrack_jax.analysis.claims import Claim, all_of, measured
+from backtrack_jax.analysis.claims import Claim, all_of, measured, number
 from backtrack_jax.analysis.dose import LEVEL, Dose
 from backtrack_jax.analysis.replies import Line
 from backtrack_jax.analysis.results import PAPER_LABEL, Cell, Results
@@ -115,7 +115,7 @@ def _unlike_controls(of_cell: Cells, v: Cell, controls: Sequence[Cell], plain: C
             found = verdict(*wider, region, n)
         verdicts.append(found)
         tried.append((interval[1], value, interval, n, control["kind"]))
-        texts.append(f"{control['kind']} {value:.2f} ({interval[0]:.2f} to {interval[1]:.2f})")
+        texts.append(f"{control['kind']} {number(value)} ({number(interval[0])} to {number(interval[1])})")
     _, value, interval, _, kind = max(tried)
     return measured(
         "controls",

@@ -8,7 +8,7 @@ from typing import Any
 
 from backtrack_jax.analysis import dose
 from backtrack_jax.analysis.base import Analysis
-from backtrack_jax.analysis.claims import Claim
+from backtrack_jax.analysis.claims import Claim, number
 from backtrack_jax.analysis.results import Results
 from backtrack_jax.analysis.statistics import FEWEST_PROBLEMS
 from backtrack_jax.report.reference import settings
@@ -64,11 +64,6 @@ def tally(found: Sequence[Claim]) -> str:
     )
     seen = "What could be seen is how far from a bound of the region a number must lie to be told from it."
     return f"Of {len(found)} claims {head}. {decided} {seen} {dose.DEFINITION}"
-
-
-def number(value: float) -> str:
-    """Three digits; `-` where it is not defined."""
-    return "-" if math.isnan(value) else f"{value:.3g}"
 
 
 def _json(value: Any) -> Any:

@@ -142,7 +142,9 @@ def test_what_is_read_off_vectors_alone_outlasts_a_change_of_the_sweep(finished:
     run(e)
     models = [name for name in computed if name.startswith("load")]
     assert models == ["load base", "load reasoning", "load base"]  # twice for sampling, and once more for likelihoods
-    assert [name for name in computed if name not in models] == ["rates reasoning", "rates base", "rates", "agreement"]
+    done = [name for name in computed if name not in models]
+    by_role = [f"{name} {role}" for role in ("reasoning", "base") for name in ("rates", "log_odds")]
+    assert done == [*by_role, "rates", "agreement"]
 
 
 def test_what_a_killed_run_of_another_list_had_finished_is_used(finished: Path, computed: list[str]) -> None:
@@ -222,6 +224,7 @@ def test_analyses_are_told_apart_by_name_and_table() -> None:
 def test_the_list_says_what_each_file_depends_on(finished: Path) -> None:
     listed = json.loads((finished / "5-analysis" / "analyses.json").read_text())
     assert list(listed) == [analysis.name for analysis in ANALYSES]
-    files = {name for entry in listed.values() for name in entry["files"] if not name.endswith("likelihoods.jsonl")}
+    scratch = {name for analysis in ANALYSES for role in tiny.get_config().roles for name in analysis.scratch(role)}
+    files = {name for entry in listed.values() for name in entry["files"]} - scratch
     assert files == set(contents(finished / "5-analysis"))
     assert len({entry["fingerprint"] for entry in listed.values()}) > 5

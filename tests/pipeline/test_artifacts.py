@@ -40,9 +40,19 @@ from backtrack_jax.stages import steering
 from backtrack_jax.stages import vectors as stage_vectors
 
 TABLES = ("replies", "rates", "effects", "similarity", "label_cosines", "reliability", "windows", "agreement")
-PER_MODEL = ("lens.csv", "lens_rise.csv", "lens_tokens.csv", "probe.csv", "projections.json")
+PER_MODEL = ("log_odds.csv", "lens.csv", "lens_rise.csv", "lens_tokens.csv", "probe.csv", "projections.json")
 FIGURES = ("fig1_trace", "fig2_offsets", "fig3_pairs", "cosine_by_layer", "fig4_baselines", "fig5_logit_lens")
-FIGURES += ("probe", "figB1_layers", "metrics", "effects", "norms", "label_cosines", "reliability", "fig6_projection")
+FIGURES += (
+    "log_odds",
+    "probe",
+    "figB1_layers",
+    "metrics",
+    "effects",
+    "norms",
+    "label_cosines",
+    "reliability",
+    "fig6_projection",
+)
 READ = ("adding-knowledge", "backtracking", "deduction", "uncertainty-estimation")  # `initializing` starts the reply
 
 
@@ -60,7 +70,7 @@ def test_the_artifacts_are_these(tiny_run: Path) -> None:
         *(f"5-analysis/{role}.{name}" for role in ROLES for name in PER_MODEL),
         "5-analysis/analyses.json",
         *(f"6-report/{name}.{suffix}" for name in FIGURES for suffix in ("csv", "pdf", "png")),
-        *("6-report/summary.md", "6-report/report.html", "6-report/.stale.js"),
+        *("6-report/claims.json", "6-report/summary.md", "6-report/report.html", "6-report/.stale.js"),
     ]
     assert sorted(contents(tiny_run / "results" / "tiny")) == sorted(expected)
     assert (tiny_run / "results" / "tiny").stat().st_nlink == 2 + len(stages)  # no other folder
