@@ -136,13 +136,13 @@ class LogOdds(Analysis):
         """Texts under all conditions."""
         e = planned.experiment
         n = 2 * min(e.analysis.forced_texts, len(planned.trace_tokens)) * planned.conditions
-        return f"log-odds of {n:,} texts under conditions" if n else ""
+        return f"log-odds after at most {n:,} texts, each under a condition" if n else ""
 
     def memory(self, planned: Planned, config: ModelConfig) -> dict[str, int]:
         """The logits of some positions of a batch."""
         e = planned.experiment
         n = logits_at_once(e.analysis.batch_size, config.vocab_size) if e.analysis.forced_texts else 0
-        return {"logits": 4 * n // (e.data_parallel * e.model_parallel)}
+        return {"logits after given texts": 4 * n // (e.data_parallel * e.model_parallel)}
 
 
 LOG_ODDS = LogOdds()

@@ -129,6 +129,7 @@ def _base_claim(r: Results) -> Claim:
         for line in r.tables["lens"]
         if (line["source"], line["unembedding"], line["final_norm"]) == ("base", "base", 0)
         and not math.isnan(line["z_error"])
+        and 3 * line["layer"] < 2 * r.n_layers
     ]
     n, estimate, low, high = min((line["n_problems"] for line in lines), default=0), NAN, NAN, NAN
     if lines:
@@ -141,10 +142,11 @@ def _base_claim(r: Results) -> Claim:
     layers = ", ".join(str(line["layer"]) for line in lines)
     return measured(
         "lens_base",
-        "What a base-derived vector spells through the unembedding is not the keywords.",
+        "Base-derived vectors of early and middle layers do not spell the keywords.",
         figure="fig5_logit_lens",
         where="Fig. 5",
-        rule=f"the largest |z| of the layers is below {_SILENT.high:g}, the spread of single other items",
+        rule=f"the largest |z| of the layers in the first two thirds is below {_SILENT.high:g}, the spread of single "
+        "other items",
         estimate=estimate,
         interval=(low, high),
         unit="|z|, in spreads of single items",

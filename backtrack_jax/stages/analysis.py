@@ -128,7 +128,7 @@ class AnalysisStage(Stage):
             lines.append(f"  {estimates.memory(e)}: {', '.join(parts)}")
         judged = _plan_of_judge(context, sum(replies.values())) if JUDGED in to_do else []
         head = []
-        if len(to_do) < len(self.analyses):
+        if any(a not in to_do and _files(a, e) for a in self.analyses):
             held = "" if lines else "; no model is held"
             head = [
                 f"computes {', '.join(a.name for a in to_do)}; other tables are taken over from earlier results{held}"

@@ -15,6 +15,7 @@ from backtrack_jax.analysis.replies import Counts
 from backtrack_jax.analysis.statistics import (
     Region,
     mean_interval,
+    mean_ratio_interval,
     paired_interval,
     rate_interval,
     ratio_interval,
@@ -193,3 +194,39 @@ def test_at_the_edge_of_table_c1_no_verdict_errs_more_than_it_may(side: int, jud
         low, high = of_judge(judged(rng, *judge), LEVEL)["f1"]
         found.append(verdict(low - paper, high - paper, Region(-0.1, 0.1), P))
     assert found.count("holds") / DRAWS <= AT_MOST and found.count("fails") / DRAWS <= AT_MOST
+
+
+def log_odds_of_pair(rng: np.random.Generator, base: float, reasoning: float) -> np.ndarray:
+    """[problems, 2] changes on either model, spread as on the shipped pair's own replies (the wider of both texts)."""
+    spread = np.array([0.09, 0.46])
+    covariance = np.outer(spread, spread) * np.array([[1, -0.7], [-0.7, 1]])
+    return rng.multivariate_normal([base, reasoning], covariance, P)
+
+
+@pytest.mark.parametrize(("base", "reasoning"), [(0.37, 1.35), (0.81, 1.77), (1.0, 1.0)])
+def test_an_interaction_of_log_odds_is_found_where_there_is_one(base: float, reasoning: float) -> None:
+    """The shipped pair's effects under either vector, and none."""
+    rng = np.random.default_rng(0)
+    found = 0
+    for _ in range(DRAWS // 8):
+        both = log_odds_of_pair(rng, base, reasoning)
+        low, high = mean_interval(both[:, 1] - both[:, 0], np.ones(P))
+        found += not low <= 0 <= high
+    share = found / (DRAWS // 8)
+    assert share >= 0.9 if base != reasoning else share <= AT_MOST + 0.01  # .007 is its standard error
+
+
+@pytest.mark.parametrize("base", [0.25, 0.15, 0.35])
+def test_the_verdict_on_the_base_model_errs_no_more_than_it_may(base: float) -> None:
+    """At the edge of its region; well inside and well outside it is right nearly always."""
+    rng = np.random.default_rng(0)
+    verdicts = []
+    for _ in range(DRAWS // 4):
+        both = log_odds_of_pair(rng, base, 1.0)
+        ends = mean_ratio_interval(both[:, 0], both[:, 1], level=LEVEL)
+        verdicts.append(verdict(*ends, Region(high=0.25), P))
+    share = {name: verdicts.count(name) / len(verdicts) for name in ("holds", "fails")}
+    if base == 0.25:
+        assert max(share.values()) <= AT_MOST
+    else:
+        assert share["holds" if base < 0.25 else "fails"] > 0.9

@@ -11,6 +11,7 @@ from backtrack_jax.analysis.statistics import (
     Region,
     detectable,
     mean_interval,
+    mean_ratio_interval,
     paired_interval,
     percentiles,
     rate_interval,
@@ -194,3 +195,18 @@ def test_a_statistic_in_parts_is_that_of_all_resamples() -> None:
     np.testing.assert_array_equal(whole, resampled(lambda draws: draws, 7, n_resamples=50, seed=3, parts=9))
     assert percentiles(np.array([math.nan, 1.0, math.nan, 3.0]), (0, 1)) == (1, 3)
     assert all(math.isnan(bound) for bound in percentiles(np.array([math.nan])))
+
+
+@pytest.mark.parametrize("level", [0.5, 0.92])
+def test_the_ratio_of_two_means_is_every_ratio_that_student_s_t_does_not_reject(level: float) -> None:
+    """Against scipy's test of one sample, on a grid of ratios."""
+    rng = np.random.default_rng(0)
+    below = rng.normal(1.3, 0.8, 40)
+    above = 0.4 * below + rng.normal(0, 0.5, 40)
+    low, high = mean_ratio_interval(above, below, level=level)
+    for ratio, kept in ((low + 1e-4, True), (high - 1e-4, True), (low - 1e-4, False), (high + 1e-4, False)):
+        assert (stats.ttest_1samp(above - ratio * below, 0).pvalue > 1 - level) == kept
+    assert mean_ratio_interval(above, below - below.mean(), level=level) == (-math.inf, math.inf)
+    assert all(map(math.isnan, mean_ratio_interval([1.0], [2.0])))
+    with pytest.raises(ValueError, match=r"above \(2,\) and below \(3,\) must both have the shape \[P\]"):
+        mean_ratio_interval([1, 2], [1, 2, 3])
