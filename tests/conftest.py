@@ -15,6 +15,10 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from backtrack_jax import pipeline
 
+# float32 beside bfloat16, or an integer beside either, is an error in the tests and in the processes that they start.
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
 # A file is one process's; those that take longest come first, so that no process is left alone with one at the end.
 LONGEST = (
     "test_death.py",
@@ -32,6 +36,14 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sorts the files, not the tests in them."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+@pytest.fixture
+def optax_promotes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """JAX's own promotion, for tests of training: optax raises a number to the power of an integer count."""
+    monkeypatch.setenv("JAX_NUMPY_DTYPE_PROMOTION", "standard")
+    with jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 @pytest.fixture(scope="session")

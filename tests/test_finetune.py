@@ -19,6 +19,8 @@ from backtrack_jax.models import checkpoint, prompts
 from backtrack_jax.models.tokenizer import Tokenizer
 from backtrack_jax.training import lora
 
+pytestmark = pytest.mark.usefixtures("optax_promotes")
+
 ROOT = Path(__file__).resolve().parents[1]
 R1 = prompts.PromptFormat("r1")
 

@@ -815,9 +815,10 @@ noise = gaussian_noise(2, 100.0, jax.random.key(1), n_layers=8, d_model=128)
 prompt = tokenizer.encode_chat([{"role": "user", "content": "lamp"}])
 print(generate_text(model, tokenizer, [prompt], [noise], max_new_tokens=12, sampling=Sampling(0.7, 0.95)))
 """
+    promoting = os.environ | {"JAX_NUMPY_DTYPE_PROMOTION": "standard"}  # 64-bit numbers meet 32-bit ones on purpose
     texts = [
         subprocess.run(
-            [sys.executable, "-c", script], env=os.environ | {"JAX_ENABLE_X64": x64}, capture_output=True, check=True
+            [sys.executable, "-c", script], env=promoting | {"JAX_ENABLE_X64": x64}, capture_output=True, check=True
         ).stdout
         for x64 in ("0", "1")
     ]

@@ -22,6 +22,8 @@ from backtrack_jax.training.lora import Lora
 from backtrack_jax.training.loss import cross_entropy
 from backtrack_jax.training.packing import Tokens, pack
 
+pytestmark = pytest.mark.usefixtures("optax_promotes")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

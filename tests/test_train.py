@@ -23,6 +23,8 @@ from backtrack_jax.training import lora
 from backtrack_jax.training.loss import cross_entropy
 from backtrack_jax.training.packing import Batch, Tokens, pack
 
+pytestmark = pytest.mark.usefixtures("optax_promotes")
+
 CONFIG = ModelConfig(
     vocab_size=37,
     d_model=16,

@@ -493,7 +493,9 @@ def test_the_judge_reads_steered_replies(server: FaultServer) -> None:
         assert cell["judge_rate"] == pytest.approx(sum(flags) / len(flags), abs=1e-6)
     groups = [row["group"] for row in tables.read(folder / "judge_agreement.csv")]
     assert groups == ["all", "0", "-4", "8"]
-    (judges,) = (line for line in (RESULTS / "6-report" / "summary.md").read_text().split("\n") if "Table C.1" in line)
+    (judges,) = (
+        line for line in (RESULTS / "6-report" / "summary.md").read_text().split("\n") if line.startswith("| Table C.1")
+    )
     assert re.fullmatch(r"(.+ / .+ / .+ at magnitude (0|-4|8)(; )?){3}", judges.split(" | ")[-1].removesuffix(" |"))
     paid = server.paid.total()
     assert 0 < paid <= len(lines)
