@@ -3,9 +3,10 @@
     python scripts/organism_claims.py                                       # the pair that ships with the program
     python scripts/organism_claims.py --pairs results/pair2 results/pair3   # others, from scripts/train_organism.py
 
-Runs `configs/organism.py` on every pair, with 80 problems in the cells of Fig. 2 and B.1 too, into `OUT/NAME`; what is
-done is not done again. Then reads the runs: their `claims.json`, and their vectors beside the direction of the exact
-belief about the hidden register. The last thing printed is one table of all pairs.
+Runs `configs/organism.py` on every pair into `OUT/NAME`, with 80 problems in the cells of Fig. 2 and B.1 too and the
+sections of every layer kept; what is done is not done again. Then reads the runs: their `claims.json`, and their vectors
+beside the direction of the exact belief about the hidden register. The last thing printed is one table of
+all pairs.
 """
 
 import argparse
@@ -43,6 +44,7 @@ def experiment(name: str, folder: Path, out: Path) -> Experiment:
     e.name, e.workdir = name, str(out)
     e.base.path, e.reasoning.path = (str(folder / role) for role in ROLES)
     e.steering.grid_limit = e.steering.limit
+    e.vectors.layers = e.steering.layers  # the lens is judged over all of them
     return e
 
 

@@ -42,6 +42,7 @@ def test_the_experiment_asks_for_verdicts_in_every_figure(script: ModuleType, tm
     e = script.experiment("mine", tmp_path, tmp_path / "out")
     assert (e.base.path, e.reasoning.path) == (str(tmp_path / "base"), str(tmp_path / "reasoning"))
     assert e.steering.grid_limit == e.steering.limit >= 80 and e.analysis.forced_texts >= 80
+    assert e.vectors.layers == tuple(range(8))
 
 
 def test_the_claims_of_a_run_beside_the_truth(
@@ -53,7 +54,7 @@ def test_the_claims_of_a_run_beside_the_truth(
         e: Experiment = whole(*arguments)
         e.traces.limit, e.traces.max_new_tokens = 24, 120
         e.steering.limit = e.steering.grid_limit = 4
-        e.steering.baselines, e.steering.layers, e.steering.offsets = ("noise",), (), ()
+        e.steering.baselines, e.steering.layers, e.steering.offsets, e.vectors.layers = ("noise",), (), (), (2,)
         e.steering.magnitudes, e.steering.baseline_magnitudes, e.steering.max_new_tokens = (0.0, 0.3), (), 24
         e.analysis.forced_texts, e.analysis.forced_sentences = 4, 3
         return e
