@@ -13,6 +13,7 @@ import functools
 import math
 import re
 
+STRENGTHS = ("length", "value", "share")
 VECTOR_SUFFIXES = (".safetensors", ".npz", ".gguf", ".pt")
 
 
@@ -33,6 +34,11 @@ class Operation:
     make: str
     directed: bool = True
     strength: str = "length"
+
+    def __post_init__(self) -> None:
+        """Refuses a strength that nobody knows."""
+        if self.strength not in STRENGTHS:
+            raise ValueError(f"strength={self.strength!r}, expected one of {', '.join(STRENGTHS)}")
 
 
 ADD = Operation("backtrack_jax.intervention:add_vector")

@@ -4,9 +4,9 @@
     python scripts/organism_claims.py --pairs results/pair2 results/pair3   # others, from scripts/train_organism.py
 
 Runs `configs/organism.py` on every pair into `OUT/NAME`, with 80 problems in the cells of Fig. 2 and B.1 too and the
-sections of every layer kept; what is done is not done again. Then reads the runs: their `claims.json`, and their vectors
-beside the direction of the exact belief about the hidden register. The last thing printed is one table of
-all pairs.
+sections of every layer kept; what is done is not done again. Then reads the runs: their `claims.json`, and their
+vectors beside the direction of the exact belief about the hidden register. The last thing printed is one table of all
+pairs.
 """
 
 import argparse

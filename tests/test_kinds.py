@@ -1,6 +1,7 @@
 """Entries of `steering.kinds`: what they say, what is wrong with them, and a run of some."""
 
 import json
+import pkgutil
 import re
 from pathlib import Path
 
@@ -67,6 +68,15 @@ def test_an_operation_without_a_direction() -> None:
 def test_an_entry_that_says_nothing(entry: str, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         kinds.parse(entry)
+
+
+def test_what_makes_and_draws_can_be_found() -> None:
+    """They are named by their import paths, since configs are read without JAX."""
+    paths = [operation.make for operation in (kinds.ADD, *kinds.OPERATIONS.values())]
+    paths += [direction.draw for direction in kinds.DIRECTIONS.values() if direction.draw]
+    assert all(callable(pkgutil.resolve_name(path)) for path in paths) and len(paths) >= 5
+    with pytest.raises(ValueError, match="strength='factor', expected one of length, value, share"):
+        kinds.Operation("a:b", strength="factor")
 
 
 def test_a_file_is_known_by_its_suffix() -> None:

@@ -71,6 +71,8 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary embeddings need an even one")
+        if isinstance(self.biases, str):
+            raise ValueError(f"biases={self.biases!r}, expected a tuple of names, such as ({self.biases!r},)")
         if unknown := set(self.biases) - self.matrices.keys():
             raise ValueError(f"biases of {sorted(unknown)}, expected some of {', '.join(self.matrices)}")
 

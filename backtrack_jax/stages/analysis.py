@@ -58,8 +58,24 @@ class AnalysisStage(Stage):
     format = 5
 
     def __init__(self, analyses: Sequence[Analysis] = ANALYSES):
-        """Takes the analyses; ValueError where one reads the files of another that is not before it."""
+        """Takes the analyses.
+
+        Raises:
+          ValueError: two have one name or one table, an analysis reads the files of another that is not before it, or
+            its tables are not a tuple.
+        """
         self.analyses = tuple(analyses)
+        taken: dict[str, str] = {}
+        for analysis in self.analyses:
+            for name in ("tables", "role_tables"):
+                if isinstance(getattr(analysis, name), str):
+                    raise ValueError(
+                        f"the analysis {analysis.name!r} has {name}={getattr(analysis, name)!r}, not a tuple"
+                    )
+            for name in {analysis.name, *analysis.tables, *analysis.role_tables}:
+                if name in taken:
+                    raise ValueError(f"the analyses {taken[name]!r} and {analysis.name!r} both use the name {name!r}")
+                taken[name] = analysis.name
         for number, analysis in enumerate(self.analyses):
             if absent := set(analysis.reads) - {other.name for other in self.analyses[:number]}:
                 raise ValueError(f"the analysis {analysis.name!r} reads {min(absent)!r}, which is not listed before it")

@@ -7,6 +7,7 @@ The judge `openai` keeps every answer in a ledger outside of the stage's folder,
 another config, nor a deleted result, makes the same question be paid for again.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from backtrack_jax.data import records
 from backtrack_jax.data.records import Annotation, Trace
 from backtrack_jax.files import store
 from backtrack_jax.files.console import say
+from backtrack_jax.judges.base import Judge
 from backtrack_jax.stages import estimates
 from backtrack_jax.stages.base import Context, Settled, Stage
 from backtrack_jax.stages.traces import TRACES
@@ -65,6 +67,7 @@ class AnnotationsStage(Stage):
         judge, came_with = labelling.judge_of(e), TRACES.read_labels(source)
         annotated = judge.annotate(e, traces) if came_with is None else judge.annotate_labelled(e, traces, came_with)
         records.pair_annotations(traces, annotated)  # raises where a span does not fit its trace
+        _check_labels(judge, annotated)
         records.write_jsonl(folder / _ANNOTATIONS, annotated)
         table = labels.format_summary(labels.summarise(annotated))
         store.write_text(folder / _SUMMARY, table + "\n")
@@ -80,6 +83,13 @@ class AnnotationsStage(Stage):
 
 
 ANNOTATIONS = AnnotationsStage()
+
+
+def _check_labels(judge: Judge, annotated: Sequence[Annotation]) -> None:
+    """ValueError for a label that the judge says it never gives: a config is checked against these."""
+    given = {section.label for annotation in annotated for section in annotation.sections}
+    if judge.labels is not None and (others := sorted(given - set(judge.labels))):
+        raise ValueError(f"the judge {judge.name!r} gave the label {others[0]!r}, its labels are {judge.labels}")
 
 
 def read_pairs(context: Context) -> list[tuple[Trace, Annotation]]:

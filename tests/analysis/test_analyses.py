@@ -184,6 +184,21 @@ def test_an_analysis_without_the_table_that_it_names_is_refused(finished: Path) 
         run(tiny.get_config(), (*ANALYSES, Empty()))
 
 
+def test_names_that_are_taken_are_refused() -> None:
+    class Taken(Lengths):
+        name, tables = "other", ("windows",)
+
+    class Text(Lengths):
+        tables = "lengths"
+
+    for analysis, message in (
+        (Taken(), "the analyses 'windows' and 'other' both use the name 'windows'"),
+        (Text(), "the analysis 'lengths' has tables='lengths', not a tuple"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AnalysisStage((*ANALYSES, analysis))
+
+
 class Watched:
     """An object that notes which of its fields are read, dotted."""
 

@@ -111,8 +111,8 @@ def test_fields_of_its_own_are_understood_or_refused(folder: Path) -> None:
         families.from_hf(fields | {"use_sliding_window": True})
     with pytest.raises(ValueError, match="unknown field pretraining_tp=1"):  # which is Llama's
         families.from_hf(fields | {"pretraining_tp": 1})
-    with pytest.raises(ValueError, match="model_type='qwen3', only 'llama' or 'qwen2' is implemented"):
-        families.from_hf(fields | {"model_type": "qwen3"})
+    with pytest.raises(ValueError, match=r"model_type='qwen9', only 'llama'.* is implemented"):
+        families.from_hf(fields | {"model_type": "qwen9"})
 
 
 def test_its_gguf_file_is_read(reference: Any, tmp_path: Path) -> None:

@@ -166,6 +166,7 @@ class Family:
             "architectures": [self.architecture],
             "model_type": self.name,
             "hidden_act": "silu",
+            **self.accepted,
             **{theirs: getattr(config, ours) for theirs, ours in _SIZES.items()},
             "num_key_value_heads": config.n_kv_heads,
             "head_dim": config.head_dim,
