@@ -89,9 +89,9 @@ def test_plan_of_the_paper_needs_no_weights(tmp_path: Path, command: Command) ->
         "6-report",
     ):  # each has its plan
         assert re.search(rf"^{stage} +to do\n  \S", out, re.MULTILINE)
-    # 2 x 32 layers x 8 heads x 128 x 4 bytes = 256 KiB a token, as on a CPU; the longest problem has 408 characters, so
+    # 2 x 32 layers x 8 heads x 128 x 2 bytes = 128 KiB a token; the longest problem has 408 characters, so
     # 128 rows of 128 + 128 tokens. A prompt token needs as much once more, and a block 6 x 14336 + 28 x 4096 bytes.
-    per_token = 256 * 1024
+    per_token = 128 * 1024
     cache, prefill = 128 * 256 * per_token, 128 * 128 * (per_token + 6 * 14336 + 28 * 4096)
     assert f"cache {cache / 1e9:.2f} GB, prefill {prefill / 1e9:.2f} GB" in out
     assert "second copy of the blocks 13.96 GB" in out
@@ -105,8 +105,8 @@ def test_plan_counts_long_problems_and_devices(tmp_path: Path, command: Command)
     devices = ["--config.data_parallel=2", "--config.model_parallel=4"]
     out, message = command(f"--config={ROOT}/configs/paper.py", *options, *devices)
     assert not message
-    # 500 x 14 / 4 + 16 tokens are padded to 1792; half of 128 rows and a quarter of 256 KiB a token on each device.
-    assert f"memory on each of 8 devices, cpu: weights 4.02 GB, cache {64 * (1792 + 128) * 65536 / 1e9:.2f} GB" in out
+    # 500 x 14 / 4 + 16 tokens are padded to 1792; half of 128 rows and a quarter of 128 KiB a token on each device.
+    assert f"memory on each of 8 devices, cpu: weights 4.02 GB, cache {64 * (1792 + 128) * 32768 / 1e9:.2f} GB" in out
     prompts = 20 * 16 + 500 * 14 // 4 + 19 * (10 * 14 // 4)
     assert f"base model: 20 traces, about {20 * 500 + prompts:,} tokens" in out
 

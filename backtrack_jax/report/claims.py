@@ -13,7 +13,7 @@ from backtrack_jax.analysis.results import Results
 from backtrack_jax.analysis.statistics import FEWEST_PROBLEMS
 from backtrack_jax.report.reference import settings
 
-_IN_WORDS = {"holds": "hold", "fails": "fail", "undecided": "are undecided"}
+_IN_WORDS = {"holds": "hold", "fails": "fail", "undecided": "undecided"}
 
 
 def claims(r: Results, analyses: Sequence[Analysis]) -> list[Claim]:
@@ -63,7 +63,7 @@ def tally(found: Sequence[Claim]) -> str:
         f"if it lies wholly outside, and is undecided otherwise, as with fewer than {FEWEST_PROBLEMS} problems."
     )
     seen = "What could be seen is how far from a bound of the region a number must lie to be told from it."
-    return f"Of {len(found)} claims {head}. {decided} {seen} {dose.DEFINITION}"
+    return f"{len(found)} claims: {head}. {decided} {seen} {dose.DEFINITION}"
 
 
 def _json(value: Any) -> Any:

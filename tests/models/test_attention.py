@@ -78,7 +78,7 @@ def test_attention_and_its_gradients_are_those_of_torch(
     dtype: jnp.dtype, tolerance: float, layout: str, form: ModuleType
 ) -> None:
     mask = mask_of(layout)
-    some = np.any(mask, axis=-1)[:, :, None]
+    some = np.any(mask, axis=-1)[:, :, None].astype(np.float32)
     z, backward = jax.vjp(
         jax.jit(functools.partial(form.attend_causally, mask=jnp.asarray(mask))),
         *(jnp.asarray(a, dtype) for a in (Q, KEYS, VALUES)),

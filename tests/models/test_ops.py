@@ -43,7 +43,7 @@ def scan_blocks(form: Any, x: Any, weight: Any, bias: Any, *, n: int) -> jax.Arr
         x = jnp.tanh(plain.matmul(x, weight) + bias.astype(jnp.float32) + layer)
         return x, jnp.sum(x)
 
-    last, sums = form.scan_blocks(body, x.astype(jnp.float32), (weight, bias), (jnp.arange(n),))
+    last, sums = form.scan_blocks(body, x.astype(jnp.float32), (weight, bias), (jnp.arange(n, dtype=jnp.float32),))
     return jnp.concatenate([last.ravel(), sums])
 
 

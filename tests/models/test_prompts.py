@@ -215,9 +215,9 @@ def test_sampled_ids_are_used_as_they_are(r1: Tokenizer) -> None:
     assert list(trace.ids[trace.reply_start :]) == ids
     assert trace.spans[:3] == ((0, 1), (1, 4), (4, 6))
     assert trace.position_of_char(3) == trace.reply_start + 1
-    with pytest.raises(ValueError, match="part at character 4, ids ' 🧮 no', text ', no'"):
+    with pytest.raises(ValueError, match="differ from character 4, ids ' 🧮 no', text ', no'"):
         encode_trace(r1, "x", "Wait, no", R1, token_ids=ids)
-    with pytest.raises(ValueError, match="part at character 9"):
+    with pytest.raises(ValueError, match="differ from character 9"):
         encode_trace(r1, "x", text + " way", R1, token_ids=ids)
 
 

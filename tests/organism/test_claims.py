@@ -45,6 +45,7 @@ def test_the_experiment_asks_for_verdicts_in_every_figure(script: ModuleType, tm
     assert e.vectors.layers == tuple(range(8))
 
 
+@pytest.mark.slow
 def test_the_claims_of_a_run_beside_the_truth(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
