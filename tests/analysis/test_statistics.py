@@ -2,6 +2,7 @@
 
 import math
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -205,7 +206,8 @@ def test_the_ratio_of_two_means_is_every_ratio_that_student_s_t_does_not_reject(
     above = 0.4 * below + rng.normal(0, 0.5, 40)
     low, high = mean_ratio_interval(above, below, level=level)
     for ratio, kept in ((low + 1e-4, True), (high - 1e-4, True), (low - 1e-4, False), (high + 1e-4, False)):
-        assert (stats.ttest_1samp(above - ratio * below, 0).pvalue > 1 - level) == kept
+        test: Any = stats.ttest_1samp(above - ratio * below, 0)
+        assert (test.pvalue > 1 - level) == kept
     assert mean_ratio_interval(above, below - below.mean(), level=level) == (-math.inf, math.inf)
     assert all(map(math.isnan, mean_ratio_interval([1.0], [2.0])))
     with pytest.raises(ValueError, match=r"above \(2,\) and below \(3,\) must both have the shape \[P\]"):
