@@ -7,9 +7,9 @@ finetuned to say "Wait" after shaky sentences, which the base model never does. 
 `backtrack_jax/organism/`; `scripts/organism_claims.py` measures every claim of the paper on the pair, and against the
 truth that is known here.
 
-Paper: Fig. 2 to 5 and B.1. Hardware: 2 CPU cores, 3 GB. Duration: 2 minutes. Expected: either vector raises "wait" and
-"hmm" from 0.7 to 3.2 % of the reasoning model's words, no baseline of equal norm does, and the base model never says
-them; docs/organism.md.
+Paper: Fig. 2 to 5 and B.1. Hardware: 2 CPU cores, 3 GB. Duration: 2 to 2.5 minutes. Expected: either vector raises "wait" and
+"hmm" from 0.5 to 3.2 and 3.4 % of the reasoning model's words, no baseline of equal norm does, and the base model never
+says them, though its log-odds move by a quarter to a half as much; docs/organism.md.
 """
 
 from backtrack_jax.config import (
@@ -59,7 +59,7 @@ def get_config() -> Experiment:
                 "deduction",
                 "initializing",
             ),
-            baseline_magnitudes=(0.15, 0.3),
+            baseline_magnitudes=(0.3,),
             offsets=(-24, -20, -16, -12, -8, -4, 0, 4),
             layers=tuple(range(8)),
             grid_magnitudes=(0.3,),
@@ -68,7 +68,7 @@ def get_config() -> Experiment:
             limit=80,
             temperature=0.7,
             max_new_tokens=72,
-            batch_size=240,
+            batch_size=280,
         ),
         analysis=AnalysisSpec(judge="grammar", keywords=("wait", "hmm"), forced_sentences=6, batch_size=96),
     )

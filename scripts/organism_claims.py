@@ -45,6 +45,7 @@ def experiment(name: str, folder: Path, out: Path) -> Experiment:
     e.base.path, e.reasoning.path = (str(folder / role) for role in ROLES)
     e.steering.grid_limit = e.steering.limit
     e.vectors.layers = e.steering.layers  # the lens is judged over all of them
+    e.steering.baseline_magnitudes = (0.15, 0.3)
     return e
 
 

@@ -28,6 +28,7 @@ from backtrack_jax.analysis.coherence import logits_at_once
 from backtrack_jax.analysis.plots import Panel, Plot, Series, line_of
 from backtrack_jax.analysis.results import PAPER_LABEL, Results, extent
 from backtrack_jax.analysis.statistics import Region
+from backtrack_jax.config import Experiment
 from backtrack_jax.data.problems import spread
 from backtrack_jax.data.records import UNSTEERED, Annotation, Condition, Section, Trace
 from backtrack_jax.data.text import KEYWORDS, sentence_spans
@@ -269,12 +270,13 @@ def forced_rows(material: Material, role: str) -> tuple[Table, list[Forced]]:
             line = dataclasses.asdict(condition) | {"kind": kind, "text": source, "problem_id": trace.problem_id}
             lines.append(line | {"n_starts": len(starts)})
 
+    pairs = material.pairs
     for source, texts in texts_of(material).items():
         read_by = {condition: spread(texts, len(ids)) for condition, ids in problems.items()}
         for trace in texts:
             add(trace, source, 0, {c: c.kind for c, read in read_by.items() if trace in read})
             plain = [c for c, read in read_by.items() if c.kind == UNSTEERED and trace in read]
-            if plain and (shown := _examples(material, trace.problem_id)):
+            if plain and (shown := _examples(material.experiment, pairs, trace.problem_id)):
                 opening = _OPENING.match(trace.text)[0]  # pyright: ignore[reportOptionalSubscript]
                 longer = f"{opening}{shown} {trace.text[len(opening) :]}"
                 longer = dataclasses.replace(trace, text=longer, token_ids=None)
@@ -295,10 +297,10 @@ def texts_of(material: Material) -> dict[str, list[Trace]]:
     return {source: spread(texts, limit) if limit else [] for source, texts in found.items()}
 
 
-def _examples(material: Material, problem: str) -> str:
+def _examples(e: Experiment, pairs: Sequence[tuple[Trace, Annotation]], problem: str) -> str:
     """Sections of the experiment's label out of traces of other problems, each after the sentence before it."""
-    e, found = material.experiment, []
-    for trace, annotation in material.pairs:
+    found = []
+    for trace, annotation in pairs:
         if trace.problem_id == problem:
             continue
         for before, section in zip(annotation.sections, annotation.sections[1:], strict=False):

@@ -123,7 +123,7 @@ def _rise(
 
 
 def _base_claim(r: Results) -> Claim:
-    """The largest |z| of the base-derived vector, through the base model's unembedding, over the layers kept."""
+    """The largest abs(z) of the base-derived vector, through the base model's unembedding, over the layers kept."""
     lines = [
         line
         for line in r.tables["lens"]
@@ -145,11 +145,11 @@ def _base_claim(r: Results) -> Claim:
         "Base-derived vectors of early and middle layers do not spell the keywords.",
         figure="fig5_logit_lens",
         where="Fig. 5",
-        rule=f"the largest |z| of the layers in the first two thirds is below {_SILENT.high:g}, the spread of single "
+        rule=f"the largest abs(z) of the layers in the first two thirds is below {_SILENT.high:g}, the spread of single "
         "other items",
         estimate=estimate,
         interval=(low, high),
-        unit="|z|, in spreads of single items",
+        unit="abs(z), in spreads of single items",
         region=_SILENT,
         n=n,
         note=f"layers {layers} of {r.n_layers}" if lines else _not_kept(r),

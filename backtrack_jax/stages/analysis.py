@@ -284,7 +284,8 @@ def intervention_of(context: Context) -> Callable[[records.Condition, str], Inte
     for role in e.roles:
         config = context.architecture(role)
         built[role] = conditions.Interventions(readings, config.n_layers, config.d_model, e.steering.span)
-    return lambda condition, problem: built[condition.target].row(condition, row_key(e.seed, problem, 0))
+    key_of = functools.cache(lambda problem: row_key(e.seed, problem, 0))
+    return functools.cache(lambda condition, problem: built[condition.target].row(condition, key_of(problem)))
 
 
 def _plan_of_judge(context: Context, n_replies: int) -> list[str]:
