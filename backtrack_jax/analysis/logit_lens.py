@@ -145,8 +145,8 @@ def _base_claim(r: Results) -> Claim:
         "Base-derived vectors of early and middle layers do not spell the keywords.",
         figure="fig5_logit_lens",
         where="Fig. 5",
-        rule=f"the largest abs(z) of the layers in the first two thirds is below {_SILENT.high:g}, the spread of single "
-        "other items",
+        rule=f"the largest abs(z) of the layers in the first two thirds is below {_SILENT.high:g}, the spread of "
+        "single other items",
         estimate=estimate,
         interval=(low, high),
         unit="abs(z), in spreads of single items",
