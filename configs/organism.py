@@ -7,9 +7,9 @@ finetuned to say "Wait" after shaky sentences, which the base model never does. 
 `backtrack_jax/organism/`; `scripts/organism_claims.py` measures every claim of the paper on the pair, and against the
 truth that is known here.
 
-Paper: Fig. 2 to 5 and B.1. Hardware: 2 CPU cores, 3 GB. Duration: 2 to 2.5 minutes. Expected: either vector raises "wait"
-and "hmm" from 0.5 to 3.2 and 3.4 % of the reasoning model's words, no baseline of equal norm does, and the base model
-never says them, though its log-odds move by a quarter to a half as much; docs/organism.md.
+Paper: Fig. 2 to 5 and B.1. Hardware: 2 CPU cores, 3 GB. Duration: 2 to 2.5 minutes. Expected: either vector raises
+"wait" and "hmm" from 0.5 to 3.2 and 3.4 % of the reasoning model's words, no baseline of equal norm does, and the base
+model never says them, though its log-odds move by a quarter to a half as much; docs/organism.md.
 """
 
 from backtrack_jax.config import (
