@@ -256,7 +256,7 @@ def _steering_faults(e: Experiment) -> list[str]:
 
 
 def kind_faults(field: str, entries: Sequence[object], labels: Sequence[str] | None) -> list[str]:
-    """Entries that are malformed, or name something other than a control, a file or one of the labels (None: any)."""
+    """Entries that are malformed, or name what is neither known, nor a file, nor one of the labels (None: any)."""
     faults = []
     for entry in entries:
         if not isinstance(entry, str):
@@ -284,7 +284,8 @@ def _analysis_faults(e: Experiment) -> list[str]:
     if not a.horizons or not _integers(a.horizons) or min(a.horizons) < 1:
         faults.append(_fault("analysis.horizons", a.horizons, "integers >= 1"))
     faults += _repeated("analysis.horizons", a.horizons)
-    for field, least in (("positions", 1), ("folds", 2), ("shown", 1), ("batch_size", 1)):
+    least_of = {"positions": 1, "folds": 2, "shown": 1, "batch_size": 1}
+    for field, least in (least_of | dict.fromkeys(("forced_texts", "forced_sentences", "examples"), 0)).items():
         value = getattr(a, field)
         if value < least:
             faults.append(_fault(f"analysis.{field}", value, f"at least {least}"))

@@ -130,10 +130,9 @@ class Interventions:
 
     def row(self, condition: Condition, key: jax.Array) -> Intervention:
         """The intervention of one row under `condition`; `key` is the row's key, from which all that is drawn comes."""
-        built = self._built.get(condition) or self._build(condition, key)
-        if condition.kind == UNSTEERED or not parse(condition.kind).drawn:
-            self._built[condition] = built
-        return dataclasses.replace(built, key=noise_key(key))
+        if condition not in self._built or parse(condition.kind).drawn:
+            self._built[condition] = self._build(condition, key)
+        return dataclasses.replace(self._built[condition], key=noise_key(key))
 
     def _build(self, c: Condition, key: jax.Array) -> Intervention:
         if c.kind == UNSTEERED:

@@ -75,7 +75,8 @@ RESERVED = (*DIRECTIONS, *OPERATIONS)
 """Names that mean something of their own, and so cannot be labels."""
 
 ACCEPTED = (
-    "a label, control or vector file, a sum of them such as 'backtracking + 0.5 * deduction', or 'ablate:' and either"
+    "a label, control or vector file, a sum of them such as 'backtracking + 0.5 * deduction', or an operation such as "
+    "'ablate:' and either"
 )
 
 _SIGN = re.compile(r"\s+([+-])\s+")

@@ -24,6 +24,7 @@ import numpy as np
 from backtrack_jax.analysis import cells, judged
 from backtrack_jax.analysis.base import Analysis, Material
 from backtrack_jax.analysis.claims import Claim, all_of, measured
+from backtrack_jax.analysis.dose import LEVEL
 from backtrack_jax.analysis.results import PAPER_LABEL, Results
 from backtrack_jax.analysis.sheets import SHEET_COLUMNS as SHEET_COLUMNS
 from backtrack_jax.analysis.sheets import export_for_human as export_for_human
@@ -56,7 +57,7 @@ _NONE = "none of these"
 _ON_REPLIES = "judge_agreement"  # table
 _PAPER_F1 = {"0": 0.6412, "4": 0.6452, "8": 0.5635, "12": 0.5424}  # Table C.1, by strength: norm added
 _WITHIN = 0.1
-_LEVELS = {"90": 0.9, "975": 0.975}  # of the interval that decides, and of one that may err a quarter as often
+_LEVELS = {"decides": LEVEL, "of_four": 1 - (1 - LEVEL) / len(_PAPER_F1)}  # the latter errs a quarter as often
 _COUNTED = ("group", "unit", "n_units", "n_reference", "n_traces", "n_problems", "left_out_units", "left_out_traces")
 
 
@@ -298,7 +299,7 @@ class AgreementAnalysis(Analysis):
     """Table C.1: the keyword judge against the labels of the run, and against `analysis.judge` on steered replies."""
 
     name = "agreement"
-    version = 2  # other intervals
+    version = 3  # other intervals
     reads = (judged.JUDGED.name,)
     tables = ("agreement",)
 

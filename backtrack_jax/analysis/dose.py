@@ -1,4 +1,4 @@
-"""The magnitude that claims are read at: chosen by coherence, so that no rate has a say in it."""
+"""The magnitude that claims are read at: chosen by coherence, so that rates play no part in the choice."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ RULE = "at the dose"
 
 DEFINITION = (
     f"The dose is the largest magnitude that keeps replies coherent: tokens at least {COHERENT:g} times as likely "
-    "under the unsteered model as those of unsteered replies. No rate has a say in it."
+    "under the unsteered model as those of unsteered replies. Rates play no part in the choice."
 )
 """Said once beside the claims; see `choose`."""
 

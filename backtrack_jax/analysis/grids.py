@@ -222,8 +222,8 @@ def layer_claim(r: Results, source: str) -> Claim | None:
 
     A layer at which no magnitude is coherent cannot be compared, and so is not excluded: a smaller one might be.
     """
-    plain, found, depth = r.unsteered(r.author), layer_cells(r), r.n_layers
-    if plain is None or not any(layer >= depth * 2 / 3 for layer in r.experiment.steering.layers):
+    plain, found, last = r.unsteered(r.author), layer_cells(r), r.n_layers - 1
+    if plain is None or not any(layer >= last * 2 / 3 for layer in r.experiment.steering.layers):
         return None
     of_cell = replies.by_cell(r.tables["replies"])
     doses = []
@@ -244,13 +244,14 @@ def layer_claim(r: Results, source: str) -> Claim | None:
         figure="figB1_layers",
         where="Fig. B.1",
         rule="every layer that is not excluded as the best (another one's rate is higher: paired intervals over "
-        f"problems, error .05 for all others together) lies below 2/3 of the depth; each {dose.RULE}",
-        estimate=best / depth,
-        interval=(min(kept) / depth, max(kept) / depth),
+        "problems, error .05 for all others together) lies below 2/3 of the depth, which is the last layer's number; "
+        f"each {dose.RULE}",
+        estimate=best / last,
+        interval=(min(kept) / last, max(kept) / last),
         unit="share of the depth (interval: layers that are not excluded)",
         region=Region(high=2 / 3),
         n=len(counts.problems),
-        note=f"highest rate at layer {best} of {depth}; compared: {_listed(layers)}; excluded as the best: "
+        note=f"highest rate at layer {best} of {r.n_layers}; compared: {_listed(layers)}; excluded as the best: "
         f"{_listed(set(layers) - kept)}; incoherent at every magnitude: {_listed(incoherent)}",
     )
     return dataclasses.replace(claim, detectable=NAN)

@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from numpy.typing import ArrayLike
 
-from backtrack_jax.analysis import cells, dose, logit_lens, replies, statistics
+from backtrack_jax.analysis import cells, dose, logit_lens, replies, resumable, statistics
 from backtrack_jax.analysis.base import Analysis, Material, Planned
 from backtrack_jax.analysis.claims import Claim, all_of, measured, number
 from backtrack_jax.analysis.coherence import logits_at_once
@@ -32,8 +32,6 @@ from backtrack_jax.config import Experiment
 from backtrack_jax.data.problems import spread
 from backtrack_jax.data.records import UNSTEERED, Annotation, Condition, Section, Trace
 from backtrack_jax.data.text import KEYWORDS, sentence_spans
-from backtrack_jax.files import store
-from backtrack_jax.files.console import Progress
 from backtrack_jax.files.tables import Table
 from backtrack_jax.intervention import Intervention, stack_rows, with_same_terms
 from backtrack_jax.models.batching import batches, bucket, check_ids, right_pad
@@ -44,12 +42,7 @@ from backtrack_jax.models.sharding import place_rows
 REASONING_TRACES, BASE_REPLIES = "reasoning traces", "base replies"
 """Where the texts come from."""
 
-CONTROLS = ("noise", "random", "self-amplification")
-"""Kinds without a source that the figure shows beside the vectors."""
-
 AXIS = "change of the log-odds, nats"
-
-_OPENING = re.compile(r"\s*(<think>)?\s*")  # matches any text
 
 SILENT = 0.25
 """What the base model's change must stay below, in units of the reasoning model's."""
@@ -89,23 +82,20 @@ class LogOdds(Analysis):
     def of_role(self, material: Material, role: str, folder: Path) -> dict[str, Table]:
         """One forward pass for every text under every condition."""
         lines, rows = forced_rows(material, role)
-        partial = folder / self.scratch(role)[0]
-        found = {line["row"]: line["log_odds"] for line in store.recover_lines(partial)}
-        if len(found) < len(rows):
-            measured = keyword_log_odds(
+        found = resumable.values(
+            folder / self.scratch(role)[0],
+            "log_odds",
+            f"  log-odds of the {role} model",
+            [len(row.ids) for row in rows],
+            lambda done: keyword_log_odds(
                 material.model(role),
                 rows,
                 logit_lens.word_ids(material.tokenizer, KEYWORDS),
                 batch_size=material.experiment.analysis.batch_size,
-                done=found,
-            )
-            with Progress(f"  log-odds of the {role} model", len(rows), len(found)) as progress:
-                for batch in measured:
-                    new = [(row, value) for row, value in batch if row not in found]
-                    store.append_lines(partial, [{"row": row, "log_odds": value} for row, value in new])
-                    found |= dict(new)
-                    progress.update(len(new), sum(len(rows[row].ids) for row, _ in new))
-        return {"log_odds": [line | {"log_odds": found[row]} for row, line in enumerate(lines)]}
+                done=done,
+            ),
+        )
+        return {"log_odds": [line | {"log_odds": value} for line, value in zip(lines, found, strict=True)]}
 
     def plots(self, r: Results) -> Sequence[Plot | None]:
         """Beside Fig. 3."""
@@ -256,11 +246,9 @@ def forced_rows(material: Material, role: str) -> tuple[Table, list[Forced]]:
     lines: Table = []
     rows: list[Forced] = []
 
-    def add(trace: Trace, source: str, skipped: int, under: Mapping[Condition, str]) -> None:
-        """Under conditions, whose kinds are named anew. Sentences that begin before a character do not count."""
-        spans = [span for span in sentence_spans(trace) if span[0] >= skipped]
-        # What stands before the first sentence is a prompt or an example, not text.
-        annotation = Annotation(trace.id, "", tuple(Section("", *span) for span in spans[1:]))
+    def add(trace: Trace, source: str, spans: Sequence[tuple[int, int]], under: Mapping[Condition, str]) -> None:
+        """A text with the sentences that count, under conditions, whose kinds are named anew."""
+        annotation = Annotation(trace.id, "", tuple(Section("", *span) for span in spans))
         read = material.token_trace(role, trace, annotation)
         starts = sorted({at for _, at in read.starts})[: material.experiment.analysis.forced_sentences or None]
         ids = read.ids[: max(starts, default=read.reply_start)]  # what comes later changes nothing
@@ -272,15 +260,17 @@ def forced_rows(material: Material, role: str) -> tuple[Table, list[Forced]]:
 
     pairs = material.pairs
     for source, texts in texts_of(material).items():
-        read_by = {condition: spread(texts, len(ids)) for condition, ids in problems.items()}
+        read_by = {c: {trace.id for trace in spread(texts, len(ids))} for c, ids in problems.items()}
         for trace in texts:
-            add(trace, source, 0, {c: c.kind for c, read in read_by.items() if trace in read})
-            plain = [c for c, read in read_by.items() if c.kind == UNSTEERED and trace in read]
+            spans = sentence_spans(trace)[1:]  # a prompt stands before the first, not text
+            under = {c: c.kind for c, read in read_by.items() if trace.id in read}
+            add(trace, source, spans, under)
+            plain = dict.fromkeys((c for c in under if c.kind == UNSTEERED), EXAMPLES)
             if plain and (shown := _examples(material.experiment, pairs, trace.problem_id)):
-                opening = _OPENING.match(trace.text)[0]  # pyright: ignore[reportOptionalSubscript]
-                longer = f"{opening}{shown} {trace.text[len(opening) :]}"
-                longer = dataclasses.replace(trace, text=longer, token_ids=None)
-                add(longer, source, len(opening) + len(shown), dict.fromkeys(plain, EXAMPLES))
+                begin = re.match(r"\s*(<think>)?\s*", trace.text).end()  # pyright: ignore[reportOptionalMemberAccess]
+                longer = f"{trace.text[:begin]}{shown} {trace.text[begin:]}"
+                moved = [(start + len(shown) + 1, stop + len(shown) + 1) for start, stop in spans]
+                add(dataclasses.replace(trace, text=longer, token_ids=None), source, moved, plain)
     return lines, rows
 
 
@@ -333,7 +323,8 @@ def by_magnitude(r: Results) -> Plot | None:
     """Change of the log-odds against magnitude: vectors of either model, and controls, on each model and text."""
     found = [line for line in r.tables["log_odds"] if line["kind"] != UNSTEERED and line["layer"] == r.layer]
     kinds = [(r.label, source, f"{source}-derived vector") for source in r.roles]
-    kinds += [(kind, "", kind) for kind in CONTROLS if kind in {line["kind"] for line in found}]
+    without_source = {line["kind"] for line in found if not line["source"]} - {EXAMPLES}
+    kinds += [(kind, "", kind) for kind in sorted(without_source)]
     shown: Table = []
     panels = []
     for text in (REASONING_TRACES, BASE_REPLIES):

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from backtrack_jax.analysis import cells, coherence, judged, logit_lens, rate_claims, replies
+from backtrack_jax.analysis import cells, coherence, judged, logit_lens, rate_claims, replies, resumable
 from backtrack_jax.analysis.base import Analysis, Material, Planned
 from backtrack_jax.analysis.claims import Claim
 from backtrack_jax.analysis.plots import COLOURS, MARKERS, Panel, Plot, Series, line_of
@@ -15,7 +15,6 @@ from backtrack_jax.config import SteeringSpec
 from backtrack_jax.data.records import Reply
 from backtrack_jax.data.text import KEYWORDS
 from backtrack_jax.files import store, tables
-from backtrack_jax.files.console import Progress
 from backtrack_jax.files.tables import Table
 from backtrack_jax.kinds import ADD, is_vector_file, parse
 from backtrack_jax.models.config import ModelConfig
@@ -93,22 +92,20 @@ def _of(replies_: Sequence[Reply], role: str) -> list[Reply]:
 def measure_likelihoods(material: Material, role: str, partial: Path) -> None:
     """Appends the likelihoods of a model's replies to a file, except those already in it."""
     found = _of(material.replies, role)
-    done = {line["row"] for line in store.recover_lines(partial)}
-    if len(done) == len(found):
-        return
     asked = {reply.problem: material.prompt_ids(role, reply.problem) for reply in found}
-    batches = coherence.log_likelihoods(
-        material.model(role),
-        [asked[reply.problem] for reply in found],
-        [reply.ids for reply in found],
-        batch_size=material.experiment.analysis.batch_size,
-        done=done,
+    resumable.values(
+        partial,
+        "log_likelihood",
+        f"  likelihood under the unsteered {role} model",
+        [len(reply.ids) for reply in found],
+        lambda done: coherence.log_likelihoods(
+            material.model(role),
+            [asked[reply.problem] for reply in found],
+            [reply.ids for reply in found],
+            batch_size=material.experiment.analysis.batch_size,
+            done=done,
+        ),
     )
-    with Progress(f"  likelihood under the unsteered {role} model", len(found), len(done)) as progress:
-        for batch in batches:
-            new = [(row, value) for row, value in batch if row not in done]
-            store.append_lines(partial, [{"row": row, "log_likelihood": value} for row, value in new])
-            progress.update(len(new), sum(len(found[row].ids) for row, _ in new))
 
 
 def _measured(material: Material, folder: Path) -> Table:
@@ -191,7 +188,7 @@ def baselines(r: Results) -> Plot | None:
     equal = ", all of equal norm at a magnitude" if _equally_long(s, s.all_kinds) else ""
     caption = (
         f"{author} model, directions from its own activations{files}{equal}; {cells.setting(r)}; "
-        f"{cells.counted(drawn)}. noise: fresh at every position and step; random: one fixed direction; shuffled: D+ "
+        f"{cells.counted(drawn)}. noise: fresh at every position and step; random: one direction a reply; shuffled: D+ "
         f"drawn from all sections. {cells.RATE_INTERVAL} Points of one magnitude stand side by side. {_COHERENCE}"
     )
     return Plot("fig4_baselines", f"Fig. 4: baselines on the {author} model", caption, panels, drawn, place=4)

@@ -257,13 +257,13 @@ def by_layer(r: Results) -> Plot | None:
     )
     kept = r.experiment.vectors.layers
     if kept:
-        layer = r.layer if r.layer in kept else max(kept)
+        layer = _kept_layer(r)
         at = {line["label"]: line for line in table if line["layer"] == layer}
         of_label = [at[label] for label in labels]
         own = [line for line in table if line["label"] == labels[0] and line["layer"] in kept]
-        panels.append(
-            Panel(labels[0], "layer", "cosine", _beside_null(own, [x["layer"] for x in own], 0.1), whole=True)
-        )
+        if len(own) > 1:
+            of_layers = _beside_null(own, [x["layer"] for x in own], 0.1)
+            panels.append(Panel(labels[0], "layer", "cosine", of_layers, whole=True))
         x = list(range(len(labels)))
         panels.append(Panel(f"layer {layer}", "", "cosine", _beside_null(of_label, x, 0.2), categories=labels))
         caption += (
@@ -274,6 +274,12 @@ def by_layer(r: Results) -> Plot | None:
         )
     title = "Section 3.2: base- against reasoning-derived vectors"
     return Plot("cosine_by_layer", title, caption, [panels], table, place=3.2)
+
+
+def _kept_layer(r: Results) -> int:
+    """The steered layer if the means of its sections were kept, else the last one of which they were."""
+    kept = r.experiment.vectors.layers
+    return r.layer if r.layer in kept else max(kept)
 
 
 def _beside_null(lines: Table, x: Sequence[float], apart: float) -> list[Series]:
@@ -298,10 +304,9 @@ def _beside_null(lines: Table, x: Sequence[float], apart: float) -> list[Series]
 
 def norms(r: Results) -> Plot | None:
     """Length of every label's vector beside those of shuffled sections."""
-    kept = r.experiment.vectors.layers
-    if not kept or not r.tables["similarity"]:
+    if not r.experiment.vectors.layers or not r.tables["similarity"]:
         return None
-    layer = r.layer if r.layer in kept else max(kept)
+    layer = _kept_layer(r)
     lines = [line for line in r.tables["similarity"] if line["layer"] == layer]
     labels = r.labels(lines)
     of_label = {line["label"]: line for line in lines}

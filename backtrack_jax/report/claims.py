@@ -28,8 +28,7 @@ def table(found: Sequence[Claim]) -> list[dict[str, str]]:
             "claim": claim.title,
             "where": claim.where,
             "verdict": claim.verdict,
-            "estimate": f"{number(claim.estimate)} ({number(claim.low)} to {number(claim.high)}){claim.unit and ' '}"
-            f"{claim.unit}",
+            "estimate": _estimate(claim),
             "rule": claim.rule,
             "seen": number(claim.detectable),
             "n": str(claim.n),
@@ -62,8 +61,14 @@ def tally(found: Sequence[Claim]) -> str:
         f"A claim holds if the {100 * dose.LEVEL:g} % interval over problems lies inside the region of its rule, fails "
         f"if it lies wholly outside, and is undecided otherwise, as with fewer than {FEWEST_PROBLEMS} problems."
     )
-    seen = "What could be seen is how far from a bound of the region a number must lie to be told from it."
+    seen = 'The column "could be seen" says how far from a bound of the region a number must lie to be told from it.'
     return f"{len(found)} claims: {head}. {decided} {seen} {dose.DEFINITION}"
+
+
+def _estimate(claim: Claim) -> str:
+    if math.isnan(claim.estimate):
+        return "not measured"
+    return f"{number(claim.estimate)} ({number(claim.low)} to {number(claim.high)}) {claim.unit}".rstrip()
 
 
 def _json(value: Any) -> Any:

@@ -27,8 +27,8 @@ from backtrack_jax.report.summary import sentences
 STALE = ".stale.js"
 """File beside the page, which says why it is out of date. Not an artifact, so that a mark does not damage the stage."""
 
-_FIRST = "fig3_pairs"
-"""Figure that stands beside the claims, above all others."""
+_FIRST = 3
+"""The paper's figure that stands beside the claims, above all others."""
 
 
 def render(r: Results, plots: Sequence[Plot], analyses: Sequence[Analysis]) -> str:
@@ -40,6 +40,7 @@ def render(r: Results, plots: Sequence[Plot], analyses: Sequence[Analysis]) -> s
     found = claims.claims(r, analyses)
     described = [
         _described(plot, figures[plot.name])
+        | {"first": plot.place == _FIRST}
         | {"verdicts": [f"{claim.verdict}: {claim.title}" for claim in found if claim.figure == plot.name]}
         for plot in plots
     ]
@@ -65,7 +66,6 @@ def render(r: Results, plots: Sequence[Plot], analyses: Sequence[Analysis]) -> s
         claims=claims.table(found),
         tally=claims.tally(found),
         plots=described,
-        first=_FIRST,
         judges=judges_table(r),
         annotations=r.annotations.strip(),
         into_prompt=r.experiment.vectors.into_prompt,

@@ -54,11 +54,13 @@ class ReportStage(Stage):
         for plot in plots:
             static.write(plot, folder)
         trace_figures.write_figures(r, folder)
-        store.write_text(folder / _CLAIMS, claims.as_json(r, claims.claims(r, self.analyses)))
+        found = claims.claims(r, self.analyses)
+        store.write_text(folder / _CLAIMS, claims.as_json(r, found))
         store.write_text(folder / _SUMMARY, summary.markdown(r, self.analyses))
         store.write_text(folder / _PAGE, page.render(r, plots, self.analyses))
         self.mark_stale(folder, "")
-        say("\n".join(f"  {sentence}" for sentence in summary.sentences(r, self.analyses)))
+        said = [*summary.sentences(r, self.analyses), *(f"{claim.verdict}: {claim.title}" for claim in found)]
+        say("\n".join(f"  {text}" for text in said))
 
     def mark_stale(self, folder: Path, reason: str) -> None:
         """Puts the reason where the page looks for it and shows it; an empty file where the page is current."""

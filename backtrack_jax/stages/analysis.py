@@ -279,13 +279,15 @@ def gather(context: Context) -> Material:
 def intervention_of(context: Context) -> Callable[[records.Condition, str], Intervention]:
     """Gives the row of a condition for the first reply to a problem, as stage 4 sampled it."""
     e = context.experiment
-    readings = load_readings(context)
-    built = {}
-    for role in e.roles:
-        config = context.architecture(role)
-        built[role] = conditions.Interventions(readings, config.n_layers, config.d_model, e.steering.span)
+    readings = functools.cache(lambda: load_readings(context))  # for who asks alone
     key_of = functools.cache(lambda problem: row_key(e.seed, problem, 0))
-    return functools.cache(lambda condition, problem: built[condition.target].row(condition, key_of(problem)))
+
+    @functools.cache
+    def built(role: str) -> conditions.Interventions:
+        config = context.architecture(role)
+        return conditions.Interventions(readings(), config.n_layers, config.d_model, e.steering.span)
+
+    return functools.cache(lambda condition, problem: built(condition.target).row(condition, key_of(problem)))
 
 
 def _plan_of_judge(context: Context, n_replies: int) -> list[str]:

@@ -127,7 +127,7 @@ def test_the_best_layer_is_excluded_no_more_often_than_it_may(kind: str) -> None
     wrong, draws = 0, DRAWS // 8
     for _ in range(draws):
         kept = not_excluded(Counts([], *replies(rng, kind, rates)))
-        wrong += verdict(min(kept) / 8, max(kept) / 8, Region(high=2 / 3), P) == "holds"
+        wrong += verdict(min(kept) / 7, max(kept) / 7, Region(high=2 / 3), P) == "holds"
     assert wrong / draws <= AT_MOST
 
 

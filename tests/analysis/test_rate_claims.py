@@ -180,7 +180,7 @@ def test_offset_and_layers() -> None:
     counts = replies.shared(lines, pair)
     assert offset.estimate == counts.rates[0] / counts.rates[1]
     assert (offset.low, offset.high) == ratio_interval(counts.hits, counts.words, [1, 0], [0, 1], level=LEVEL)
-    assert layers.estimate == layers.low == layers.high == 1 / 6 and "excluded as the best: 0, 3, 5" in layers.note
+    assert layers.estimate == layers.low == layers.high == 1 / 5 and "excluded as the best: 0, 3, 5" in layers.note
     assert math.isnan(layers.detectable)
     # Were the last layer as good, it could not be excluded; were it the best, the claim would fail.
     for rate, verdict in ((0.045, "undecided"), (0.12, "fails")):
@@ -201,7 +201,7 @@ def test_table_c1_is_decided_at_all_strengths_together() -> None:
     def table(**f1: float) -> list[dict[str, Any]]:
         made = []
         for group, value in f1.items():
-            ends = {f"f1_{end}_{level}": value + sign * width for level, width in (("90", 0.03), ("975", 0.05))
+            ends = {f"f1_{end}_{level}": value + sign * width for level, width in (("decides", 0.03), ("of_four", 0.05))
                     for end, sign in (("low", -1), ("high", 1))}  # fmt: skip
             made.append({"group": int(group[1:]), "f1": value, "n_problems": 80} | ends)
         return [{"group": "all"}, *made]
