@@ -1,4 +1,4 @@
-"""Whether the tests see a wrong program: small mistakes of meaning, one at a time, each with the tests that should fail.
+"""Whether the tests see a wrong program: small mistakes of meaning, one at a time, with the tests that should fail.
 
     make mutants                      all of them, an hour on two cores; or MUTANTS_ARGS="--only=report"
 
@@ -6,13 +6,14 @@
 place. The files that git tracks are copied to a temporary folder, and the mistakes are made there. The last lines count
 what was killed by area; the exit status is 1 if that is below 95 %, or a text is no longer found exactly once.
 
-Tools such as mutmut and cosmic-ray make mutants of syntax (`<` for `<=`) by the thousand and run every test on each. The
-mistakes that tests overlook here are others: the vector of the other model, a column under another's name.
+Tools such as mutmut and cosmic-ray make mutants of syntax (`<` for `<=`) by the thousand and run every test on each.
+The mistakes that tests overlook here are others: the vector of the other model, a column under another's name.
 """
 
 import argparse
 import collections
 import dataclasses
+import importlib
 import json
 import os
 import shutil
@@ -27,24 +28,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-# Here, so that the processes that are forked off this one need not import them.
-import flax.nnx
-import gguf
-import jax
-import matplotlib.figure
-import openai
-import plotly.graph_objects
 import pytest
-import scipy.stats
-import sklearn.linear_model
-import tokenizers
-import torch
-import transformers
 
 ROOT = Path(__file__).resolve().parents[1]
 LIST = ROOT / "tests" / "mutants.toml"
 LEAST = 0.95
 _SECONDS = 500  # of the tests of one mutant; a hang is seen, too
+_OTHERS = ("flax.nnx", "gguf", "jax", "matplotlib.figure", "openai", "plotly.graph_objects", "scipy.stats")
+_OTHERS += ("sklearn.linear_model", "tokenizers", "torch", "transformers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +169,8 @@ def main() -> None:
     parser.add_argument("--log", type=Path, help="file of outcomes; mutants that were killed in it are not run again")
     flags = parser.parse_args()
     asked = flags.only.split(",")
+    for name in _OTHERS:  # here, so that the processes that are forked off this one need not import them
+        importlib.import_module(name)
     mutants = [m for m in read() if not flags.only or m.area in asked or m.file in asked]
     if not mutants:
         sys.exit(f"--only={flags.only}: no mutant; accepted: {', '.join(sorted({m.area for m in read()}))}, or files")

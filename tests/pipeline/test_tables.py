@@ -441,7 +441,7 @@ def test_probe_and_projections(results: Path, material: Material, model: Callabl
     x = np.concatenate([states[i][at[i] - replies[i][0]] for i in range(len(pairs))])
     traces = np.repeat(np.arange(len(pairs)), spec.positions)
     problems = np.array([trace.problem_id for trace, _ in pairs])
-    fold = probe.folds(problems, spec.folds, E.seed)
+    fold = probe.folds(problems.tolist(), spec.folds, E.seed)
     assert all(len(set(fold[problems == name])) == 1 for name in problems) and set(fold) == {0, 1, 2}
     found = {(line["layer"], line["horizon"], line["method"]): line for line in table(results, f"{role}.probe")}
     methods = ["random directions"]
