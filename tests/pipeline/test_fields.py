@@ -23,6 +23,8 @@ from backtrack_jax.data import records
 from backtrack_jax.data.problems import spread
 from backtrack_jax.files import store
 from backtrack_jax.models import checkpoint
+from backtrack_jax.stages import estimates
+from backtrack_jax.stages.analysis import ANALYSIS
 from backtrack_jax.stages.steering import STEERING, load_readings
 from backtrack_jax.stages.traces import TRACES
 from backtrack_jax.stages.vectors import VECTORS
@@ -405,3 +407,17 @@ def test_vectors_and_summary_are_those_of_the_sums(
     readings = load_readings(made.context)
     for role in ROLES:
         np.testing.assert_allclose(readings.mean_norm[role], summary[role]["mean_norm"])
+
+
+def test_estimates_count_every_sample_and_the_system_text(with_problems: Path) -> None:
+    sampled = SAMPLED | {"traces.samples": 3, "traces.max_new_tokens": 50, "prompt.system": "X" * 40}
+    expected = [16 + (40 + len(f"Add {i} and two.")) // 4 + 50 for i in (0, 2, 3, 4, 6) for _ in range(3)]
+    assert estimates.trace_lengths(experiment(**sampled)) == expected
+
+
+def test_what_the_judge_of_replies_depends_on_reaches_all_that_reads_its_labels(finished: Path) -> None:
+    found = []
+    for votes in (1, 3):
+        made = pipeline.Run(experiment(**{"analysis.judge": "openai", "annotations.openai.votes": votes}))
+        found.append(ANALYSIS._fingerprints(made.context))
+    assert {name for name, own in found[0].items() if found[1][name] != own} == {"judged", "rates", "agreement"}

@@ -21,14 +21,14 @@ from safetensors.numpy import load_file
 from scipy import special
 from sklearn import metrics
 
-from backtrack_jax import pipeline
+from backtrack_jax import generate, pipeline
 from backtrack_jax.analysis import activations, by_problem, log_odds, probe, reliability, shuffles
 from backtrack_jax.analysis.base import Material
 from backtrack_jax.analysis.statistics import mean_interval, paired_interval, rate_interval
 from backtrack_jax.data import records
 from backtrack_jax.data.text import split_sentences
 from backtrack_jax.files import tables
-from backtrack_jax.intervention import Intervention, add_vector, no_intervention, stack_rows
+from backtrack_jax.intervention import Intervention, add_vector, gaussian_noise, no_intervention, stack_rows
 from backtrack_jax.models import checkpoint
 from backtrack_jax.stages import analysis as stage_analysis
 from backtrack_jax.stages.vectors import _drawn_sections
@@ -518,7 +518,7 @@ def test_probe_and_projections(results: Path, material: Material, model: Callabl
 def test_log_odds(results: Path, material: Material, model: Callable[[str], Any], role: str) -> None:
     """The reasoning traces, unsteered and under every vector: what is added is built here from the files of stage 3."""
     lines = [line for line in table(results, f"{role}.log_odds") if line["text"] == log_odds.REASONING_TRACES]
-    lines = [line for line in lines if line["kind"] not in (log_odds.EXAMPLES, "noise")]
+    lines = [line for line in lines if line["kind"] != log_odds.EXAMPLES]
     first = {trace.problem_id: trace for trace in reversed(material.traces)}
     order = list(dict.fromkeys(trace.problem_id for trace in reversed(material.traces)))[::-1]
     taken = [order[i] for i in np.linspace(0, len(order) - 1, E.analysis.forced_texts).round().astype(int)]
@@ -536,7 +536,10 @@ def test_log_odds(results: Path, material: Material, model: Callable[[str], Any]
         texts.append(read.ids)
         layer = line["layer"]
         edit = no_intervention(3, 16)
-        if line["kind"] != "unsteered":
+        if line["kind"] == "noise":
+            key = generate.noise_key(generate.row_key(E.seed, line["problem_id"], 0))  # as of the first reply
+            edit = gaussian_noise(layer, line["length"], key, n_layers=3, d_model=16)
+        elif line["kind"] != "unsteered":
             assert line["length"] == pytest.approx(line["magnitude"] * norm[layer])
             if line["window"] == "-5..-2":
                 v = directions(results, line["source"], line["kind"])[layer]
@@ -559,4 +562,7 @@ def test_log_odds(results: Path, material: Material, model: Callable[[str], Any]
         p = [np.exp(log_p[start - 1])[keyword].sum() for start in of]
         expected = float(np.mean([np.log(x / (1 - x)) for x in p])) if p else math.nan
         assert line["log_odds"] == pytest.approx(expected, rel=1e-3, abs=1e-3, nan_ok=True), line
-    assert len({line["kind"] for line in lines}) == 3 and len({round(line["log_odds"], 4) for line in lines}) > 10
+    assert (
+        len({line["kind"] for line in lines}) == (4 if role == "reasoning" else 3)
+        and len({round(line["log_odds"], 4) for line in lines}) > 10
+    )

@@ -617,15 +617,16 @@ def test_claims_are_told_with_their_numbers(r: Results) -> None:
     assert {"window", "contrast", "unit of magnitudes"} < differing and "span" not in differing
 
 
-def test_the_trace_is_that_of_the_projections(r: Results, lopsided_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trace_is_that_of_the_projections(r: Results, tmp_path: Path) -> None:
     """Fig. 1 and Fig. 6: the author's first trace, at the steered layer, on the first direction."""
     shown = r.projections["reasoning"]
     trace = shown["traces"][0]
     assert shown["vectors"][0] == {"source": "base", "label": "backtracking"} and shown["layers"] == [0, 2]
     values = trace["values"][1][0]
     starts = {at: label for label, at in reversed(trace["starts"])}
+    trace_figures.write_figures(r, tmp_path)
     for name in ("fig1_trace", "fig6_projection"):
-        rows = tables.read(lopsided_run / "results" / "lopsided" / "6-report" / f"{name}.csv")
+        rows = tables.read(tmp_path / f"{name}.csv")
         assert [row["text"] for row in rows] == trace["tokens"]
         assert [row["projection"] for row in rows] == values
         assert [i for i, row in enumerate(rows) if row["read"]] == trace["read"]
