@@ -48,12 +48,22 @@ def r(lopsided_run: Path) -> Results:
             ends = ("low", "high") if name == "rate" else (f"{name}_low", f"{name}_high")
             new |= {name: value, ends[0]: value - below, ends[1]: value + above}
         changed.append(new | {"judge_rate": math.nan})
-    return dataclasses.replace(made, tables=made.tables | {"rates": changed})
+    windows = [row | {"read": row["read"] + 100 * (row["role"] == "base")} for row in made.tables["windows"]]
+    for counts in made.vectors["base"]["windows"].values():  # or both models would have read the same
+        counts["read"] += 100
+    return dataclasses.replace(made, tables=made.tables | {"rates": changed, "windows": windows})
 
 
 @pytest.fixture(scope="module")
 def plots(r: Results) -> dict[str, Plot]:
     return {plot.name: plot for plot in all_plots(r)}
+
+
+def test_figures_are_in_order_and_models_in_their_place(r: Results, plots: dict[str, Plot]) -> None:
+    order = ("fig2_offsets", "fig3_pairs", "log_odds", "cosine_by_layer", "fig4_baselines", "fig5_logit_lens", "probe")
+    others = ("figB1_layers", "metrics", "effects", "norms", "label_cosines", "reliability")
+    assert tuple(plots) == (*order, *others)
+    assert {role: r.projections[role]["role"] for role in ROLES} == {role: role for role in ROLES}
 
 
 def cell(r: Results, **fields: Any) -> dict[str, Any]:
