@@ -46,7 +46,7 @@ class Mutant:
       area: part of the program.
       file: below `backtrack_jax`.
       tests: files below `tests` of which one should fail.
-      stage: number of the first stage of an experiment whose results may change; 0 where that is none of 2 to 6.
+      stage: number of the first stage whose results may change, or 7 where the tests run stages themselves; 0 runs all.
       meaning: what goes wrong.
       old: text that occurs once in the file.
       new: what stands in its place.
@@ -155,7 +155,7 @@ def outcome(folder: Path, mutant: Mutant) -> str:
 
 def keep_stages(folder: Path) -> None:
     """Copies of the experiments that the last tests have run, without the results from a stage on."""
-    for stage in range(2, 7):
+    for stage in range(2, 8):
         later = shutil.ignore_patterns(*(f"{number}-*" for number in range(stage, 7)))
         for name in ("tiny", "lopsided"):
             if (folder / "pytest" / name).exists():
