@@ -20,6 +20,7 @@ def get_config() -> Experiment:
     """Other settings than the defaults, wherever they differ in what is measured."""
     e = tiny.get_config()
     e.name, e.seed = "lopsided", 3
+    e.base = dataclasses.replace(e.base, markers="replace", marker_replacement=tiny.word_id(" wait"))
     e.vectors = dataclasses.replace(
         e.vectors, layers=(0, 2), offsets=(-6, 0), offset_window=(-1, 0), estimator="token_mean", contrast="rest"
     )
@@ -56,6 +57,7 @@ def chains() -> list[dict[str, str]]:
         for number, chain in enumerate(tiny.chains()):
             if copy > number % 3:
                 continue
+            chain |= {"problem": chain["problem"] + " Say it in two ways." * (number % 3)}
             if copy:
                 found = re.findall(r'\["([\w-]+)"\](.*?)\["end-section"\]', chain["annotated_chain"])
                 sections = (found[copy:] + found[:copy]) * (1 + number // 5)
