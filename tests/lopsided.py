@@ -39,7 +39,14 @@ def get_config() -> Experiment:
         temperature=1.3,
     )
     e.analysis = dataclasses.replace(
-        e.analysis, horizons=(2, 9), positions=7, folds=3, shown=3, forced_texts=4, forced_sentences=2
+        e.analysis,
+        keywords=("hmm", "add"),
+        horizons=(2, 9),
+        positions=7,
+        folds=3,
+        shown=3,
+        forced_texts=4,
+        forced_sentences=2,
     )
     return e
 

@@ -377,7 +377,7 @@ def test_lens(results: Path, material: Material, lopsided_run: Path, role: str) 
     tokenizer = material.tokenizer
     n_items = min(tokenizer.vocab_size, len(unembedding))
     texts = [tokenizer.decode([i]) for i in range(n_items)]
-    keyword = np.array(["wait" in text.lower() or "but" in text.lower() for text in texts])
+    keyword = np.array([any(word in text.lower() for word in E.analysis.keywords) for text in texts])
 
     def score(v: np.ndarray) -> tuple[float, float, float]:
         logits = unembedding[:n_items] @ v
