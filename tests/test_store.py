@@ -298,3 +298,15 @@ def test_equal_tensors_are_equal_files_in_every_process(tmp_path: Path) -> None:
         }
         np.testing.assert_array_equal(file.get_tensor("b"), np.arange(6.0).reshape(2, 3))
         assert file.get_tensor("a").dtype == np.float32
+
+
+def test_the_order_of_keys_and_hidden_files_change_no_hash(tmp_path: Path) -> None:
+    assert store.fingerprint({"a": 1, "b": {"c": 2, "d": 3}}) == store.fingerprint({"b": {"d": 3, "c": 2}, "a": 1})
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    before = store.weights_hash(tmp_path)
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "index").write_bytes(b"changes by itself")
+    (tmp_path / ".lock").write_bytes(b"")
+    assert store.weights_hash(tmp_path) == before
+    (tmp_path / "more.safetensors").write_bytes(b"")
+    assert store.weights_hash(tmp_path) != before
