@@ -338,6 +338,12 @@ def test_the_author_is_the_reasoning_model_in_any_order() -> None:
     assert e.tokenizer_path == "t"
 
 
+def test_chains_stand_in_for_sampled_traces_alone() -> None:
+    for path, expected in (("chains.json", "chains.json"), ("", "example.json")):
+        e = set_field(set_field(tiny.get_config(), "traces.path", path), "traces.stand_in", "example.json")
+        assert e.for_vectors().traces.path == expected and e.traces.path == path
+
+
 MISSPELT = ["steering.layr=9", "stering.layer=9", "name.x=9", "layer=9", "vectors.into=1"]
 
 
