@@ -46,6 +46,7 @@ def experiment(name: str, folder: Path, out: Path) -> Experiment:
     e.steering.grid_limit = e.steering.limit
     e.vectors.layers = e.steering.layers  # the lens is judged over all of them
     e.steering.baseline_magnitudes = (0.15, 0.3)
+    e.analysis.forced_sentences = 6
     return e
 
 
