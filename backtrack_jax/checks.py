@@ -137,13 +137,17 @@ def _model_faults(e: Experiment) -> list[str]:
         model = e.model(role)
         if not model.path:
             faults.append(_fault(f"{role}.path", "", "a folder, hub id, .gguf file or package:module/file"))
-        faults += _not_one_of(f"{role}.dtype", model.dtype, ("bfloat16", "float16", "float32"))
+        faults += _not_one_of(f"{role}.dtype", model.dtype, ("bfloat16", "float16", "float32", "int8"))
         faults += _not_one_of(f"{role}.markers", model.markers, ("keep", "replace", "drop"))
         if (model.marker_replacement >= 0) != (model.markers == "replace"):
             accepted = "a token id for markers='replace', -1 otherwise"
             faults.append(_fault(f"{role}.marker_replacement", model.marker_replacement, accepted))
         if model.markers != "keep" and e.prompt.format != "r1":
             faults.append(_fault(f"{role}.markers", model.markers, "'keep': only prompt.format='r1' has R1's markers"))
+    in_8_bits = [role for role in e.roles if e.model(role).dtype == "int8"]
+    if 0 < len(in_8_bits) < len(e.roles):
+        accepted = "both models in 8 bits or neither, since their tables stand side by side"
+        faults.append(_fault(f"{in_8_bits[0]}.dtype", "int8", accepted))
     return faults
 
 

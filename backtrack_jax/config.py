@@ -25,6 +25,7 @@ class ModelSpec:
         `package:module/file.gguf` for a file inside an installed Python package.
       revision: of a hub id; empty for the newest.
       dtype: `bfloat16`, `float16` or `float32`: of weights and matrix-product inputs. Sums are float32 whatever it is.
+        `int8`: the blocks' matrices in 8 bits, all else in 16 (`models.quantized`); then of both models.
       markers: what this model reads in place of R1's turn and think tokens: `keep`, `replace`, `drop`.
       marker_replacement: the token id for `replace`; -1 otherwise.
     """

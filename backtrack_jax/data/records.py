@@ -190,6 +190,7 @@ class Reply:
         ids: sampled token ids, a stop token included.
         text: the reply without the stop token.
         finish_reason: one of `FINISH_REASONS`.
+        dtype: of the model's weights; empty where it was not written down, before version 0.3.
     """
 
     problem_id: str
@@ -205,6 +206,7 @@ class Reply:
     ids: tuple[int, ...]
     text: str
     finish_reason: str
+    dtype: str = ""
 
     def line(self) -> dict[str, Any]:
         """The flat JSON object that generations.jsonl holds."""
@@ -217,8 +219,11 @@ class Reply:
     def from_line(cls, line: Mapping[str, Any]) -> "Reply":
         """The reply of a line of generations.jsonl; KeyError names a field that is missing."""
         own = {
-            field.name: line[field.name] for field in dataclasses.fields(cls) if field.name not in ("condition", "ids")
+            field.name: line[field.name]
+            for field in dataclasses.fields(cls)
+            if field.name not in ("condition", "ids", "dtype")
         }
+        own["dtype"] = line.get("dtype", "")
         return cls(condition=Condition.of(line), ids=tuple(line["ids"]), **own)
 
     def trace(self, number: int = 0) -> Trace:

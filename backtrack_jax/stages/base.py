@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -24,6 +23,7 @@ from backtrack_jax.files.console import say
 from backtrack_jax.models import checkpoint, prompts
 from backtrack_jax.models.config import ModelConfig
 from backtrack_jax.models.decoder import Decoder
+from backtrack_jax.models.quantized import weight_bytes
 from backtrack_jax.models.sharding import make_mesh
 from backtrack_jax.models.tokenizer import Tokenizer
 
@@ -89,8 +89,8 @@ class Context:
         key = (spec.path, spec.revision, spec.dtype)
         if key not in self._models:
             self._models.clear()
-            n = self.architecture(role).n_parameters
-            size = n * jnp.dtype(spec.dtype).itemsize / 1e9
+            config = self.architecture(role)
+            n, size = config.n_parameters, weight_bytes(config, spec.dtype) / 1e9
             say(f"  loading the {role} model, {spec.path}: {n / 1e6:.4g} million weights, {spec.dtype}, {size:.2f} GB")
             revision = spec.revision or None
             self._models[key] = checkpoint.load(spec.path, revision=revision, dtype=spec.dtype, mesh=self.mesh)

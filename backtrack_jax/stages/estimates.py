@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 
-import jax.numpy as jnp
-
 from backtrack_jax import conditions
 from backtrack_jax.config import Experiment
 from backtrack_jax.data import records
@@ -12,13 +10,13 @@ from backtrack_jax.judges.base import Judge
 from backtrack_jax.models import ops
 from backtrack_jax.models.batching import bucket
 from backtrack_jax.models.config import ModelConfig
+from backtrack_jax.models.quantized import activation_dtype, weight_bytes
 
 CHARACTERS_PER_TOKEN = 4
 """Of English text, for estimates only."""
 
 _CHARACTERS_PER_SENTENCE = 69  # measured on the released chains
 _MARKER_TOKENS = 16  # of a prompt, around system text and problem
-_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 def imported_traces(e: Experiment) -> list[records.Trace]:
@@ -100,14 +98,15 @@ def sampling(e: Experiment, role: str, rows: int, prompt_tokens: int, new_tokens
     if config is None:
         return [*lines, unknown_memory(e, role)]
     prompt, parts, rows_at_once = bucket(prompt_tokens), e.model_parallel, -(-batch_size // e.data_parallel)
-    cached = jnp.dtype(e.model(role).dtype).itemsize
+    dtype = e.model(role).dtype
+    cached = activation_dtype(dtype).itemsize
     per_token = 2 * config.n_layers * config.n_kv_heads // parts * config.head_dim * cached
     cache, logits = rows_at_once * (prompt + new_tokens) * per_token, 3 * 4 * rows_at_once * config.vocab_size // parts
     # Its own keys and values, before they are moved into the cache, and a block's activations: as compiled for a TPU.
     prefill = rows_at_once * prompt * (per_token + 6 * config.d_mlp // parts + 28 * config.d_model)
     rows_bytes = 4 * rows_at_once * config.n_layers * config.d_model  # of what is added
-    blocks = config.n_parameters - (1 if config.tied else 2) * config.vocab_size * config.d_model
-    second = gigabytes(blocks * _BYTES[e.model(role).dtype] // parts)
+    embeddings = (1 if config.tied else 2) * config.vocab_size * config.d_model * cached
+    second = gigabytes((weight_bytes(config, dtype) - embeddings) // parts)
     room = {"tpu": "", "cpu": f", second copy of the blocks {second}"}
     return [
         *lines,
@@ -119,7 +118,7 @@ def sampling(e: Experiment, role: str, rows: int, prompt_tokens: int, new_tokens
 
 def weights(e: Experiment, role: str, config: ModelConfig) -> str:
     """Memory of a model's weights on each device."""
-    return gigabytes(config.n_parameters * _BYTES[e.model(role).dtype] // e.model_parallel)
+    return gigabytes(weight_bytes(config, e.model(role).dtype) // e.model_parallel)
 
 
 def memory(e: Experiment) -> str:

@@ -238,6 +238,7 @@ def _write_vectors(context: Context, folder: Path, role: str, sums: extract.Wind
         "role": role,
         "model": model.path,
         "revision": model.revision,
+        "dtype": model.dtype,
         "inputs": store.fingerprint(context.inputs[VectorsStage.name]),
     }
     windows = {}

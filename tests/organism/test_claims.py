@@ -10,7 +10,6 @@ import pytest
 
 from backtrack_jax.config import Experiment
 from backtrack_jax.models import checkpoint
-from backtrack_jax.organism import measure
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = checkpoint.resolve("package:backtrack_jax/organism")
@@ -71,4 +70,3 @@ def test_the_claims_of_a_run_beside_the_truth(
     assert len(rows) == 8  # layers
     cosines = np.array([[float(value) for value in (row[1], row[4])] for row in rows])
     assert (cosines[:6] > 0.6).all() and (cosines <= 1).all()  # v points along the belief, see docs/organism.md
-    assert measure.PROMPT.format == "r1"

@@ -55,7 +55,7 @@ def test_torch_computes_the_same(folder: Path, pair: Pair, role: str) -> None:
     document = next(d for d in corpus.documents(grammar.REASONING, 5) if d.problem)
     assert document.problem
     trace = Trace("a/0", "a", "", document.problem.problem, document.reply)
-    ids = prompts.encode_trace(pair.tokenizer, trace.problem, trace.text, measure.PROMPT).ids
+    ids = prompts.encode_trace(pair.tokenizer, trace.problem, trace.text, pair.prompt).ids
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / role, dtype=torch.float32)
     with torch.no_grad():
         expected = theirs(torch.tensor([ids]), output_hidden_states=True)
@@ -72,7 +72,7 @@ def test_transformers_stop_where_a_reply_ends(folder: Path, pair: Pair) -> None:
     transformers = pytest.importorskip("transformers", reason="needs transformers to compare with")
     import torch
 
-    ids = prompts.prompt_ids(pair.tokenizer, corpus.problems(1, 7)[0].problem, measure.PROMPT)
+    ids = prompts.prompt_ids(pair.tokenizer, corpus.problems(1, 7)[0].problem, pair.prompt)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "reasoning", dtype=torch.float32)
     reply = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=300)[0, len(ids) :].tolist()
     assert len(reply) < 300 and [i for i in reply if i in pair.tokenizer.stop_ids] == [reply[-1]]
@@ -97,7 +97,7 @@ def test_belief_can_be_read_off_the_residual_stream(pair: Pair, role: str, proce
     run = jax.jit(lambda ids, at: model(ids, at, capture=lambda out: out.resid_post).captured[5])
     for document in documents:
         assert document.problem
-        prompt = prompts.prompt_ids(pair.tokenizer, document.problem.problem, measure.PROMPT)
+        prompt = prompts.prompt_ids(pair.tokenizer, document.problem.problem, pair.prompt)
         text = document.reply.partition("\n")[0]
         ids, at = right_pad([[*prompt, *pair.tokenizer.encode(text)]], 256)
         odds.append(log_odds(grammar.split_tokens(text), process))
