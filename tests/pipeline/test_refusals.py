@@ -69,11 +69,19 @@ def test_models_that_do_not_fit_each_other(fresh: Path) -> None:
         pipeline.Run(tiny.get_config())
 
 
-def test_a_replacement_beyond_the_vocabulary(fresh: Path) -> None:
+def test_a_replacement_that_is_no_token(fresh: Path, loaded: list[str]) -> None:
     e = tiny.get_config()
-    e.base.markers, e.base.marker_replacement = "replace", 27370
-    with pytest.raises(ValueError, match=r"base\.marker_replacement=27370 is not a token"):
-        pipeline.Run(e)
+    e.base.markers, e.base.marker_replacement = "replace", " so wait"
+    message = r"base\.marker_replacement=' so wait' is 2 tokens of reasoning: ' so', ' wait' \(ids"
+    with pytest.raises(ValueError, match=message):
+        run(e)
+    shutil.rmtree("base")
+    tiny.write_model(Path("base"), vocab_size=tiny.VOCAB_SIZE - 4, seed=1)
+    e.base.marker_replacement = "</think>"
+    message = rf"base\.marker_replacement='</think>' is the token {tiny.VOCAB_SIZE - 1}, which is not one of base: it "
+    with pytest.raises(ValueError, match=message):
+        run(e)
+    assert not loaded and not fresh.exists()
 
 
 def test_keywords_that_no_token_contains_stop_before_a_model_is_loaded(fresh: Path, loaded: list[str]) -> None:
