@@ -60,6 +60,7 @@ class Trace:
         sample: number of the reply among the replies to the same problem.
         token_ids: ids as sampled, when known; the text is never tokenised again then.
         finish_reason: one of `FINISH_REASONS`, or None where it is not known.
+        end_marks: texts that end its reasoning beside those of `models.markers.END_MARKERS`.
     """
 
     id: str
@@ -70,6 +71,7 @@ class Trace:
     sample: int = 0
     token_ids: tuple[int, ...] | None = None
     finish_reason: str | None = None
+    end_marks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -226,7 +228,7 @@ class Reply:
         own["dtype"] = line.get("dtype", "")
         return cls(condition=Condition.of(line), ids=tuple(line["ids"]), **own)
 
-    def trace(self, number: int = 0) -> Trace:
+    def trace(self, number: int = 0, end_marks: tuple[str, ...] = ()) -> Trace:
         """The reply as a judge reads it, named by its number among the replies, the problem and the sample."""
         return Trace(
             id=f"{number}/{self.problem_id}/{self.sample}",
@@ -237,6 +239,7 @@ class Reply:
             sample=self.sample,
             token_ids=self.ids,
             finish_reason=self.finish_reason,
+            end_marks=end_marks,
         )
 
 
@@ -334,6 +337,9 @@ def _trace(fields: Fields) -> Trace:
         if not isinstance(token_ids, list) or not all(type(i) is int and i >= 0 for i in token_ids):
             raise ValueError(f"{fields.where}: field 'token_ids' must be a list of integers >= 0, or null")
         token_ids = tuple(token_ids)
+    end_marks = given.get("end_marks", [])
+    if not isinstance(end_marks, list) or not all(isinstance(mark, str) and mark.strip() for mark in end_marks):
+        raise ValueError(f"{fields.where}: field 'end_marks' must be a list of texts, got {end_marks!r}")
     return Trace(
         id=fields.text("id"),
         problem_id=fields.text("problem_id"),
@@ -343,6 +349,7 @@ def _trace(fields: Fields) -> Trace:
         sample=fields.natural("sample") if "sample" in given else 0,
         token_ids=token_ids,
         finish_reason=finish_reason,
+        end_marks=tuple(end_marks),
     )
 
 
@@ -469,7 +476,12 @@ def write_jsonl(path: Path | str, records: Iterable[Problem | Trace | Annotation
         path: target; its folder is created if missing.
         records: problems, traces or annotations.
     """
-    jsonl.write_objects(Path(path), map(asdict, records))
+    jsonl.write_objects(Path(path), map(_fields, records))
+
+
+def _fields(record: Problem | Trace | Annotation) -> dict[str, Any]:
+    """The fields of a record; `end_marks` only where there are some, so that other traces are written as ever."""
+    return {name: value for name, value in asdict(record).items() if name != "end_marks" or value}
 
 
 def read_released(path: Path | str | Sequence[Path | str]) -> tuple[list[Trace], list[str]]:

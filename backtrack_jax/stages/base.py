@@ -7,6 +7,7 @@ A `Context` holds what they share: the experiment, the folders, the tokenizer, o
 import abc
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -47,7 +48,8 @@ class Context:
         e = self.experiment = experiment
         self.workdir, self.last = workdir, last
         self.inputs: dict[str, dict[str, Any]] = {}
-        self.prompt = prompts.PromptFormat(e.prompt.format, e.prompt.think, e.prompt.system or None)
+        arguments = json.loads(e.prompt.template_arguments or "{}")
+        self.prompt = prompts.PromptFormat(e.prompt.format, e.prompt.think, e.prompt.system or None, arguments)
         self._models: dict[tuple[str, str, str], Decoder] = {}
 
     def folder(self, stage: "Stage") -> Path:
@@ -111,8 +113,17 @@ class Context:
         spec = self.experiment.model(role)
         if spec.markers == "keep":
             return list(ids), np.arange(len(ids))
-        replacement = spec.marker_replacement if spec.markers == "replace" else None
-        return prompts.map_markers(ids, prompts.r1_markers(self.tokenizer), spec.markers, replacement)
+        return prompts.map_markers(ids, self._markers, spec.markers, self._replacements[role])
+
+    @functools.cached_property
+    def _markers(self) -> tuple[int, ...]:
+        return prompts.marker_ids(self.tokenizer)
+
+    @functools.cached_property
+    def _replacements(self) -> dict[str, int | None]:
+        """Role -> id of the token that the model reads in place of markers; None if it reads none."""
+        texts = {role: self.experiment.model(role).marker_replacement for role in self.experiment.roles}
+        return {role: prompts.replacement_id(self.tokenizer, text) if text else None for role, text in texts.items()}
 
     def prompt_ids(self, role: str, problem: str) -> list[int]:
         """The prompt that the model of a role is given for a problem, token ids with BOS."""
@@ -134,7 +145,12 @@ class Context:
         """
         try:
             encoded = prompts.encode_trace(
-                self.tokenizer, trace.problem, trace.text, self.prompt, token_ids=trace.token_ids
+                self.tokenizer,
+                trace.problem,
+                trace.text,
+                self.prompt,
+                token_ids=trace.token_ids,
+                end_marks=trace.end_marks,
             )
         except ValueError as error:
             raise ValueError(f"trace {trace.id!r}: {error}") from error

@@ -29,6 +29,7 @@ def sample_rows(
         rows,
         sampling=sampling,
         stop_ids=context.tokenizer.stop_ids,
+        vocab_size=context.tokenizer.vocab_size,
         max_new_tokens=spec.max_new_tokens,
         batch_size=spec.batch_size,
         done=done,

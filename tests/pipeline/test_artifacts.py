@@ -117,8 +117,8 @@ def test_traces_and_annotations_are_those_of_the_file(tiny_run: Path) -> None:
     assert "not_found" in (results / "2-annotations" / "summary.txt").read_text()
 
 
-@pytest.mark.parametrize(("markers", "replacement"), [("keep", -1), ("drop", -1), ("replace", ord("#"))])
-def test_both_models_read_the_same_words(fresh: Path, markers: str, replacement: int) -> None:
+@pytest.mark.parametrize(("markers", "replacement"), [("keep", ""), ("drop", ""), ("replace", "#")])
+def test_both_models_read_the_same_words(fresh: Path, markers: str, replacement: str) -> None:
     """T10: whatever stands in the place of R1's markers, a section starts at the same word, after the same words."""
     e = tiny.get_config()
     e.base.markers, e.base.marker_replacement = markers, replacement
