@@ -148,8 +148,9 @@ def _model_faults(e: Experiment) -> list[str]:
             faults.append(_fault(f"{role}.marker_replacement", model.marker_replacement, accepted))
         if model.markers != "keep" and e.prompt.format == "plain":
             faults.append(_fault(f"{role}.markers", model.markers, "'keep': prompt.format='plain' has no markers"))
-    in_8_bits = [role for role in e.roles if e.model(role).dtype == "int8"]
-    if 0 < len(in_8_bits) < len(e.roles):
+    there = [role for role in ROLES if role in e.roles]
+    in_8_bits = [role for role in there if e.model(role).dtype == "int8"]
+    if 0 < len(in_8_bits) < len(there):
         accepted = "both models in 8 bits or neither, since their tables stand side by side"
         faults.append(_fault(f"{in_8_bits[0]}.dtype", "int8", accepted))
     return faults

@@ -49,7 +49,7 @@ def test_a_folder_is_read_in_8_bits_as_the_model_is_rounded(model: Decoder, fold
         assert ours.dtype == theirs.dtype
         ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
         # A quotient that lies half-way between two steps may be rounded to either.
-        assert np.mean(ours != theirs) < 1e-3 and np.abs(ours - theirs).max() <= 1
+        assert np.mean(ours != theirs) < 5e-3 and np.abs(ours - theirs).max() <= 1
     up = loaded.layers.mlp.up_proj
     assert isinstance(up, Int8Linear)
     stored = np.asarray(model.layers.mlp.up_proj.weight[...], np.float32)
