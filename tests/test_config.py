@@ -39,7 +39,7 @@ def test_specs_can_be_overridden() -> None:
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.py")), ids=lambda path: path.stem)
 def test_shipped_configs_can_run(path: Path) -> None:
-    namespace: dict = {}
+    namespace: dict = {"__file__": str(path)}
     exec(compile(path.read_text(), path, "exec"), namespace)
     checks.check(namespace["get_config"]())
     docstring = namespace["__doc__"]

@@ -28,7 +28,7 @@ from backtrack_jax import pipeline, plan, vectors
 from backtrack_jax.config import ROLES, UNITS
 from backtrack_jax.data import records
 from backtrack_jax.models import prompts
-from backtrack_jax.stages.annotations import ANNOTATIONS
+from backtrack_jax.stages.annotations import ANNOTATIONS, read_pairs
 
 
 def test_stage_names() -> None:
@@ -301,3 +301,20 @@ def test_spread() -> None:
             assert len(set(chosen)) == limit and chosen == sorted(chosen) and chosen[0] == 0
             assert limit == 1 or chosen[-1] == n - 1
     assert spread([1, 2], 0) == spread([1, 2], 9) == [1, 2]
+
+
+def test_a_model_is_not_read_beyond_its_context_silently(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Qwen2.5-Math was trained to 4,096 positions, its distill to 131,072."""
+    path = Path("base") / "config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps(fields | {"max_position_embeddings": 20}))
+    e = tiny.get_config()
+    assert "the base model was trained for 20 positions" in plan.describe(pipeline.Run(e))
+    path.write_text(json.dumps(fields | {"max_position_embeddings": 100}))
+    made = run(e, "1", "2", "3")
+    said = [line for line in capsys.readouterr().err.splitlines() if "trained for" in line]
+    assert len(said) == 1
+    lengths = [len(made.context.token_trace("base", *pair).ids) for pair in read_pairs(made.context)]
+    over = [length for length in lengths if length > 100]
+    assert 0 < len(over) < len(lengths)
+    assert f"100 positions; {len(over)} of the sequences are longer, up to {max(over)} tokens" in said[0]
