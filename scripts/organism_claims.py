@@ -21,11 +21,13 @@ import numpy as np
 from backtrack_jax import pipeline
 from backtrack_jax.analysis.claims import number
 from backtrack_jax.checks import check
-from backtrack_jax.config import Experiment
+from backtrack_jax.config import Experiment, PromptSpec
 from backtrack_jax.files import store
 from backtrack_jax.files.console import ends_in_one_line
 from backtrack_jax.models import checkpoint
+from backtrack_jax.models.tokenizer import Tokenizer
 from backtrack_jax.organism import measure
+from backtrack_jax.organism.vocabulary import dialect_of
 from backtrack_jax.report.stage import REPORT
 from backtrack_jax.stages.annotations import read_pairs
 from backtrack_jax.stages.vectors import VECTORS
@@ -43,6 +45,9 @@ def experiment(name: str, folder: Path, out: Path) -> Experiment:
     e: Experiment = module.get_config()
     e.name, e.workdir = name, str(out)
     e.base.path, e.reasoning.path = (str(folder / role) for role in ROLES)
+    prompt = dialect_of(Tokenizer.load(folder / "reasoning")).prompt
+    e.prompt = PromptSpec(format=prompt.format, think=prompt.think)
+    e.steering.layers = tuple(range(checkpoint.read_config(folder / "base").n_layers))
     e.steering.grid_limit = e.steering.limit
     e.vectors.layers = e.steering.layers  # the lens is judged over all of them
     e.steering.baseline_magnitudes = (0.15, 0.3)

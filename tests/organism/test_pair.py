@@ -1,4 +1,4 @@
-"""The pair that ships with the program: other programs read it, and it behaves as its card says."""
+"""The pairs that ship with the program: other programs read them, and they behave as their cards say."""
 
 import itertools
 from pathlib import Path
@@ -20,9 +20,17 @@ from backtrack_jax.organism.measure import Pair
 ROLES = ("base", "reasoning")
 
 
+PAIRS = {"llama": "package:backtrack_jax/organism", "qwen3": "package:backtrack_jax/organism/qwen3"}
+
+
+@pytest.fixture(scope="module", params=PAIRS)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def folder() -> Path:
-    return checkpoint.resolve("package:backtrack_jax/organism")
+def folder(family: str) -> Path:
+    return checkpoint.resolve(PAIRS[family])
 
 
 @pytest.fixture(scope="module")
@@ -30,18 +38,19 @@ def pair(folder: Path) -> Pair:
     return Pair(folder)
 
 
-def test_pair_is_small_and_complete(folder: Path) -> None:
+def test_pair_is_small_and_complete(folder: Path, family: str) -> None:
     files = [file for role in ROLES for file in (folder / role).iterdir()]
     assert sum(file.stat().st_size for file in files) <= 8_000_000
     for role in ROLES:
+        assert checkpoint.read_config(folder / role).family == family
         names = {file.name for file in files if file.parent.name == role}
         configs = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
         assert names == {*configs, "model.safetensors", "README.md"}
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_tokenizer_is_that_of_the_grammar(folder: Path, tmp_path: Path, role: str) -> None:
-    vocabulary.write(tmp_path)
+def test_tokenizer_is_that_of_the_grammar(folder: Path, family: str, tmp_path: Path, role: str) -> None:
+    vocabulary.write(tmp_path, vocabulary.DIALECTS[family])
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (folder / role / name).read_bytes() == (tmp_path / name).read_bytes()
 
