@@ -298,3 +298,12 @@ def test_equal_tensors_are_equal_files_in_every_process(tmp_path: Path) -> None:
         }
         np.testing.assert_array_equal(file.get_tensor("b"), np.arange(6.0).reshape(2, 3))
         assert file.get_tensor("a").dtype == np.float32
+
+
+def test_a_models_card_is_no_part_of_its_weights(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    before = store.weights_hash(tmp_path)
+    (tmp_path / "README.md").write_text("# A model")
+    assert store.weights_hash(tmp_path) == before
+    (tmp_path / "config.json").write_text("{}")
+    assert store.weights_hash(tmp_path) != before
