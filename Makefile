@@ -9,12 +9,13 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 PYTEST_ARGS ?=
+MUTANTS_ARGS ?=
 
 BIN := $(VENV)/bin
 # --no-compile: bytecode is written on first import, for the few modules that are imported, not for all of torch.
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --no-compile $(addprefix --constraint ,$(CONSTRAINTS))
 
-.PHONY: help demo check test lint docs format bench constraints clean
+.PHONY: help demo check test mutants lint docs format bench constraints clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -22,6 +23,7 @@ help:
 	@echo "make demo         run the paper's six stages on the small models that ship with the program"
 	@echo "make check        run the unit tests that compile little: a minute and a half at most"
 	@echo "make test         run the tests"
+	@echo "make mutants      whether the tests see small mistakes, one at a time: an hour on two cores"
 	@echo "make lint         check format, lint and types"
 	@echo "make docs         build the documentation into site/; a link that leads nowhere is an error"
 	@echo "make format       format and fix what ruff can fix"
@@ -51,6 +53,11 @@ CHECKED := data models/test_model_config.py models/test_batching.py models/test_
 check: export XLA_FLAGS ?= --xla_backend_optimization_level=0
 check: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --quiet --numprocesses auto --maxprocesses 2 --dist loadfile $(addprefix tests/,$(CHECKED)) $(PYTEST_ARGS)
+
+# Slow, so not in CI; MUTANTS_ARGS=--only=report takes the mistakes of one area.
+mutants: export XLA_FLAGS ?= --xla_backend_optimization_level=0
+mutants: $(VENV)/.installed-test
+	$(BIN)/python scripts/mutants.py $(MUTANTS_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

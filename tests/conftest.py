@@ -4,10 +4,12 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import jax
+import lopsided
 import pytest
 import tiny
 from commands import Command
@@ -64,9 +66,12 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled(shared: Path) -> Iterator[None]:
-    """Folder of compiled programs: what one test, or another process, has compiled, others find there."""
+    """Folder of compiled programs: what one test, or another process, has compiled, others find there.
+
+    One that is named in the environment outlives the session.
+    """
     options = {
-        "jax_compilation_cache_dir": str(shared / "compiled"),
+        "jax_compilation_cache_dir": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(shared / "compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": 0,
     }
@@ -81,14 +86,27 @@ def compiled(shared: Path) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_run(shared: Path) -> Path:
     """Folder of the tiny experiment with `results/tiny`, of a run without interruption. Not to be changed."""
-    folder = shared / "tiny"
-    with (shared / "tiny.lock").open("w") as lock:
+    return _run_of(shared, "tiny", tiny)
+
+
+@pytest.fixture(scope="session")
+def lopsided_run(shared: Path) -> Path:
+    """The same of the lopsided experiment, without its report."""
+    return _run_of(shared, "lopsided", lopsided, pipeline.stage_names("12345"))
+
+
+def _run_of(shared: Path, name: str, experiment: ModuleType, stages: Sequence[str] = ()) -> Path:
+    folder = shared / name
+    with (shared / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another process of the session may be making it
         if not folder.exists():
-            made = shared / "tiny.made"
-            tiny.write(made)
+            made = shared / f"{name}.made"
+            if "KEPT_RUNS" in os.environ:  # earlier runs, of which finished stages are kept: see scripts/mutants.py
+                shutil.copytree(Path(os.environ["KEPT_RUNS"]) / name, made)
+            else:
+                experiment.write(made)
             with contextlib.chdir(made):
-                pipeline.Run(tiny.get_config()).run()
+                pipeline.Run(experiment.get_config(), stages).run()
             made.rename(folder)
     return folder
 

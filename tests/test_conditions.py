@@ -80,6 +80,13 @@ def test_make_and_count_agree_for_any_config(readings: Readings) -> None:
         assert len(made) == len(set(made)) == len(conditions.planned(e)) == expected
 
 
+def test_offsets_are_named_by_the_window_that_is_read_at_them(readings: Readings) -> None:
+    e = experiment(kinds=("backtracking",), offsets=(-1, 0), magnitudes=(4.0,))
+    e.vectors = dataclasses.replace(e.vectors, offset_window=(-2, 1))
+    windows = [c.window for c in conditions.make(e, readings) if c.window not in ("", "-5..-2")]
+    assert windows == ["-3..0", "-2..1"]
+
+
 def test_sweeps_over_offsets_and_layers(readings: Readings) -> None:
     """Fig. 2, 4 and B.1 on the model that writes the traces; what two sweeps share is one condition."""
     e = experiment(

@@ -274,13 +274,17 @@ def forced_rows(material: Material, role: str) -> tuple[Table, list[Forced]]:
 
 
 def texts_of(material: Material) -> dict[str, list[Trace]]:
-    """The texts, one a problem, at most `analysis.forced_texts` of each source."""
+    """The texts, one a problem, at most `analysis.forced_texts` of each source.
+
+    A reply in which BOS was sampled is none: a model reads one BOS, at the start.
+    """
     limit = material.experiment.analysis.forced_texts
     traces = {trace.problem_id: trace for trace in reversed(material.traces)}
     written = {
         reply.problem_id: reply.trace(end_marks=material.experiment.traces.end_marks)
         for reply in reversed(material.replies)
         if (reply.condition.target, reply.condition.kind) == ("base", UNSTEERED)
+        if material.tokenizer.bos_id not in reply.ids
     }
     found = {REASONING_TRACES: list(reversed(traces.values())), BASE_REPLIES: list(reversed(written.values()))}
     return {source: spread(texts, limit) if limit else [] for source, texts in found.items()}

@@ -1,18 +1,23 @@
 """Agreement of judges against scikit-learn, its intervals, and the sheets for people."""
 
 import csv
+import dataclasses
 import math
 import random
 import re
+import types
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 from scipy import stats
 from sklearn.metrics import accuracy_score, cohen_kappa_score, f1_score, precision_score, recall_score
 
 from backtrack_jax.analysis.agreement import (
     SHEET_COLUMNS,
+    _on_replies,
     agreement,
     export_for_human,
     format_agreement,
@@ -20,7 +25,18 @@ from backtrack_jax.analysis.agreement import (
     read_human,
 )
 from backtrack_jax.data.annotations import align
-from backtrack_jax.data.records import LABELS, Annotation, Rejection, Section, Trace, pair_annotations, read_released
+from backtrack_jax.data.records import (
+    LABELS,
+    UNSTEERED,
+    Annotation,
+    Condition,
+    Rejection,
+    Reply,
+    Section,
+    Trace,
+    pair_annotations,
+    read_released,
+)
 from backtrack_jax.data.text import split_sentences, split_words
 from backtrack_jax.judges.keyword import annotate
 
@@ -419,3 +435,49 @@ def test_the_command_prints_the_table(ward2025, capsys):
     table = capsys.readouterr().out
     assert re.search(r"section +backtracking +all +5528 +241 +857 +18\.6 \[", table)
     assert re.search(r"sentence +backtracking +spatial +2610 ", table)
+
+
+def test_replies_that_are_compared_are_unsteered_or_under_the_runs_own_vector() -> None:
+    """By strength, on the model that writes the traces; not those of another layer, window, kind, source or model."""
+    e = tiny.get_config()
+    own = Condition("reasoning", "backtracking", "reasoning", 1, "-5..-2", 4.0, 4.0)
+    others: tuple[dict[str, Any], ...] = (
+        {"layer": 2},
+        {"window": "0..0"},
+        {"kind": "deduction"},
+        {"source": "base"},
+        {"target": "base"},
+    )
+    rng = random.Random(0)
+    replies, labels = [], []
+    expected: dict[str, tuple[list[bool], list[bool]]] = {}
+    for number in range(40):
+        condition = own if number % 3 else dataclasses.replace(own, magnitude=8.0)
+        condition = Condition("reasoning", UNSTEERED, "", 1, "", 0.0, 0.0) if number % 5 == 0 else condition
+        counts = number % 2 == 0
+        if not counts:
+            condition = dataclasses.replace(own, **others[number // 2 % len(others)])
+        sentences = [rng.choice(["So it is.", "Wait, no!", "Hmm, why?"]) for _ in range(rng.randint(3, 6))]
+        text = " ".join(sentences)
+        reply = Reply(f"p{number}", "c", "Is it?", 0, "m", condition, "absolute", "all", "", 0, (1,), text, "stop")
+        spans = split_sentences(text)
+        judged = [rng.random() < (0.8 if sentence != "So it is." else 0.3) for sentence in sentences]
+        sections = [
+            Section("backtracking" if yes else "deduction", *span) for yes, span in zip(judged, spans, strict=True)
+        ]
+        labels.append(Annotation(reply.trace(number).id, "judge", tuple(sections)))
+        replies.append(reply)
+        if counts:
+            for group in ("all", f"{condition.magnitude:g}"):
+                true, called = expected.setdefault(group, ([], []))
+                true += judged
+                called += [sentence != "So it is." for sentence in sentences]
+    table = _on_replies(types.SimpleNamespace(experiment=e, replies=replies), labels)  # type: ignore[arg-type]
+    assert {line["group"] for line in table} == set(expected) == {"all", "0", "4", "8"}
+    for line in table:
+        true, called = expected[line["group"]]
+        assert (line["n_units"], line["n_reference"]) == (len(true), sum(true))
+        assert line["precision"] == pytest.approx(precision_score(true, called))
+        assert line["recall"] == pytest.approx(recall_score(true, called))
+        assert line["f1_low_of_four"] <= line["f1_low"] <= line["f1_low_decides"] < line["f1"]
+        assert line["f1"] < line["f1_high_decides"] <= line["f1_high"] <= line["f1_high_of_four"]

@@ -15,7 +15,7 @@ from torch_reference import CONFIG, added, tiny_llama, torch_copy, torch_logits,
 from backtrack_jax import pipeline
 from backtrack_jax.analysis import coherence, log_odds
 from backtrack_jax.analysis.log_odds import BASE_REPLIES, EXAMPLES, REASONING_TRACES, Forced
-from backtrack_jax.data.records import UNSTEERED, Condition
+from backtrack_jax.data.records import UNSTEERED, Condition, Reply
 from backtrack_jax.files import tables
 from backtrack_jax.intervention import add_vector, no_intervention
 from backtrack_jax.report.stage import read_results
@@ -141,6 +141,26 @@ def test_every_condition_reads_the_same_texts(finished: Path) -> None:
         assert compared > 1
         read = Counter(Condition.of(line) for line in lines if line["kind"] != EXAMPLES)
         assert read == {condition: 2 * len(problems) for condition, problems in asked.items()}
+
+
+def test_a_reply_in_which_bos_was_sampled_is_no_text(finished: Path) -> None:
+    """It has more than the one BOS that a model reads; another reply to the problem stands in, if there is one."""
+    material = gather(pipeline.Run(tiny.get_config()).context)
+    bos = material.tokenizer.bos_id
+    assert bos is not None
+    before = log_odds.texts_of(material)[BASE_REPLIES]
+
+    def with_bos(reply: Reply, *samples: int) -> Reply:
+        of = reply.condition.kind == UNSTEERED and reply.problem_id == before[0].problem_id and reply.sample in samples
+        return dataclasses.replace(reply, ids=(*reply.ids, bos)) if of else reply
+
+    for samples, expected in (((0,), 1), ((0, 1), None)):
+        replies = [with_bos(reply, *samples) for reply in material.replies]
+        found = {
+            t.problem_id: t for t in log_odds.texts_of(dataclasses.replace(material, replies=replies))[BASE_REPLIES]
+        }
+        own = found.get(before[0].problem_id)
+        assert (own.sample if own else None) == expected and len(found) == len(before) - (own is None)
 
 
 def test_the_effect_is_the_difference_from_the_unsteered_model(finished: Path) -> None:

@@ -7,7 +7,8 @@ import pytest
 
 from backtrack_jax.analysis import replies
 from backtrack_jax.analysis.statistics import mean_interval, paired_interval, rate_interval
-from backtrack_jax.data.records import Condition, Reply
+from backtrack_jax.data.records import Annotation, Condition, Reply, Section
+from backtrack_jax.data.text import split_sentences
 
 LIKELY = {"Wait, no. I am waiting.": -1.0, "So it is.": -3.0, "Hmm. Hmm. Hmm. Hmm.": -2.0, "": math.nan}
 
@@ -107,3 +108,23 @@ def test_a_contrast_is_over_the_problems_that_all_its_conditions_have() -> None:
         replies.contrast(ROWS, {noise: 1, condition("noise", 2.0): -1})
     with pytest.raises(ValueError, match="no problem was asked under all of these conditions"):
         replies.contrast([*ROWS[:2], ROWS[5]], {noise: 1, plain: -1})
+
+
+def test_a_judge_counts_the_sentences_that_it_labelled() -> None:
+    """A section that ends where the next sentence starts does not label that one; nor does a judge that failed."""
+    text = "So it is. Wait, no. I am here. The end."
+    (_, (wait, _), (i_am, i_am_stop), _) = split_sentences(text)
+    of = condition("noise", 1.0)
+    reply = Reply("a", "c", "Is it?", 0, "base", of, "absolute", "all", "", 0, (1,), text, "stop")
+
+    def measured(*sections: Section) -> dict[str, Any]:
+        return replies.measure(reply, "", set(), -1.0, Annotation(reply.trace().id, "judge", sections))
+
+    one = measured(Section("backtracking", wait, i_am), Section("deduction", i_am, i_am_stop))
+    assert (one["judged_sentences"], one["judged_backtracking"]) == (2, 1)
+    none, silent = measured(Section("deduction", 0, len(text))), measured()
+    assert (none["judged_sentences"], none["judged_backtracking"]) == (4, 0)
+    assert (silent["judged_sentences"], silent["judged_backtracking"]) == (0, 0)
+    (cell,) = replies.summarise([one, none, silent])
+    assert (cell["n_judged"], cell["n_replies"]) == (2, 3)
+    assert cell["judge_rate"] == pytest.approx(1 / 6) and cell["sentence_rate"] == pytest.approx(3 / 12)

@@ -487,3 +487,16 @@ def test_altered_copies_of_released_chains_are_placed_at_the_same_starts(
         total += len(annotation.sections)
     assert misplaced == 0
     assert kept >= 0.99 * total
+
+
+def test_a_section_that_starts_where_the_reasoning_ends_is_none_of_it() -> None:
+    text = "So it is.</think>Done."
+    annotated = tag("deduction", "So it is.") + tag("backtracking", "</think>Done.")
+    assert placed(annotated, text) == [("deduction", "So it is.")]
+    assert codes(annotated, text) == ([], [(Reason.AFTER_END, "backtracking", "</think>Done.")])
+
+
+def test_what_was_copied_twice_counts_as_well_formed_and_not_as_exact() -> None:
+    twice = tag("deduction", "A cat has 4 legs.") * 2
+    assert codes(twice)[1] == [(Reason.OUT_OF_ORDER, "deduction", "A cat has 4 legs.")]
+    assert summarise([align(trace(TEXT), twice)])["exact"] == {"deduction": (1, 2)}

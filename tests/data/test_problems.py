@@ -7,7 +7,7 @@ from importlib.resources import files
 from itertools import combinations
 from pathlib import Path
 
-from backtrack_jax.data.problems import CATEGORIES, shipped_problems
+from backtrack_jax.data.problems import CATEGORIES, shipped_problems, spread
 from backtrack_jax.data.records import Problem, read_problems, read_released
 
 PROBLEMS = shipped_problems()
@@ -77,3 +77,8 @@ def test_the_check_for_variants_sees_one() -> None:
     changed = Problem("x", first.category, first.problem.replace("200", "300"))
     assert shared_ngrams([first, changed], 8)
     assert set(in_common([changed.problem])) == {first.id}
+
+
+def test_a_limit_is_spread_from_the_first_to_the_last() -> None:
+    assert spread(range(10), 4) == [0, 3, 6, 9] and spread("abc", 2) == ["a", "c"] and spread("abc", 1) == ["a"]
+    assert spread(range(3), 0) == spread(range(3), 5) == [0, 1, 2]

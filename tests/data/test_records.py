@@ -9,11 +9,14 @@ import pytest
 
 from backtrack_jax.data.records import (
     Annotation,
+    Condition,
     Note,
     Problem,
     Rejection,
+    Reply,
     Section,
     Trace,
+    failure,
     is_released,
     pair_annotations,
     read_annotations,
@@ -331,3 +334,17 @@ def test_traces_and_chains_are_told_apart_by_their_content(tmp_path: Path, suffi
         path.write_text(text)
         assert is_released(path) == released
         assert len(read_any_traces(path)) == 1
+
+
+def test_a_reply_is_read_as_a_trace_with_its_own_fields() -> None:
+    condition = Condition("base", "noise", "", 1, "", 2.0, 3.0)
+    reply = Reply("p", "c", "Is it?", 4, "m", condition, "raw", "all", "h", 5, (6, 7), "It is.", "length")
+    assert reply.trace(8) == Trace("8/p/4", "p", "c", "Is it?", "It is.", 4, (6, 7), "length")
+    assert Reply.from_line(json.loads(json.dumps(reply.line()))) == reply
+
+
+def test_a_judge_failed_only_where_it_placed_nothing() -> None:
+    rejected = (Rejection("judge_failed:timed_out", "", ""),)
+    assert failure(Annotation("t", "j", (), rejected)) == "timed_out"
+    assert failure(Annotation("t", "j", (Section("deduction", 0, 2),), rejected)) is None
+    assert failure(Annotation("t", "j", (), (Rejection("not_found", "", ""),))) is None

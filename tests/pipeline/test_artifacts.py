@@ -441,12 +441,12 @@ def test_problems_are_counted_where_tokens_are_scored(finished: Path) -> None:
     tokens = probe.SampledTokens(states, np.repeat(np.arange(len(traces)), 2), np.arange(2 * len(traces)) % 2 == 0)
     material = dataclasses.replace(stage_analysis.gather(made.context), sums={"base": sums})
     rows = probe.score_directions(material, "base", 2, 13, tokens, traces)
-    found = {row["method"]: (row["n_problems"], row["n_tokens"]) for row in rows}
+    found = {row["method"]: (row["n_problems"], row["n_tokens"], row["n_positive"]) for row in rows}
     fold = probe.folds([trace.problem_id for trace in traces], e.analysis.folds, e.seed)
     left_out = fold == fold[[trace.problem_id for trace in traces].index(only)]
     problems = {trace.problem_id for trace, out in zip(traces, left_out, strict=True) if not out}
-    assert found["base-derived direction"] == (len(problems), 2 * int((~left_out).sum()))
-    assert found["random directions"] == (len({trace.problem_id for trace in traces}), 2 * len(traces))
+    assert found["base-derived direction"] == (len(problems), 2 * int((~left_out).sum()), int((~left_out).sum()))
+    assert found["random directions"] == (len({trace.problem_id for trace in traces}), 2 * len(traces), len(traces))
 
 
 def test_every_stage_keeps_what_it_was_computed_with(tiny_run: Path) -> None:
