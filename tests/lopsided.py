@@ -64,7 +64,7 @@ def chains() -> list[dict[str, str]]:
         for number, chain in enumerate(tiny.chains()):
             if copy > number % 3:
                 continue
-            chain |= {"problem": chain["problem"] + " Say it in two ways." * (number % 3)}
+            chain |= {"problem": chain["problem"] + " Say it in two ways." * 2 * (number % 3)}
             if copy:
                 found = re.findall(r'\["([\w-]+)"\](.*?)\["end-section"\]', chain["annotated_chain"])
                 sections = (found[copy:] + found[:copy]) * (1 + number // 5)

@@ -162,6 +162,28 @@ def test_a_wrong_value_is_named(field: str, value: object) -> None:
     assert len(str(error.value).splitlines()) == 2  # that fault, and no other
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("vectors.window", (-3, -3)), ("vectors.offset_window", (0, 0)), ("vectors.batch_size", 1)),
+        *(("seed", 0), ("seed", 2**32 - 1), ("steering.top_p", 1.0), ("steering.temperature", 0.0)),
+        *(
+            (f"{spec}.{field}", 1)
+            for spec in ("traces", "steering")
+            for field in ("samples", "max_new_tokens", "limit")
+        ),
+        *((f"{spec}.batch_size", 1) for spec in ("traces", "steering", "analysis")),
+        *(("traces.limit", 0), ("steering.grid_limit", 0), ("steering.top_k", 0), ("steering.layer", (0,))),
+        *(("analysis.folds", 2), ("analysis.positions", 1), ("analysis.shown", 1), ("analysis.horizons", (1,))),
+        *(("analysis.forced_texts", 0), ("analysis.forced_sentences", 0), ("analysis.examples", 0)),
+    ],
+)
+def test_the_least_and_the_most_are_accepted(field: str, value: object) -> None:
+    e = set_field(tiny.get_config(), field, value)
+    e.steering.grid_limit = min(e.steering.grid_limit, e.steering.limit)
+    checks.check(e)
+
+
 @pytest.mark.parametrize("offsets", [("x",), ([1],), (-1, 0, True)])
 def test_offsets_that_are_no_integers(offsets: tuple[object, ...]) -> None:
     e = set_field(tiny.get_config(), "vectors.offsets", offsets)

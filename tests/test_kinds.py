@@ -110,3 +110,15 @@ def test_a_run_of_sums_and_ablations_at_two_layers(finished: Path) -> None:
     ]
     assert {row["layer"] for row in read.tables["rates"] if row["kind"] == e.steering.kinds[2]} == {1, 2}
     assert e.steering.kinds[1] in (finished / "6-report" / "fig4_baselines.csv").read_text()
+
+
+def test_what_is_drawn_for_a_reply_and_what_is_read_off_a_model() -> None:
+    found = {
+        name: (kinds.parse(name).drawn, kinds.parse(name).read)
+        for name in ("random", "shuffled", "noise", "backtracking", "a.npz")
+    }
+    assert found == {
+        **{"random": (True, False), "shuffled": (False, True), "noise": (False, False)},
+        **{"backtracking": (False, True), "a.npz": (False, False)},
+    }
+    assert kinds.parse("random + shuffled").drawn and kinds.parse("random + shuffled").read

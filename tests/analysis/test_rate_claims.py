@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from backtrack_jax.analysis import cells, dose, replies
+from backtrack_jax.analysis import cells, dose, grids, replies
 from backtrack_jax.analysis.agreement import AGREEMENT
 from backtrack_jax.analysis.claims import Claim
 from backtrack_jax.analysis.dose import LEVEL
@@ -151,6 +151,27 @@ def test_the_dose_is_the_largest_coherent_magnitude_whatever_the_rates() -> None
     for likelihood, expected in (({four: -0.3}, 2), ({steered("backtracking", "base", 2.0): -0.3}, 2)):
         chosen = dose.choose(replies.by_cell(lines_of(RATES_OF, likelihood=likelihood)), curve, plain)
         assert chosen is not None and chosen.cell["magnitude"] == expected
+
+
+def test_coherence_is_read_at_its_lower_end() -> None:
+    for low, coherent in ((0.89, False), (0.9, True)):
+        assert dose.Dose({}, dose.Coherence(0.95, low, 1.1)).coherent is coherent
+
+
+def test_controls_and_the_subtracted_vector_are_the_ones_that_the_rules_name() -> None:
+    """Directions of the steered model's own activations; of several negative magnitudes the largest within the dose."""
+    other = {steered("deduction", "base", 8.0): 0.045, steered("backtracking", "base", -2.0): 0.02}
+    claims = found(results(lines_of(RATES_OF | other), kinds=KINDS))
+    assert claims["controls"].verdict == "holds" and claims["controls"].note.count("deduction") == 2
+    assert claims["controls"].note.startswith("magnitude 8, layer 1; highest end: deduction; all: ")
+    assert claims["negative"].verdict == "holds" and claims["negative"].note.startswith("magnitude -4, ")
+
+
+def test_offset_zero_is_the_offset_of_that_name() -> None:
+    early = {steered("backtracking", "reasoning", 8.0, window="-1..-1"): 0.08}
+    places = grids.best_places(results(lines_of(GRID | early), kinds=("backtracking",), grid_magnitudes=(8.0,)))
+    assert "at offset -1, magnitude 8" in places["best_offset"]
+    assert float(places["offset_zero"].split()[0]) < 3 < float(places["best_offset"].split()[0])
 
 
 def test_a_vector_that_breaks_the_text_does_not_work() -> None:

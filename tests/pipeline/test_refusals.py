@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import tiny
 from runs import ROLES, csv_rows, edit_chains, few_conditions, lines_of, run, set_at
 from safetensors.numpy import load_file, save_file
 
-from backtrack_jax import pipeline, vectors
+from backtrack_jax import compatibility, pipeline, vectors
 from backtrack_jax.config import Experiment
 from backtrack_jax.data import records
 from backtrack_jax.files import store
@@ -299,3 +300,15 @@ def test_a_chain_that_cannot_be_read(fresh: Path, loaded: list[str], chain: dict
     with pytest.raises(ValueError, match=message):
         run(tiny.get_config())
     assert not loaded
+
+
+def test_the_first_token_beyond_an_embedding_is_refused_unless_it_is_not_read() -> None:
+    def check(embedded: int, *not_read: int) -> None:
+        config: Any = types.SimpleNamespace(vocab_size=embedded)
+        tokenizer: Any = types.SimpleNamespace(vocab_size=11, name="t")
+        compatibility.check_vocabulary("base", config, tokenizer, not_read)
+
+    check(11)
+    check(10, 10)
+    with pytest.raises(ValueError, match="the tokenizer t has token ids up to 10, the base model embeds 10"):
+        check(10)
