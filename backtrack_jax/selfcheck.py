@@ -65,7 +65,7 @@ FLOAT32 = 1e-4
 STEPS_OF_DTYPE = 4
 """Bound of a difference with 16-bit weights, in steps between neighbouring numbers of the dtype near 1."""
 
-KL, AGREEMENT, COSINE = 0.3, 0.75, 0.95
+KL, AGREEMENT, COSINE = 0.1, 0.85, 0.98
 """Bounds of int8 against 16 bits, well beyond those of sound files (docs/measurements/int8.md)."""
 
 _PROBLEMS = 100  # at most, whose prompts are looked at
@@ -635,7 +635,8 @@ def main(argv: Sequence[str]) -> None:
             found["checks"] = [dataclasses.asdict(line) for line in lines]
             store.write_text(Path(_JSON.value), json.dumps(found, indent=1) + "\n")
     if counts["fail"]:
-        sys.exit(1)
+        names = [f"{line.check} ({line.model or 'both models'})" for line in lines if line.status == "fail"]
+        sys.exit(f"error: failed: {', '.join(names)}")
 
 
 def console() -> None:
