@@ -152,6 +152,11 @@ class Subject:
         reply = self.context.tokenizer.encode(_REPLY)[:STEPS]
         return [[*shortest[row % len(shortest)], *reply] for row in range(-(-ROWS // copies) * copies)]
 
+    @property
+    def width(self) -> int:
+        """Columns of a padded batch of the sequences."""
+        return bucket(max(map(len, self.sequences)))
+
     @functools.cached_property
     def config(self) -> ModelConfig:
         """Its architecture."""
@@ -218,7 +223,13 @@ class Subject:
         return self._read_by_steps(1.0)
 
     def read(
-        self, model: Decoder, sequences: Sequence[Sequence[int]], *, share: float = 0.0, pad: Any = left_pad
+        self,
+        model: Decoder,
+        sequences: Sequence[Sequence[int]],
+        *,
+        share: float = 0.0,
+        pad: Any = left_pad,
+        more: int = 0,
     ) -> Reading:
         """What a model makes of sequences in one batch, without a cache.
 
@@ -227,9 +238,9 @@ class Subject:
           sequences: some of `sequences`.
           share: of `vector` that is added.
           pad: `left_pad` or `right_pad`.
+          more: further columns of padding.
         """
-        width = bucket(max(map(len, self.sequences)))
-        ids, positions = pad(sequences, width)
+        ids, positions = pad(sequences, self.width + more)
         ends = positions.argmax(axis=1)[:, None] + 1
         columns = ends + np.arange(-STEPS - 1, 0)
         replies = positions >= positions.max(axis=1, keepdims=True) + 1 - STEPS
@@ -240,7 +251,7 @@ class Subject:
 
     def _read_by_steps(self, share: float) -> Reading:
         model, steering = self.model, self.added(share, len(self.sequences))
-        ids, positions = left_pad(self.sequences, bucket(max(map(len, self.sequences))))
+        ids, positions = left_pad(self.sequences, self.width)
         logits, states = _read_by_steps(model, *place_rows(model, (ids, positions, steering)))
         return self._reading((logits, states, jnp.zeros(0)))
 
@@ -389,8 +400,9 @@ def files(s: Subject) -> Line:
 
 
 def batch_equals_single(s: Subject) -> Line:
-    """A row of a batch has the states and logits that it has alone, padded on the other side."""
-    alone = [s.read(s.model, [sequence], pad=right_pad) for sequence in s.sequences]
+    """A row of a batch has the states and logits that it has alone, padded more and on the other side."""
+    # With as much padding as in the batch, padding that is attended to would change nothing.
+    alone = [s.read(s.model, [sequence], pad=right_pad, more=64) for sequence in s.sequences]
     logits, states = (
         np.concatenate([one.logits for one in alone]),
         np.concatenate([one.states for one in alone], axis=1),

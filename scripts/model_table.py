@@ -103,13 +103,13 @@ class Row(NamedTuple):
     states: float
     logits: float
     tokens: tuple[int, int]
-    replies: tuple[int, int] | None
+    replies: tuple[int, int] | None  # None of a real file
 
     def line(self, family: Family, name: str) -> str:
         """In Markdown."""
         replies = "" if self.replies is None else "{} of {}".format(*self.replies)
         gguf = f"`{family.gguf.architecture}`" if family.gguf else "`llama`" if family.name == "mistral" else "no"
-        known = ", ".join(f"`{name}`" for name in family.released)
+        known = ", ".join(f"`{hub_id}`" for hub_id in family.released if self.replies)
         errors = f"{self.states:.1e} | {self.logits:.1e} | {self.tokens[0]} of {self.tokens[1]}"
         return f"| {name} | {self.compared} | {errors} | {replies} | {gguf} | {known} |"
 
@@ -176,7 +176,7 @@ def equal_replies(model: Decoder, reference: Any, rng: np.random.Generator) -> t
     )  # fmt: skip
     equal = 0
     for prompt, magnitude, reply in zip(prompts, magnitudes, np.asarray(out.ids), strict=True):
-        added = torch.tensor(magnitude * vector)
+        added = torch.tensor(float(magnitude) * vector)
 
         def hook(module: Any, args: tuple, output: Any, added: torch.Tensor = added) -> Any:
             return (output[0] + added, *output[1:]) if isinstance(output, tuple) else output + added
@@ -224,6 +224,7 @@ def main(argv: list[str]) -> None:
     """Writes the page."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    transformers.utils.logging.disable_progress_bar()
     lines = []
     for name, family in families.FAMILIES.items():
         lines.append(of_family(name).line(family, f"`{name}`"))

@@ -20,7 +20,7 @@ from helpers import need_torch
 from sizes import TINY, random_model
 
 from backtrack_jax import selfcheck
-from backtrack_jax.config import Experiment, ModelSpec, PromptSpec, TraceSpec
+from backtrack_jax.config import AnnotationSpec, Experiment, ModelSpec, PromptSpec, TraceSpec
 from backtrack_jax.intervention import Intervention
 from backtrack_jax.models import checkpoint, decoder, families
 from backtrack_jax.models.config import LayerKind, ModelConfig, YarnRopeScaling
@@ -182,18 +182,19 @@ def test_a_cache_of_which_a_token_is_not_seen(folder: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("missed", ["every step", "one step"])
 def test_steering_that_does_not_reach_a_step(missed: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = Intervention.apply
+    sequences = selfcheck.Subject(Context(alone(), Path("results"), ""), "reasoning", ["Add two."]).sequences
+    one = len(sequences[0]) - 3
 
     def wrong(self: Intervention, x: jax.Array, at_layer: Any, layer: jax.Array, positions: jax.Array) -> jax.Array:
         steered = right(self, x, at_layer, layer, positions)
         if x.shape[1] > 1:  # prefill, and what is compared with
             return steered
-        first = jnp.max(self.span[:, 0]) * 0 + 70
-        return x if missed == "every step" else jnp.where((positions == first)[..., None], x, steered)
+        return jnp.where((positions == one)[..., None] | (missed == "every step"), x, steered)
 
     monkeypatch.setattr(Intervention, "apply", wrong)
-    found = failed(alone())
-    assert "cached = uncached" in found and "steering reaches every step" in found
-    assert ("sampling follows steering" in found) == (missed == "every step")
+    e = alone(traces=TraceSpec(problems="problems.jsonl"), annotations=AnnotationSpec(judge="keyword"))
+    Path("problems.jsonl").write_text(json.dumps({"id": "0", "category": "verbal", "problem": "Add two."}) + "\n")
+    assert failed(e) == ["cached = uncached", "steering reaches every step", "sampling follows steering"]
 
 
 @pytest.mark.usefixtures("no_torch")
@@ -220,7 +221,7 @@ def test_weights_that_torch_has_otherwise(folder: Path, monkeypatch: pytest.Monk
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
         model = right(*args, **kwargs)
-        model.model.layers[1].mlp.up_proj.weight.data[0, 0] += 0.1
+        model.get_parameter("model.layers.1.mlp.up_proj.weight").data[0, 0] += 0.1
         return model
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", wrong)
@@ -264,19 +265,19 @@ def test_divergence() -> None:
     np.testing.assert_allclose(selfcheck.divergence(p, q), [0.25 * np.log(2)])
 
 
-SIZES = dataclasses.replace(TINY, vocab_size=tiny.VOCAB_SIZE, rope_theta=1e4, rope_scaling=None)
+SIZES = dataclasses.replace(TINY, n_layers=2, vocab_size=tiny.VOCAB_SIZE, rope_theta=1e4, rope_scaling=None)
 WINDOW, FULL = LayerKind(scaled=False, window=6), LayerKind()
 OF_FAMILY: dict[str, ModelConfig] = {
     "llama": dataclasses.replace(SIZES, rope_scaling=TINY.rope_scaling, tied=True, vocab_size=tiny.VOCAB_SIZE + 7),
     "qwen2": dataclasses.replace(SIZES, biases=("q_proj", "k_proj", "v_proj"), vocab_size=tiny.VOCAB_SIZE + 30),
     "qwen3": dataclasses.replace(SIZES, qk_norm="head", tied=True),
-    "mistral": dataclasses.replace(SIZES, layer_kinds=(LayerKind(window=6),) * 3),
-    "smollm3": dataclasses.replace(SIZES, layer_kinds=(FULL, FULL, LayerKind(rotary=False)), tied=True),
+    "mistral": dataclasses.replace(SIZES, layer_kinds=(LayerKind(window=6),) * 2),
+    "smollm3": dataclasses.replace(SIZES, layer_kinds=(FULL, LayerKind(rotary=False)), tied=True),
     "olmo3": dataclasses.replace(
         SIZES,
         qk_norm="width",
         norms_after=True,
-        layer_kinds=(WINDOW, WINDOW, FULL),
+        layer_kinds=(WINDOW, FULL),
         rope_theta=5e5,
         rope_scaling=YarnRopeScaling(factor=8.0, original_context=64),
     ),
@@ -307,13 +308,11 @@ def test_every_family(family: str, tmp_path: Path) -> None:
 
 
 def test_the_command_on_two_devices(folder: Path) -> None:
-    """Exit codes of the process: 0, and 1 where a check fails."""
+    """Rows are divided between two copies of a model that is sound; the other one lacks its weights: exit code 1."""
+    (folder / "base" / "model.safetensors").unlink()
     command = [sys.executable, "-m", "backtrack_jax.selfcheck", CONFIG, "--config.data_parallel=2", "--json=found.json"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 1 and "error: failed: files (base)" in done.stderr, done.stdout + done.stderr
     found = json.loads(Path("found.json").read_text())
-    assert found["device"]["count"] == 2 and found["passed"]
-    (folder / "reasoning" / "model.safetensors").unlink()
-    done = subprocess.run([*command, "--config.roles=reasoning"], capture_output=True, text=True)
-    assert done.returncode == 1 and "fail     reasoning  files" in done.stdout
-    assert not json.loads(Path("found.json").read_text())["passed"]
+    assert found["device"]["count"] == 2 and not found["passed"]
+    assert {line["status"] for line in found["checks"] if line["model"] == "reasoning"} == {"pass", "skipped"}
