@@ -29,7 +29,7 @@ FLOORS = (  # from the ground up; names of folders, and of files in none
     ("stages",),
     ("report",),
     ("pipeline", "plan"),
-    ("run", "show", "training"),  # of these, training is a wing: only scripts import it
+    ("run", "selfcheck", "show", "training"),  # of these, training is a wing: only scripts import it
 )
 
 

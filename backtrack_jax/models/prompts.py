@@ -385,14 +385,19 @@ def check_tokenizer(tokenizer: Tokenizer, samples: Sequence[str] = _SAMPLES) -> 
         if tokenizer.bos_id is not None and tokenizer.bos_id in ids:
             faults.append(f"{text!r} is given a BOS by encode: {ids}")
         prompt_ids(tokenizer, text, PromptFormat(Format.PLAIN))  # raises unless there is one BOS
-    golden = GOLDEN_LLAMA3 if tokenizer.bos_id == 128000 else {}
-    for marker, token, of_vocabulary in _GOLDEN:
-        golden = of_vocabulary if tokenizer.markers.get(marker) == token else golden
-    for text, expected in golden.items():
+    for text, expected in golden_ids(tokenizer).items():
         if (ids := tuple(tokenizer.encode(text))) != expected:
             faults.append(f"{text!r} gives the ids {ids}, expected {expected}")
     if faults:
         raise ValueError(f"the tokenizer of {tokenizer.name} does not fit:\n" + "\n".join(faults))
+
+
+def golden_ids(tokenizer: Tokenizer) -> dict[str, tuple[int, ...]]:
+    """Texts and the ids that a tokenizer of this vocabulary gives them, Llama-3's or Qwen's; none of any other."""
+    golden = GOLDEN_LLAMA3 if tokenizer.bos_id == 128000 else {}
+    for marker, token, of_vocabulary in _GOLDEN:
+        golden = of_vocabulary if tokenizer.markers.get(marker) == token else golden
+    return golden
 
 
 def _r1_ids(tokenizer: Tokenizer, problem: str, prompt: PromptFormat) -> list[int]:

@@ -98,6 +98,10 @@ class Context:
             self._models[key] = checkpoint.load(spec.path, revision=revision, dtype=spec.dtype, mesh=self.mesh)
         return self._models[key]
 
+    def release(self) -> None:
+        """Lets go of the model that is held, where the memory is needed for something else."""
+        self._models.clear()
+
     def roles_by_need(self) -> list[str]:
         """Roles, the one whose model is held first, so that it is not loaded again."""
         held = {path for path, _, _ in self._models}

@@ -45,16 +45,16 @@ def prompt_tokens(e: Experiment, problem: str) -> int:
 
 def asked_problems(e: Experiment) -> int:
     """Problems that replies are steered on, at most."""
-    available = len(_problem_texts(e))
+    available = len(problem_texts(e))
     return min(available, e.steering.limit or available)
 
 
 def longest_prompt(e: Experiment) -> int:
     """Tokens of the longest prompt that replies may be steered on."""
-    return max(prompt_tokens(e, text) for text in _problem_texts(e).values())
+    return max(prompt_tokens(e, text) for text in problem_texts(e).values())
 
 
-def _problem_texts(e: Experiment) -> Mapping[str, str]:
+def problem_texts(e: Experiment) -> Mapping[str, str]:
     """Problem id -> its text, for every problem that has or will have a trace."""
     if e.traces.path:
         return {trace.problem_id: trace.problem for trace in imported_traces(e)}
