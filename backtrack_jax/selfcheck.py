@@ -12,10 +12,10 @@ Bounds. A difference is the norm of what two ways of computing differ by over th
 rows and tokens: of the states after each block, of which the block that differs most counts, and of the logits less
 their mean, which no probability depends on. With float32 weights it is at most `FLOAT32`, the tolerance of the tests
 for a whole model. With 16-bit weights every factor of every product is rounded by half a step of the dtype at most, in
-random directions, so that states differ from exact ones by half a step to a whole one (measured: 0.4 to 0.8 % in
-bfloat16, where a step is 0.8 %); the bound is `STEPS_OF_DTYPE` of them. What these checks are for, a wrong position,
-mask, layer or tensor, changes states by a good part of their norm; a wrong constant, such as the epsilon of a norm,
-shows in float32 alone, `--config.base.dtype=float32`.
+random directions, so that states differ from exact ones, or from others rounded elsewhere, by about a step: 0.4 to 1 %
+as measured in bfloat16, where a step is 0.8 %. The bound is `STEPS_OF_DTYPE` of them. What these checks are for, a
+wrong position, mask, layer or tensor, changes states by a good part of their norm; a wrong constant, such as the
+epsilon of a norm, shows in float32 alone, `--config.base.dtype=float32`.
 """
 
 import dataclasses
