@@ -294,7 +294,9 @@ WITH_BOS = ("llama", "mistral")
 
 @pytest.mark.hf
 @pytest.mark.usefixtures("no_sampling")
-@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize(
+    "family", [name if name == "olmo3" else pytest.param(name, marks=pytest.mark.slow) for name in families.FAMILIES]
+)
 def test_every_family(family: str, tmp_path: Path) -> None:
     """Tied or not, with rows of the embedding beyond the tokenizer's, windows, and with or without BOS."""
     need_torch()
@@ -315,6 +317,7 @@ def test_every_family(family: str, tmp_path: Path) -> None:
     assert statuses == {name: "skipped" if name in skipped else "pass" for name in statuses}
 
 
+@pytest.mark.slow
 def test_the_command_on_two_devices(folder: Path) -> None:
     """Rows are divided between two copies of a model that is sound; the other one lacks its weights: exit code 1."""
     (folder / "base" / "model.safetensors").unlink()
