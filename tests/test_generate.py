@@ -758,6 +758,7 @@ def test_generate_rows_keeps_shapes_few_and_rows_in_their_place(monkeypatch: pyt
         stop_ids: np.ndarray,
         *,
         max_new_tokens: int,
+        vocab_size: int | None,
     ) -> Generated:
         shapes.append(ids.shape)
         assert positions.shape == ids.shape

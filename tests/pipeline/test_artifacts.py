@@ -247,7 +247,7 @@ def test_generations_are_conditions_times_problems_times_samples(tiny_run: Path)
     e = tiny.get_config()
     rows = lines_of(tiny_run / "results" / "tiny" / "4-steering" / "generations.jsonl")
     names = ["problem_id", "category", "problem", "sample", "model", "target", "kind", "source", "layer", "window"]
-    names += ["magnitude", "length", "unit", "span", "vector_hash", "seed", "ids", "text", "finish_reason"]
+    names += ["magnitude", "length", "unit", "span", "vector_hash", "seed", "ids", "text", "finish_reason", "dtype"]
     assert all(list(row) == names for row in rows)
     cells = Counter(
         records.Condition(**{f.name: row[f.name] for f in dataclasses.fields(records.Condition)}) for row in rows
