@@ -4,6 +4,7 @@ Nothing here imports JAX, so that a wrong config is refused at once.
 """
 
 import dataclasses
+import json
 import math
 import re
 import sys
@@ -17,6 +18,7 @@ from backtrack_jax.config import (
     ROLES,
     UNITS,
     Experiment,
+    PromptSpec,
     SteeringSpec,
     TraceSpec,
 )
@@ -98,6 +100,8 @@ def _type_faults(spec: Any, prefix: str = "") -> list[str]:
         elif name == "steering.layer":  # one block or several
             if type(value) is not int and not isinstance(value, tuple):
                 faults.append(_fault(name, value, "a tuple of integers, such as (10,)"))
+        elif name.endswith(".marker_replacement") and isinstance(value, int):
+            faults.append(_fault(name, value, "text: an id is of one vocabulary; 27370 of Llama-3 is ' ####'"))
         elif (kind := type(field.default)) in accepted and (
             not isinstance(value, accepted[kind]) or (isinstance(value, bool) and kind is not bool)
         ):
@@ -137,13 +141,18 @@ def _model_faults(e: Experiment) -> list[str]:
         model = e.model(role)
         if not model.path:
             faults.append(_fault(f"{role}.path", "", "a folder, hub id, .gguf file or package:module/file"))
-        faults += _not_one_of(f"{role}.dtype", model.dtype, ("bfloat16", "float16", "float32"))
+        faults += _not_one_of(f"{role}.dtype", model.dtype, ("bfloat16", "float16", "float32", "int8"))
         faults += _not_one_of(f"{role}.markers", model.markers, ("keep", "replace", "drop"))
-        if (model.marker_replacement >= 0) != (model.markers == "replace"):
-            accepted = "a token id for markers='replace', -1 otherwise"
+        if bool(model.marker_replacement) != (model.markers == "replace"):
+            accepted = "the text of a token, such as ' ####', for markers='replace', '' otherwise"
             faults.append(_fault(f"{role}.marker_replacement", model.marker_replacement, accepted))
-        if model.markers != "keep" and e.prompt.format != "r1":
-            faults.append(_fault(f"{role}.markers", model.markers, "'keep': only prompt.format='r1' has R1's markers"))
+        if model.markers != "keep" and e.prompt.format == "plain":
+            faults.append(_fault(f"{role}.markers", model.markers, "'keep': prompt.format='plain' has no markers"))
+    there = [role for role in ROLES if role in e.roles]
+    in_8_bits = [role for role in there if e.model(role).dtype == "int8"]
+    if 0 < len(in_8_bits) < len(there):
+        accepted = "both models in 8 bits or neither, since their tables stand side by side"
+        faults.append(_fault(f"{in_8_bits[0]}.dtype", "int8", accepted))
     return faults
 
 
@@ -152,7 +161,26 @@ def _source_faults(e: Experiment) -> list[str]:
     faults += _not_one_of("prompt.think", e.prompt.think, ("primed", "generated", "none"))
     if e.prompt.format == "plain" and e.prompt.system:
         faults.append(_fault("prompt.system", e.prompt.system, "'': prompt.format='plain' has no system text"))
+    faults += _template_faults(e.prompt)
+    if not all(isinstance(mark, str) and mark.strip() for mark in e.traces.end_marks):
+        faults.append(_fault("traces.end_marks", e.traces.end_marks, "texts, such as ('</reasoning>',)"))
     return [*faults, *_judge_faults(e), *_sampling_faults("traces", e.traces)]
+
+
+def _template_faults(prompt: PromptSpec) -> list[str]:
+    given = prompt.template_arguments
+    if not given:
+        return []
+    try:
+        valid = isinstance(json.loads(given), dict)
+    except ValueError:
+        valid = False
+    if not valid:
+        accepted = """a JSON object, such as '{"enable_thinking": false}', or nothing"""
+        return [_fault("prompt.template_arguments", given, accepted)]
+    if prompt.format != "chat":
+        return [_fault("prompt.template_arguments", given, "'': only prompt.format='chat' has a template")]
+    return []
 
 
 def _judge_faults(e: Experiment) -> list[str]:

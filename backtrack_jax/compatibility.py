@@ -6,7 +6,7 @@ from backtrack_jax.config import Experiment
 from backtrack_jax.files.paths import local_path
 from backtrack_jax.inputs import architecture, data_path, vector_files
 from backtrack_jax.kinds import parse
-from backtrack_jax.models import checkpoint
+from backtrack_jax.models import checkpoint, prompts
 from backtrack_jax.models.config import ModelConfig
 from backtrack_jax.models.sharding import check_parts
 from backtrack_jax.models.tokenizer import Tokenizer
@@ -29,12 +29,6 @@ def check_architectures(e: Experiment, known: Mapping[str, ModelConfig]) -> None
                     f"{field}={beyond[0]} is not a block of the {role} model, {e.model(role).path}: "
                     f"it has blocks 0..{config.n_layers - 1}"
                 )
-        replacement = e.model(role).marker_replacement
-        if replacement >= config.vocab_size:
-            raise ValueError(
-                f"{role}.marker_replacement={replacement} is not a token of {e.model(role).path}: "
-                f"its vocabulary has {config.vocab_size}"
-            )
         _check_vector_files(e, role, config)
         try:
             check_parts(config, e.model_parallel)
@@ -99,6 +93,37 @@ def check_fetched(e: Experiment, roles: Sequence[str]) -> None:
     for path in paths.values():
         checkpoint.check(path)
     check_architectures(e, {role: checkpoint.read_config(path) for role, path in paths.items()})
+
+
+def check_markers(e: Experiment, role: str, config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Refuses a replacement for markers that is not one token which the model of a role knows.
+
+    Args:
+      e: the experiment.
+      role: of the model.
+      config: its architecture.
+      tokenizer: the tokenizer of the experiment.
+
+    Returns:
+      Ids that this model never reads.
+
+    Raises:
+      ValueError: names the field, the text, and the tokens that it is.
+    """
+    spec = e.model(role)
+    if spec.markers == "keep":
+        return ()
+    if spec.marker_replacement:
+        try:
+            replacement = prompts.replacement_id(tokenizer, spec.marker_replacement)
+        except ValueError as error:
+            raise ValueError(f"{role}.{error}") from error
+        if replacement >= config.vocab_size:
+            raise ValueError(
+                f"{role}.marker_replacement={spec.marker_replacement!r} is the token {replacement}, which is not one "
+                f"of {spec.path}: it embeds {config.vocab_size}"
+            )
+    return prompts.marker_ids(tokenizer)
 
 
 def check_vocabulary(role: str, config: ModelConfig, tokenizer: Tokenizer, not_read: Collection[int]) -> None:

@@ -25,15 +25,16 @@ class ModelSpec:
         `package:module/file.gguf` for a file inside an installed Python package.
       revision: of a hub id; empty for the newest.
       dtype: `bfloat16`, `float16` or `float32`: of weights and matrix-product inputs. Sums are float32 whatever it is.
-      markers: what this model reads in place of R1's turn and think tokens: `keep`, `replace`, `drop`.
-      marker_replacement: the token id for `replace`; -1 otherwise.
+        `int8`: the blocks' matrices in 8 bits, all else in 16 (`models.quantized`); then of both models.
+      markers: what this model reads in place of turn and think tokens (`models.markers`): `keep`, `replace`, `drop`.
+      marker_replacement: the text for `replace`, one token of the experiment's tokenizer, such as ` ####`; else empty.
     """
 
     path: str = ""
     revision: str = ""
     dtype: str = "bfloat16"
     markers: str = "keep"
-    marker_replacement: int = -1
+    marker_replacement: str = ""
 
 
 @dataclasses.dataclass
@@ -44,11 +45,14 @@ class PromptSpec:
       format: `r1`, `chat` or `plain`.
       think: what follows R1's `<｜Assistant｜>`: `primed`, `generated` or `none`.
       system: system text for `r1` and `chat`; empty for none (`chat`: for the template's own).
+      template_arguments: for `chat`, JSON object of what the model's template asks for besides the messages, e.g.
+        `{"enable_thinking": false}`; empty for none.
     """
 
     format: str = "r1"
     think: str = "primed"
     system: str = ""
+    template_arguments: str = ""
 
 
 @dataclasses.dataclass
@@ -61,6 +65,8 @@ class TraceSpec:
       stand_in: annotated chains that a run takes in place of sampled traces if it reads vectors (stages 3-6): for
         a model that does not reason, and so has nothing to read in its own traces. Empty: vectors are read off the
         sampled traces. Stages 1 and 2 alone always sample.
+      end_marks: texts that end the reasoning in these traces and in replies, beside those of `models.markers`, such as
+        `</reasoning>`.
       limit: take only this many traces (problems, when sampling), spread evenly over the file; 0 takes all.
       problems: for sampling, `.json` or `.jsonl` of problems; empty for the 300 that ship with the program.
       samples: replies per problem.
@@ -72,6 +78,7 @@ class TraceSpec:
 
     path: str = ""
     stand_in: str = ""
+    end_marks: tuple[str, ...] = ()
     limit: int = 0
     problems: str = ""
     samples: int = 1

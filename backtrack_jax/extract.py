@@ -45,7 +45,7 @@ class TokenTrace:
 
     Attributes:
       id: the trace's id.
-      ids: token ids of prompt and reply, one BOS first.
+      ids: token ids of prompt and reply; BOS first if the model has one.
       reply_start: index of the reply's first token.
       starts: (label, index of the section's first token) of every section.
     """
@@ -65,8 +65,8 @@ class WindowPlan:
       groups: name -> labels whose windows are pooled. A label by itself is a group of one.
       windows: inclusive offset pairs; the first one is the experiment's window, at which each section's mean is kept.
       layers: layers (0-based block outputs) at which the means of single sections are kept.
-      into_prompt: whether windows may reach back before the reply, as in the paper's code. They never read BOS, whose
-        activation is an outlier that would dominate a mean.
+      into_prompt: whether windows may reach back before the reply, as in the paper's code. They never read position
+        0, BOS or whatever a model without BOS has there, whose activation is an outlier that would dominate a mean.
       beside: group -> another group; windows of the former count only in traces in which the latter's are read.
     """
 
@@ -287,7 +287,7 @@ def section_slots(n_sections: int) -> int:
 def read_positions(trace: TokenTrace, start: int, window: Window, into_prompt: bool) -> range | None:
     """Positions that the window of a section reads; None if it is dropped, since it leaves the reply (or the text)."""
     positions = range(start + window[0], start + window[1] + 1)
-    earliest = 1 if into_prompt else trace.reply_start
+    earliest = 1 if into_prompt else max(1, trace.reply_start)
     return positions if positions.start >= earliest and positions.stop <= len(trace.ids) else None
 
 
@@ -373,7 +373,7 @@ def _start_batch(
     ids, positions = right_pad([row.ids for row in rows] + [[0]] * (batch_size - len(rows)), padded)
     reply = np.zeros(ids.shape, np.float32)
     for i, row in enumerate(rows):
-        reply[i, row.reply_start : len(row.ids)] = 1
+        reply[i, max(1, row.reply_start) : len(row.ids)] = 1
     arrays = place_rows(model, (ids, positions, reads, scale, sections, reply))
     return _Batch(
         rows=rows,

@@ -75,6 +75,7 @@ def generate(
     stop_ids: jax.Array | Sequence[int] = (),
     *,
     max_new_tokens: int,
+    vocab_size: int | None = None,
 ) -> Generated:
     """Samples up to `max_new_tokens` tokens for B prompts.
 
@@ -90,16 +91,20 @@ def generate(
       sampling: temperature, top-p and top-k.
       stop_ids: [n] int32; a row ends with the first of them. The loop ends when all rows have.
       max_new_tokens: G, static.
+      vocab_size: number of ids that the tokenizer has, static; None for as many as the model embeds. Rows of an
+        embedding beyond it are padding, and are never sampled.
 
     Returns:
       The replies.
 
     Raises:
-      ValueError: if `max_new_tokens` is below 1, the sampling is invalid, or keys or intervention have other shapes
-        than these rows and this model.
+      ValueError: if `max_new_tokens` or `vocab_size` is below 1, the sampling is invalid, or keys or intervention have
+        other shapes than these rows and this model.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}, expected at least 1")
+    if vocab_size is not None and vocab_size < 1:
+        raise ValueError(f"vocab_size={vocab_size}, expected at least 1, or None")
     sampling.check()
     if jnp.shape(keys) != (len(ids),):
         raise ValueError(f"keys have shape {jnp.shape(keys)}, expected one for each of {len(ids)} rows (`row_key`)")
@@ -112,6 +117,8 @@ def generate(
     def record(state: DecodeState, resid: jax.Array) -> DecodeState:
         """Samples from the last position's residual stream [B, 1, D] and writes the tokens at `state.step`."""
         logits = model.logits(resid[:, 0])
+        if vocab_size is not None and vocab_size < logits.shape[-1]:
+            logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
         tokens = sample(logits, sampling, keys, state.step)
         written = lax.dynamic_update_slice_in_dim(state.ids, tokens[:, None], state.step, axis=1)
         return dataclasses.replace(
@@ -144,7 +151,7 @@ def generate(
     return Generated(last.ids, last.lengths, last.stopped, last.finite)
 
 
-compiled_generate = jax.jit(generate, static_argnames="max_new_tokens")
+compiled_generate = jax.jit(generate, static_argnames=("max_new_tokens", "vocab_size"))
 
 
 def row_key(seed: int, problem_id: str, sample_id: int) -> jax.Array:
@@ -191,6 +198,7 @@ def generate_rows(
     stop_ids: Sequence[int],
     max_new_tokens: int,
     batch_size: int,
+    vocab_size: int | None = None,
     done: Container[int] = (),
 ) -> Iterator[list[tuple[int, Completion]]]:
     """Samples all rows and yields, batch by batch, (row number, reply) pairs.
@@ -199,6 +207,8 @@ def generate_rows(
     the kinds of terms that any row has, so that few programs are compiled. Batches of which all rows are in `done` are
     left out; the others are composed as if nothing were done, so that an interrupted run repeats the very computation
     of an uninterrupted one.
+
+    `vocab_size` is as in `generate`: the number of ids that the tokenizer has.
 
     Raises:
       ValueError: names the row whose prompt is invalid for this model, or the invalid value of the sampling.
@@ -223,6 +233,7 @@ def generate_rows(
             sampling,
             np.array(stop_ids, np.int32),
             max_new_tokens=max_new_tokens,
+            vocab_size=vocab_size,
         )
         ids, lengths, stopped, finite = jax.device_get((out.ids, out.lengths, out.stopped, out.finite))
         for i, row in enumerate(members):
@@ -278,6 +289,7 @@ def generate_text(
             rows,
             sampling=sampling,
             stop_ids=tokenizer.stop_ids,
+            vocab_size=tokenizer.vocab_size,
             max_new_tokens=max_new_tokens,
             batch_size=min(batch_size, 1 << max(len(rows) - 1, 0).bit_length()),  # few sizes, so few programs
         )

@@ -53,9 +53,13 @@ def model_inputs(e: Experiment, role: str) -> dict[str, Any]:
     """What results depend on of the model of a role: its spec, and its weights by content."""
     fields = dataclasses.asdict(e.model(role))
     del fields["path"]
+    fields["marker_replacement"] = fields["marker_replacement"] or -1  # as it was while it was an id
     return fields | {"weights": weights_id(e.model(role).path)}
 
 
 def prompt_inputs(e: Experiment) -> dict[str, Any]:
     """What results depend on of the prompts: the format, and the tokenizer by content."""
-    return dataclasses.asdict(e.prompt) | {"tokenizer": weights_id(e.tokenizer_path)}
+    fields = dataclasses.asdict(e.prompt)
+    if not fields["template_arguments"]:
+        del fields["template_arguments"]  # which earlier results know nothing of
+    return fields | {"tokenizer": weights_id(e.tokenizer_path)}

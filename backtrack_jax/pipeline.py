@@ -18,7 +18,7 @@ from backtrack_jax.checks import check_windows
 from backtrack_jax.config import ROLES, Experiment
 from backtrack_jax.files import environment, store
 from backtrack_jax.files.console import say
-from backtrack_jax.models import checkpoint, prompts
+from backtrack_jax.models import checkpoint
 from backtrack_jax.report.stage import REPORT
 from backtrack_jax.stages.analysis import ANALYSIS
 from backtrack_jax.stages.annotations import ANNOTATIONS
@@ -245,7 +245,8 @@ class Run:
         _ = context.mesh  # refuses more devices than there are, before anything is fetched
         compatibility.check_fetched(e, roles)
         for role in roles:
-            not_read = () if e.model(role).markers == "keep" else prompts.r1_markers(context.tokenizer)
-            compatibility.check_vocabulary(role, context.architecture(role), context.tokenizer, not_read)
+            config, tokenizer = context.architecture(role), context.tokenizer
+            not_read = compatibility.check_markers(e, role, config, tokenizer)
+            compatibility.check_vocabulary(role, config, tokenizer, not_read)
         for stage in to_do:
             stage.check(context)

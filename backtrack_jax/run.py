@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
         if WORKDIR.value:
             experiment.workdir = WORKDIR.value
         check(experiment)
-        _divide_cpu(experiment.data_parallel * experiment.model_parallel)
+        divide_cpu(experiment.data_parallel * experiment.model_parallel)
         run = pipeline.Run(experiment, pipeline.stage_names(_STAGES.value))
         run.needed()
         if not (_DRY_RUN.value and run.workdir.is_dir()):  # a plan of results on a read-only disk writes nothing
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
             run.run()
 
 
-def _divide_cpu(devices: int) -> None:
+def divide_cpu(devices: int) -> None:
     """Has JAX split the CPU into as many devices as the config asks for; no effect if there is an accelerator."""
     if devices > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # devices are in use already

@@ -70,5 +70,5 @@ def get_config() -> Experiment:
             max_new_tokens=72,
             batch_size=280,
         ),
-        analysis=AnalysisSpec(judge="grammar", keywords=("wait", "hmm"), forced_sentences=6, batch_size=96),
+        analysis=AnalysisSpec(judge="grammar", keywords=("wait", "hmm"), forced_sentences=4, batch_size=96),
     )

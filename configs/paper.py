@@ -37,7 +37,7 @@ def get_config() -> Experiment:
         name="paper",
         roles=("base", "reasoning"),
         # The base model never trained R1's turn and think tokens; as in the authors' later code it reads ` ####` there.
-        base=ModelSpec(path="meta-llama/Llama-3.1-8B", markers="replace", marker_replacement=27370),
+        base=ModelSpec(path="meta-llama/Llama-3.1-8B", markers="replace", marker_replacement=" ####"),
         reasoning=ModelSpec(
             path="deepseek-ai/DeepSeek-R1-Distill-Llama-8B", revision="6a6f4aa4197940add57724a7707d069478df56b1"
         ),

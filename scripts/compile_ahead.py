@@ -3,6 +3,7 @@
     pip install -e '.[tpu]'      libtpu's compiler runs on any Linux machine with an x86-64 processor
     python scripts/compile_ahead.py --preset=llama-3.1-8b --topology=v5p:2x2x1 --chips=1
     python scripts/compile_ahead.py --preset=llama-3.1-8b --topology=v5e:2x2 --chips=4 --model_parallel=4
+    python scripts/compile_ahead.py --preset=llama-3.1-8b --topology=v5e:2x2 --dtype=int8 --rows=32 --new_tokens=512
     python scripts/compile_ahead.py --config_json=FOLDER/config.json --rows=64 --prompt_tokens=256 --new_tokens=500
     pip install -e '.[cuda13]'   and so does XLA's for NVIDIA's GPUs; --memory_gb is what JAX may take of one
     python scripts/compile_ahead.py --preset=llama-3.1-8b --topology=h100 --memory_gb=60
@@ -34,7 +35,7 @@ from make_random_checkpoint import PRESETS
 from backtrack_jax import extract, generate
 from backtrack_jax.files.console import ends_in_one_line
 from backtrack_jax.intervention import no_intervention, stack_rows
-from backtrack_jax.models import families, ops
+from backtrack_jax.models import families, ops, quantized
 from backtrack_jax.models.config import ModelConfig
 from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.models.sharding import DATA, batch_sharding, make_mesh, shardings
@@ -44,6 +45,7 @@ flags.DEFINE_string("topology", "v5p:2x2x1", "Kind and shape of the TPU slice, a
 flags.DEFINE_integer("chips", 1, "Devices that are used.", lower_bound=1)
 flags.DEFINE_integer("model_parallel", 1, "Devices that one copy of the weights is spread over.", lower_bound=1)
 flags.DEFINE_float("memory_gb", 60, "Of a GPU, what JAX may take: three quarters, unless it is told otherwise.")
+flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float16", "int8"], "Of the weights, see ModelSpec.dtype.")
 flags.DEFINE_integer("rows", 128, "Rows of a sampled batch.", lower_bound=1)
 flags.DEFINE_integer("prompt_tokens", 128, "Tokens of a padded prompt.", lower_bound=1)
 flags.DEFINE_integer("new_tokens", 128, "Tokens sampled.", lower_bound=1)
@@ -92,11 +94,10 @@ def devices() -> list[Any]:
 
 
 def placed_model(config: ModelConfig, mesh: Mesh) -> Decoder:
-    """The model in bfloat16 without its weights, each of them placed."""
-    model = nnx.eval_shape(lambda: Decoder(config, jnp.dtype(jnp.bfloat16), rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(model)
+    """The model without its weights, each of them placed."""
+    graphdef, state = nnx.split(quantized.abstract(config, jnp.dtype(FLAGS.dtype)))
     place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
-    nnx.replace_by_pure_dict(state, jax.tree.map(place, nnx.to_pure_dict(state), shardings(config, mesh)))
+    nnx.replace_by_pure_dict(state, jax.tree.map(place, nnx.to_pure_dict(state), shardings(config, mesh, FLAGS.dtype)))
     return nnx.merge(graphdef, state)
 
 

@@ -51,7 +51,9 @@ def tokens_of(tokenizer: Tokenizer, trace: Trace, prompt: prompts.PromptFormat, 
     """
     known = trace.token_ids if _spell(tokenizer, trace) else None
     try:
-        read = prompts.encode_trace(tokenizer, trace.problem, trace.text, prompt, token_ids=known, answer=True)
+        read = prompts.encode_trace(
+            tokenizer, trace.problem, trace.text, prompt, token_ids=known, answer=True, end_marks=trace.end_marks
+        )
     except ValueError as error:
         raise ValueError(f"trace {trace.id!r}: {error}") from error
     ids = list(read.ids)

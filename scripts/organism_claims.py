@@ -17,15 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from backtrack_jax import pipeline
 from backtrack_jax.analysis.claims import number
+from backtrack_jax.analysis.dose import LEVEL
 from backtrack_jax.checks import check
-from backtrack_jax.config import Experiment
+from backtrack_jax.config import Experiment, PromptSpec
 from backtrack_jax.files import store
 from backtrack_jax.files.console import ends_in_one_line
 from backtrack_jax.models import checkpoint
+from backtrack_jax.models.tokenizer import Tokenizer
 from backtrack_jax.organism import measure
+from backtrack_jax.organism.vocabulary import dialect_of
 from backtrack_jax.report.stage import REPORT
 from backtrack_jax.stages.annotations import read_pairs
 from backtrack_jax.stages.vectors import VECTORS
@@ -43,9 +47,13 @@ def experiment(name: str, folder: Path, out: Path) -> Experiment:
     e: Experiment = module.get_config()
     e.name, e.workdir = name, str(out)
     e.base.path, e.reasoning.path = (str(folder / role) for role in ROLES)
+    prompt = dialect_of(Tokenizer.load(folder / "reasoning")).prompt
+    e.prompt = PromptSpec(format=prompt.format, think=prompt.think)
+    e.steering.layers = tuple(range(checkpoint.read_config(folder / "base").n_layers))
     e.steering.grid_limit = e.steering.limit
     e.vectors.layers = e.steering.layers  # the lens is judged over all of them
     e.steering.baseline_magnitudes = (0.15, 0.3)
+    e.analysis.forced_sentences = 6
     return e
 
 
@@ -74,12 +82,16 @@ def measure_pair(e: Experiment) -> tuple[list[dict[str, Any]], list[dict[str, An
 
 
 def overview(claims: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """One Markdown table: claims down, pairs across."""
+    """One Markdown table: claims down, pairs across; behind several, their mean, whose interval is over trainings."""
     titles = {claim["name"]: claim["title"] for found in claims.values() for claim in found}
     of = {(pair, claim["name"]): claim for pair, found in claims.items() for claim in found}
-    lines = [f"| claim | {' | '.join(claims)} |", "|---" * (1 + len(claims)) + "|"]
+    several = len(claims) > 1
+    heads = [*claims, *(["mean over trainings"] if several else [])]
+    lines = [f"| claim | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
     for name, title in titles.items():
         cells = [_cell(of[pair, name]) if (pair, name) in of else "-" for pair in claims]
+        if several:
+            cells.append(_over_trainings([of[pair, name] for pair in claims if (pair, name) in of]))
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -89,6 +101,26 @@ def _cell(claim: Mapping[str, Any]) -> str:
         number(float("nan" if v is None else v)) for v in (claim[x] for x in ("estimate", "low", "high"))
     )
     return f"**{claim['verdict']}**: {value} ({low} to {high}) {claim['unit']}"
+
+
+def _over_trainings(found: Sequence[Mapping[str, Any]]) -> str:
+    """Mean and interval of a claim's estimates, see `over_trainings`; "-" of fewer than two."""
+    estimates = [claim["estimate"] for claim in found if claim["estimate"] is not None]
+    if len(estimates) < 2:
+        return "-"
+    mean, low, high = over_trainings(estimates, ratio=found[0]["unit"].startswith("times"))
+    return f"{number(mean)} ({number(low)} to {number(high)})"
+
+
+def over_trainings(estimates: Sequence[float], *, ratio: bool) -> tuple[float, float, float]:
+    """Mean and t-interval over pairs, each of which is one draw of a training; of logarithms for ratios.
+
+    Problems are the first factor, and have the intervals of single pairs; trainings are the second.
+    """
+    values = np.log(estimates) if ratio else np.asarray(estimates, float)
+    interval = stats.t.interval(LEVEL, len(values) - 1, values.mean(), stats.sem(values))
+    ends = np.array([values.mean(), *interval])
+    return tuple((np.exp(ends) if ratio else ends).tolist())
 
 
 def markdown(lines: Sequence[Mapping[str, Any]]) -> str:

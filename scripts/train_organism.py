@@ -2,6 +2,7 @@
 
     python scripts/train_organism.py --out=results/pair              # as shipped; at most 8 minutes on 2 quiet cores
     python scripts/train_organism.py --out=results/pair2 --seed=2    # another pair of the same recipe
+    python scripts/train_organism.py --out=results/pair3 --family=qwen3   # of another family, with another tokenizer
 
 Checkpoints are kept under OUT/checkpoints; the same command resumes where a killed one left off, with the same weights
 bit for bit. The models are written to OUT/base and OUT/reasoning as Hugging Face folders, after which both are tried
@@ -30,7 +31,7 @@ from backtrack_jax.models.config import ModelConfig
 from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.models.tokenizer import Tokenizer
 from backtrack_jax.organism import corpus, grammar, vocabulary
-from backtrack_jax.organism.measure import LONGEST, PROMPT, Cell, Pair, cell
+from backtrack_jax.organism.measure import LONGEST, Cell, Pair, cell
 from backtrack_jax.training import fit as train
 from backtrack_jax.training.packing import Batch, Tokens, pack
 
@@ -62,10 +63,10 @@ class Recipe:
     save_every: int = 50
 
 
-def architecture(vocab_size: int) -> ModelConfig:
-    """Llama of 1.6M parameters."""
-    return ModelConfig(
-        vocab_size=vocab_size,
+ARCHITECTURES = {
+    "llama": ModelConfig(
+        family="llama",
+        vocab_size=0,  # the tokenizer's
         d_model=128,
         d_mlp=352,
         n_layers=8,
@@ -76,7 +77,32 @@ def architecture(vocab_size: int) -> ModelConfig:
         rope_theta=10000.0,
         rope_scaling=None,
         tied=False,
-    )
+    ),
+    "qwen3": ModelConfig(
+        family="qwen3",
+        vocab_size=0,
+        d_model=112,
+        d_mlp=320,
+        n_layers=10,
+        n_heads=4,
+        n_kv_heads=1,
+        head_dim=32,  # not d_model / n_heads, as in Qwen3-4B
+        norm_eps=1e-6,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        tied=True,
+        qk_norm="head",
+    ),
+}
+"""1.6M and 1.5M parameters."""
+PADDED_TO = {"llama": 1, "qwen3": 64}
+"""Rows of the embedding are a multiple of this; the last ones stand for no token, as in most released models."""
+
+
+def architecture(family: str, vocab_size: int) -> ModelConfig:
+    """The model of a family for a vocabulary."""
+    rows = -(-vocab_size // PADDED_TO[family]) * PADDED_TO[family]
+    return dataclasses.replace(ARCHITECTURES[family], vocab_size=rows)
 
 
 def packed_corpus(tokenizer: Tokenizer, process: grammar.Process, stories: float, rows: int, seed: int) -> Batch:
@@ -89,10 +115,10 @@ def packed_corpus(tokenizer: Tokenizer, process: grammar.Process, stories: float
 
 def tokens_of(tokenizer: Tokenizer, document: corpus.Document) -> Tokens:
     """A document as both models read and write it."""
-    assert tokenizer.bos_id is not None
     if document.problem is None:
-        return Tokens([tokenizer.bos_id, *tokenizer.encode(document.answer), *tokenizer.stop_ids])
-    prompt = prompts.prompt_ids(tokenizer, document.problem.problem, PROMPT)
+        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        return Tokens([*bos, *tokenizer.encode(document.answer), *tokenizer.stop_ids])
+    prompt = prompts.prompt_ids(tokenizer, document.problem.problem, vocabulary.dialect_of(tokenizer).prompt)
     return Tokens([*prompt, *tokenizer.encode(document.reply), *tokenizer.stop_ids], len(prompt))
 
 
@@ -110,11 +136,12 @@ def train_model(
     return build(state.params)
 
 
-def train_pair(recipe: Recipe, out: Path, seed: int) -> None:
+def train_pair(recipe: Recipe, out: Path, family: str, seed: int) -> None:
     """Trains and writes tokenizer, base and reasoning model, going on where a killed run was."""
-    vocabulary.write(out)
+    dialect = vocabulary.DIALECTS[family]
+    vocabulary.write(out, dialect)
     tokenizer = Tokenizer.load(out)
-    model = Decoder(architecture(tokenizer.vocab_size), rngs=nnx.Rngs(seed))
+    model = Decoder(architecture(family, tokenizer.vocab_size), rngs=nnx.Rngs(seed))
     r = recipe
     for role, process, stories, steps, rates in (
         ("base", grammar.BASE, corpus.STORY_SHARE, r.base_steps, (r.base_rate, r.base_adam_rate)),
@@ -127,7 +154,7 @@ def train_pair(recipe: Recipe, out: Path, seed: int) -> None:
         model = train_model(model, rows, rates, steps, r, seed=seed, folder=folder, title=f"{role} model")
         if not (out / role).exists():
             checkpoint.save_hf(jax.tree.map(lambda weight: weight.astype(jnp.bfloat16), model), out / role)
-        vocabulary.write(out / role)
+        vocabulary.write(out / role, dialect)
 
 
 def try_out(pair: Pair, role: str, seed: int) -> Cell:
@@ -138,34 +165,37 @@ def try_out(pair: Pair, role: str, seed: int) -> Cell:
     return cell(replies)
 
 
-def parse(argv: Sequence[str] | None) -> tuple[Path, int, Recipe]:
-    """Folder, seed and recipe of the command line; the recipe's help is its docstring.
+def parse(argv: Sequence[str] | None) -> tuple[Path, str, int, Recipe]:
+    """Folder, family, seed and recipe of the command line; the recipe's help is its docstring.
 
     Raises:
       ValueError: names the numbers that no training can have.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--out", type=Path, required=True, default=argparse.SUPPRESS, help="folder of the pair")
+    parser.add_argument("--family", choices=list(ARCHITECTURES), default="llama", help="of models and tokenizer")
     parser.add_argument("--seed", type=int, default=1, help="of weights and texts")
     meant = dict(re.findall(r"^ +(\w+): (.+)\.$", Recipe.__doc__ or "", re.MULTILINE))
     for field in dataclasses.fields(Recipe):
         kind = type(field.default)
         parser.add_argument(f"--{field.name}", type=kind, default=field.default, help=meant.get(field.name))
     arguments = vars(parser.parse_args(argv))
-    out = arguments.pop("out")
+    out, family = arguments.pop("out"), arguments.pop("family")
     train.check_numbers(arguments, {"seed": 0})
-    return out, arguments.pop("seed"), Recipe(**arguments)
+    return out, family, arguments.pop("seed"), Recipe(**arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     start = time.monotonic()
     resumed = "the same command resumes at the last checkpoint"
     with ends_in_one_line(remedy="run it again where more is free", resumed=resumed):
-        out, seed, recipe = parse(argv)
+        out, family, seed, recipe = parse(argv)
         out = out.expanduser()
-        train.keep_to(out, dataclasses.asdict(recipe) | {"seed": seed})
+        # Before there were several families, none was written down.
+        other = {} if family == "llama" else {"family": family}
+        train.keep_to(out, dataclasses.asdict(recipe) | {"seed": seed} | other)
         with store.locked(out):
-            train_pair(recipe, out, seed)
+            train_pair(recipe, out, family, seed)
     print(f"trained in {time.monotonic() - start:.0f} s", file=sys.stderr)
     pair, failed = Pair(out), []
     for role, lowest, highest in (("base", 0.0, 0.0005), ("reasoning", 0.002, 0.01)):

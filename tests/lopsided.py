@@ -20,7 +20,7 @@ def get_config() -> Experiment:
     """Other settings than the defaults, wherever they differ in what is measured."""
     e = tiny.get_config()
     e.name, e.seed = "lopsided", 3
-    e.base = dataclasses.replace(e.base, markers="replace", marker_replacement=tiny.word_id(" wait"))
+    e.base = dataclasses.replace(e.base, markers="replace", marker_replacement=" wait")
     e.vectors = dataclasses.replace(
         e.vectors, layers=(0, 2), offsets=(-6, 0), offset_window=(-1, 0), estimator="token_mean", contrast="rest"
     )

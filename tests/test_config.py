@@ -39,7 +39,7 @@ def test_specs_can_be_overridden() -> None:
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.py")), ids=lambda path: path.stem)
 def test_shipped_configs_can_run(path: Path) -> None:
-    namespace: dict = {}
+    namespace: dict = {"__file__": str(path)}
     exec(compile(path.read_text(), path, "exec"), namespace)
     checks.check(namespace["get_config"]())
     docstring = namespace["__doc__"]
@@ -88,7 +88,13 @@ def set_field(e: Experiment, name: str, value: object) -> Experiment:
         ("base.path", ""),
         ("base.dtype", "int8"),
         ("base.markers", "shatter"),
-        ("base.marker_replacement", 7),  # without markers="replace"
+        ("base.marker_replacement", " ####"),  # without markers="replace"
+        ("base.marker_replacement", 27370),  # as it was while it was an id
+        ("prompt.template_arguments", "enable_thinking=false"),
+        ("prompt.template_arguments", "[1]"),
+        ("prompt.template_arguments", '{"enable_thinking": false}'),  # without prompt.format="chat"
+        ("traces.end_marks", (" ",)),
+        ("traces.end_marks", (1,)),
         ("prompt.think", "yes"),
         ("annotations.judge", "human"),
         ("annotations.judge", "import"),  # without a file
@@ -189,10 +195,12 @@ def test_offsets_that_are_no_integers(offsets: tuple[object, ...]) -> None:
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"base.markers": "replace"}, "base.marker_replacement=-1"),
+        ({"base.markers": "replace"}, "base.marker_replacement='', expected the text of a token"),
+        ({"base.marker_replacement": 27370}, "27370 of Llama-3 is ' ####'"),
         ({"prompt.format": "alpaca"}, "prompt.format='alpaca'"),
         ({"data_parallel": 8}, "vectors.batch_size=4, expected a multiple of data_parallel=8"),
-        ({"prompt.format": "chat"}, "base.markers='drop'"),
+        ({"prompt.format": "plain"}, "base.markers='drop'"),
+        ({"prompt.template_arguments": "{"}, "expected a JSON object, such as '{\"enable_thinking\": false}'"),
         ({"prompt.format": "plain", "prompt.system": "Think.", "base.markers": "keep"}, "prompt.system='Think.'"),
         ({"annotations.judge": "keyword", "annotations.variant": "hmm"}, "annotations.variant='hmm'"),
         ({"annotations.judge": "keyword"}, "steering.kinds='deduction'"),  # a label that this judge never gives

@@ -112,6 +112,6 @@ def test_what_users_need_is_explained_somewhere() -> None:
         "'.[smollm2]'", "--config.model_parallel=8", "--config.data_parallel=2", "scripts/compile_ahead.py",
         "JAX_COMPILATION_CACHE_DIR", "--config.traces.problems=FILE", "openai.max_cost=5", "scripts/write_problems.py",
         "scripts/organism_claims.py --pairs", "scripts/train_organism.py --out=", "scripts/finetune.py",
-        "make test PYTEST_ARGS=",
+        "make test PYTEST_ARGS=", "python -m backtrack_jax.selfcheck --config=FILE", "scripts/model_table.py",
     ):  # fmt: skip
         assert command in text, command

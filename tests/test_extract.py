@@ -335,6 +335,19 @@ def test_bos_never_enters_a_sum(into_prompt):
     assert mine.mean_norm.max() < 100
 
 
+@pytest.mark.parametrize("into_prompt", [False, True])
+def test_position_0_never_enters_a_mean_whatever_stands_there(into_prompt):
+    """T18: a model without BOS has another token there, here the first one of a reply without a prompt."""
+    model = changed(MODEL, embed_tokens=lambda x: x.at[UNUSED].multiply(1e6))
+    trace = TokenTrace("t", [UNUSED, *TRACES[0].ids[1:]], 0, [("deduction", start) for start in range(40)])
+    mine = window_sums(model, [trace], dataclasses.replace(PLAN, into_prompt=into_prompt), batch_size=BATCH_SIZE)
+    g, w = list(GROUPS).index("deduction"), WINDOWS.index((-2, -2))
+    assert (mine.counts[1, g, w], mine.dropped[g, w]) == (37, 3)
+    assert np.abs(mine.sums).max() < 1e4
+    assert mine.n_tokens == len(trace.ids) - 1
+    assert mine.mean_norm.max() < 100
+
+
 # Batches
 
 

@@ -576,6 +576,39 @@ def draw_by_hand(logits: np.ndarray, temperature: float, top_p: float, top_k: in
     raise AssertionError("more rounds than numbers")
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_that_pad_an_embedding_are_never_sampled(temperature: float) -> None:
+    """Even where they are the most likely ones; and fewer ids than rows change nothing of what else is drawn."""
+    rows = [Row(prompt, key, row) for prompt, key, row in zip(PROMPTS, KEYS, STEERED, strict=True)]
+
+    def with_head(change: Callable[[jax.Array], jax.Array]) -> Decoder:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: change(x) if "lm_head" in jax.tree_util.keystr(path) else x, MODEL
+        )
+
+    def sampled(model: Decoder, vocab_size: int | None) -> np.ndarray:
+        batches = generate_rows(
+            model,
+            rows,
+            sampling=Sampling(temperature),
+            stop_ids=NEVER,
+            max_new_tokens=G,
+            batch_size=B,
+            vocab_size=vocab_size,
+        )
+        return np.array([reply.ids for _, reply in sorted(pair for batch in batches for pair in batch)])
+
+    padded = with_head(lambda x: x.at[V - 40 :].multiply(1e3))
+    assert sampled(padded, None).max() >= V - 40
+    without = sampled(padded, V - 40)
+    assert without.max() < V - 40
+    broken = with_head(lambda x: x.at[V - 40 :].set(jnp.nan))
+    np.testing.assert_array_equal(sampled(broken, V - 40), without)
+    plain = run(PROMPTS, STEERED, Sampling(temperature)).ids
+    for vocab_size in (None, V, V + 5):  # markers may be beyond an embedding
+        np.testing.assert_array_equal(sampled(MODEL, vocab_size), plain)
+
+
 def test_every_sampled_token_by_hand(recorder: Recorder) -> None:
     """Step 0 to G - 1 draw with `fold_in(row key, step)`; rows at temperature 0 are greedy beside sampled ones."""
     temperature = [0.0, 1.0, 0.7, 0.0, 1.3, 1.0]
@@ -725,6 +758,7 @@ def test_generate_rows_keeps_shapes_few_and_rows_in_their_place(monkeypatch: pyt
         stop_ids: np.ndarray,
         *,
         max_new_tokens: int,
+        vocab_size: int | None,
     ) -> Generated:
         shapes.append(ids.shape)
         assert positions.shape == ids.shape

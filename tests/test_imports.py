@@ -18,7 +18,7 @@ MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path
 MODULES = {name.removesuffix(".__init__"): path for name, path in MODULES.items()}
 
 FLOORS = (  # from the ground up; names of folders, and of files in none
-    ("config", "files", "kinds"),
+    ("config", "files", "kinds", "protocol"),
     ("models",),
     ("data",),
     ("extract", "generate", "intervention", "sampling", "vector_files", "vectors"),
@@ -29,7 +29,7 @@ FLOORS = (  # from the ground up; names of folders, and of files in none
     ("stages",),
     ("report",),
     ("pipeline", "plan"),
-    ("run", "show", "training"),  # of these, training is a wing: only scripts import it
+    ("run", "selfcheck", "show", "training"),  # of these, training is a wing: only scripts import it
 )
 
 

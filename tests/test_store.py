@@ -300,6 +300,14 @@ def test_equal_tensors_are_equal_files_in_every_process(tmp_path: Path) -> None:
         assert file.get_tensor("a").dtype == np.float32
 
 
+def test_a_models_card_is_no_part_of_its_weights(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    before = store.weights_hash(tmp_path)
+    (tmp_path / "README.md").write_text("# A model")
+    assert store.weights_hash(tmp_path) == before
+    (tmp_path / "config.json").write_text("{}")
+
+
 def test_the_order_of_keys_and_hidden_files_change_no_hash(tmp_path: Path) -> None:
     assert store.fingerprint({"a": 1, "b": {"c": 2, "d": 3}}) == store.fingerprint({"b": {"d": 3, "c": 2}, "a": 1})
     (tmp_path / "model.safetensors").write_bytes(b"weights")

@@ -86,6 +86,12 @@ def write_model(folder: Path, *, vocab_size: int, seed: int, d_model: int = 16, 
         rope_scaling=None,
         tied=False,
     )
+    write_weights(folder, config, seed)
+
+
+def write_weights(folder: Path, config: ModelConfig, seed: int) -> None:
+    """The random model of an architecture; with tied embeddings it may say anything."""
+    vocab_size, d_model = config.vocab_size, config.d_model
     rng = np.random.default_rng(seed)
     weights = {}
     for name, shape in checkpoint.expected_tensors(config).items():
@@ -94,10 +100,11 @@ def write_model(folder: Path, *, vocab_size: int, seed: int, d_model: int = 16, 
     weights["model.embed_tokens.weight"] *= d_model**0.5
     weights["model.embed_tokens.weight"][:, 0] = 4
     said = [word_id(word) for word in WORDS] + [VOCAB_SIZE - len(MARKERS) + MARKERS.index(EOS)]
-    head = np.zeros((vocab_size, d_model), np.float32)
-    head[:, 0] = -2
-    head[said] = 2 * weights["lm_head.weight"][said]
-    weights["lm_head.weight"] = head
+    if not config.tied:
+        head = np.zeros((vocab_size, d_model), np.float32)
+        head[:, 0] = -2
+        head[said] = 2 * weights["lm_head.weight"][said]
+        weights["lm_head.weight"] = head
     lazy = {name: LazyTensor(w.shape, w.dtype, lambda w=w: w, name) for name, w in weights.items()}
     checkpoint.write_hf(config, lazy, folder)
 

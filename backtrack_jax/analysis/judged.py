@@ -24,7 +24,9 @@ class Judged(Analysis):
     def finish(self, material: Material, folder: Path) -> dict[str, Table]:
         """Asks."""
         assert material.judge is not None
-        write_jsonl(folder / FILE, material.judge([reply.trace(n) for n, reply in enumerate(material.replies)]))
+        marks = material.experiment.traces.end_marks
+        traces = [reply.trace(n, marks) for n, reply in enumerate(material.replies)]
+        write_jsonl(folder / FILE, material.judge(traces))
         return {}
 
 

@@ -11,7 +11,6 @@ traces and what the base model wrote, so that neither model is measured on the o
 
 import dataclasses
 import math
-import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from backtrack_jax.analysis.statistics import Region
 from backtrack_jax.config import Experiment
 from backtrack_jax.data.problems import spread
 from backtrack_jax.data.records import UNSTEERED, Annotation, Condition, Section, Trace
-from backtrack_jax.data.text import KEYWORDS, sentence_spans
+from backtrack_jax.data.text import KEYWORDS, opening_end, sentence_spans
 from backtrack_jax.files.tables import Table
 from backtrack_jax.intervention import Intervention, stack_rows, with_same_terms
 from backtrack_jax.models.batching import batches, bucket, check_ids, right_pad
@@ -267,7 +266,7 @@ def forced_rows(material: Material, role: str) -> tuple[Table, list[Forced]]:
             add(trace, source, spans, under)
             plain = dict.fromkeys((c for c in under if c.kind == UNSTEERED), EXAMPLES)
             if plain and (shown := _examples(material.experiment, pairs, trace.problem_id)):
-                begin = re.match(r"\s*(<think>)?\s*", trace.text).end()  # pyright: ignore[reportOptionalMemberAccess]
+                begin = opening_end(trace.text)
                 longer = f"{trace.text[:begin]}{shown} {trace.text[begin:]}"
                 moved = [(start + len(shown) + 1, stop + len(shown) + 1) for start, stop in spans]
                 add(dataclasses.replace(trace, text=longer, token_ids=None), source, moved, plain)
@@ -282,7 +281,7 @@ def texts_of(material: Material) -> dict[str, list[Trace]]:
     limit = material.experiment.analysis.forced_texts
     traces = {trace.problem_id: trace for trace in reversed(material.traces)}
     written = {
-        reply.problem_id: reply.trace()
+        reply.problem_id: reply.trace(end_marks=material.experiment.traces.end_marks)
         for reply in reversed(material.replies)
         if (reply.condition.target, reply.condition.kind) == ("base", UNSTEERED)
         if material.tokenizer.bos_id not in reply.ids

@@ -118,13 +118,13 @@ def _measured(material: Material, folder: Path) -> Table:
             likelihoods[role] = iter([line["log_likelihood"] for line in in_order])
     labels = judged.read(material, folder) or [None] * len(material.replies)
     prompts: dict[tuple[str, str], str] = {}
-    lines = []
+    lines, marks = [], material.experiment.traces.end_marks
     for reply, label in zip(material.replies, labels, strict=True):
         role = reply.condition.target
         asked = (role, reply.problem)
         if asked not in prompts:
             prompts[asked] = material.tokenizer.decode(material.prompt_ids(*asked))
-        lines.append(replies.measure(reply, prompts[asked], ids, next(likelihoods[role]), label))
+        lines.append(replies.measure(reply, prompts[asked], ids, next(likelihoods[role]), label, marks))
     return lines
 
 

@@ -23,6 +23,7 @@ def measure(
     keyword_ids: Collection[int],
     log_likelihood: float,
     judged: Annotation | None = None,
+    end_marks: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """What one reply looks like.
 
@@ -32,6 +33,7 @@ def measure(
       keyword_ids: ids of tokens that are a keyword of Eq. 1.
       log_likelihood: mean log-likelihood per token under the unsteered model, in nats.
       judged: labels of the reply by another judge than the keywords, if one was asked.
+      end_marks: further texts that end a reasoning, `traces.end_marks`.
 
     Returns:
       The condition, with `unit` and `span`; `problem_id`, `category`, `sample`; `hits` and `words` (Eq. 1), the same
@@ -43,7 +45,7 @@ def measure(
     text = reply.text
     words = backtracking.count_keywords(text)
     substring = backtracking.count_keywords(text, variant="substring", prompt=prompt)
-    sentences = keyword.annotate(reply.trace()).sections
+    sentences = keyword.annotate(reply.trace(end_marks=end_marks)).sections
     backtracks = _judged(sentences, judged)
     return {
         **dataclasses.asdict(reply.condition),

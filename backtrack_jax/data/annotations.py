@@ -182,7 +182,7 @@ def align(trace: Trace, annotated: str, judge: str = "released") -> Annotation:
     """
     pieces = parse_sections(annotated, trace.text)
     places = _place_all(trace.text, [piece.text for piece in pieces])
-    end = reasoning_end(trace.text)
+    end = reasoning_end(trace.text, trace.end_marks)
     sections: list[Section] = []
     rejected: list[Rejection] = []
     notes: list[Note] = []

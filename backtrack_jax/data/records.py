@@ -60,6 +60,7 @@ class Trace:
         sample: number of the reply among the replies to the same problem.
         token_ids: ids as sampled, when known; the text is never tokenised again then.
         finish_reason: one of `FINISH_REASONS`, or None where it is not known.
+        end_marks: texts that end its reasoning beside those of `models.markers.END_MARKERS`.
     """
 
     id: str
@@ -70,6 +71,7 @@ class Trace:
     sample: int = 0
     token_ids: tuple[int, ...] | None = None
     finish_reason: str | None = None
+    end_marks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,7 @@ class Reply:
         ids: sampled token ids, a stop token included.
         text: the reply without the stop token.
         finish_reason: one of `FINISH_REASONS`.
+        dtype: of the model's weights; empty where it was not written down, before version 0.3.
     """
 
     problem_id: str
@@ -205,6 +208,7 @@ class Reply:
     ids: tuple[int, ...]
     text: str
     finish_reason: str
+    dtype: str = ""
 
     def line(self) -> dict[str, Any]:
         """The flat JSON object that generations.jsonl holds."""
@@ -217,11 +221,14 @@ class Reply:
     def from_line(cls, line: Mapping[str, Any]) -> "Reply":
         """The reply of a line of generations.jsonl; KeyError names a field that is missing."""
         own = {
-            field.name: line[field.name] for field in dataclasses.fields(cls) if field.name not in ("condition", "ids")
+            field.name: line[field.name]
+            for field in dataclasses.fields(cls)
+            if field.name not in ("condition", "ids", "dtype")
         }
+        own["dtype"] = line.get("dtype", "")
         return cls(condition=Condition.of(line), ids=tuple(line["ids"]), **own)
 
-    def trace(self, number: int = 0) -> Trace:
+    def trace(self, number: int = 0, end_marks: tuple[str, ...] = ()) -> Trace:
         """The reply as a judge reads it, named by its number among the replies, the problem and the sample."""
         return Trace(
             id=f"{number}/{self.problem_id}/{self.sample}",
@@ -232,6 +239,7 @@ class Reply:
             sample=self.sample,
             token_ids=self.ids,
             finish_reason=self.finish_reason,
+            end_marks=end_marks,
         )
 
 
@@ -329,6 +337,9 @@ def _trace(fields: Fields) -> Trace:
         if not isinstance(token_ids, list) or not all(type(i) is int and i >= 0 for i in token_ids):
             raise ValueError(f"{fields.where}: field 'token_ids' must be a list of integers >= 0, or null")
         token_ids = tuple(token_ids)
+    end_marks = given.get("end_marks", [])
+    if not isinstance(end_marks, list) or not all(isinstance(mark, str) and mark.strip() for mark in end_marks):
+        raise ValueError(f"{fields.where}: field 'end_marks' must be a list of texts, got {end_marks!r}")
     return Trace(
         id=fields.text("id"),
         problem_id=fields.text("problem_id"),
@@ -338,6 +349,7 @@ def _trace(fields: Fields) -> Trace:
         sample=fields.natural("sample") if "sample" in given else 0,
         token_ids=token_ids,
         finish_reason=finish_reason,
+        end_marks=tuple(end_marks),
     )
 
 
@@ -464,7 +476,12 @@ def write_jsonl(path: Path | str, records: Iterable[Problem | Trace | Annotation
         path: target; its folder is created if missing.
         records: problems, traces or annotations.
     """
-    jsonl.write_objects(Path(path), map(asdict, records))
+    jsonl.write_objects(Path(path), map(_fields, records))
+
+
+def _fields(record: Problem | Trace | Annotation) -> dict[str, Any]:
+    """The fields of a record; `end_marks` only where there are some, so that other traces are written as ever."""
+    return {name: value for name, value in asdict(record).items() if name != "end_marks" or value}
 
 
 def read_released(path: Path | str | Sequence[Path | str]) -> tuple[list[Trace], list[str]]:

@@ -7,9 +7,10 @@ such as `<think>` or `<|eot_id|>` hold no words.
 
 import re
 from bisect import bisect_right
+from collections.abc import Sequence
 
 from backtrack_jax.data.records import Trace
-from backtrack_jax.models.markers import END_MARKERS
+from backtrack_jax.models.markers import END_MARKERS, START_OF_THOUGHT
 
 KEYWORDS = ("wait", "hmm")
 """The set of Eq. 1, the backtracking rate."""
@@ -17,7 +18,8 @@ KEYWORDS = ("wait", "hmm")
 LENS_KEYWORDS = ("wait", "but")
 """The set of Eq. 2, the logit lens: a vocabulary item counts if its text contains one of them, whatever its case."""
 
-_MARKER = re.compile(r"</?think>|<[|\uff5c][^<>|\uff5c\s]{1,40}[|\uff5c]>")
+_MARKER = re.compile(r"</?think(?:ing)?>|\[/?THINK\]|<[|\uff5c][^<>|\uff5c\s]{1,40}[|\uff5c]>")
+_OPENING = re.compile(rf"\s*(?:{'|'.join(map(re.escape, START_OF_THOUGHT))})")
 _WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
 
 # Places in which neither a line break nor a full stop ends a sentence. Display mathematics holds no blank line.
@@ -40,10 +42,27 @@ def split_words(text: str) -> list[str]:
     return [word.casefold() for word in _WORD.findall(_MARKER.sub(" ", text))]
 
 
-def reasoning_end(text: str) -> int:
-    """Position at which the reasoning ends: that of the first of `END_MARKERS`, or the length of the text."""
-    found = [position for marker in END_MARKERS if (position := text.find(marker)) >= 0]
+def reasoning_end(text: str, end_marks: Sequence[str] = ()) -> int:
+    """Position at which the reasoning ends: that of the first of `END_MARKERS` or `end_marks`, else the text's length.
+
+    Args:
+        text: a reply.
+        end_marks: further texts that end a reasoning (`Trace.end_marks`).
+    """
+    found = [position for marker in (*END_MARKERS, *end_marks) if (position := text.find(marker)) >= 0]
     return min(found, default=len(text))
+
+
+def reasoning(trace: Trace) -> str:
+    """The text of a trace up to the end of its reasoning."""
+    return trace.text[: reasoning_end(trace.text, trace.end_marks)]
+
+
+def opening_end(text: str) -> int:
+    """Position behind what opens a reasoning, such as `<think>`, and white space around it."""
+    opening = _OPENING.match(text)
+    begin = opening.end() if opening else 0
+    return len(text) - len(text[begin:].lstrip())
 
 
 def split_sentences(text: str) -> list[tuple[int, int]]:
@@ -58,11 +77,11 @@ def split_sentences(text: str) -> list[tuple[int, int]]:
 
     Returns:
         Half-open character spans in order, without white space at their ends. Spans without a letter or digit (rules,
-        lone brackets) and an opening `<think>` are left out.
+        lone brackets) and what opens the reasoning, such as `<think>`, are left out.
     """
     protected = [match.span() for match in _PROTECTED.finditer(text)]
     starts = [start for start, _ in protected]
-    opening = re.match(r"\s*<think>", text)
+    opening = _OPENING.match(text)
     begin = opening.end() if opening else 0
     spans: list[tuple[int, int]] = []
     for match in _BREAK.finditer(text, begin):
@@ -99,4 +118,4 @@ def _strip(text: str, start: int, stop: int) -> tuple[int, int]:
 
 def sentence_spans(trace: Trace) -> list[tuple[int, int]]:
     """Spans of the sentences of the reasoning, in order; sentence number n of the prompt is entry n - 1."""
-    return split_sentences(trace.text[: reasoning_end(trace.text)])
+    return split_sentences(reasoning(trace))

@@ -192,9 +192,13 @@ def weights_hash(path: Path) -> str:
 
     Reading 16 GB to compare them would take too long: of a safetensors file the header and both ends of every tensor
     are read then, of another file 256 MiB spread over it. Hidden files and folders do not count: what git and the hub's
-    cache keep there changes by itself.
+    cache keep there changes by itself. Nor do cards (`.md`), of which no model is made.
     """
-    files = [(file, name) for file, name in _files(path) if not any(p.startswith(".") for p in Path(name).parts)]
+    files = [
+        (file, name)
+        for file, name in _files(path)
+        if not any(p.startswith(".") for p in Path(name).parts) and not name.endswith(".md")
+    ]
     sizes = [file.stat().st_size for file, _ in files]
     digest = hashlib.sha256()
     for (file, name), size in zip(files, sizes, strict=True):

@@ -64,7 +64,7 @@ def _splits_letters(text: str, position: int) -> bool:
 
 def _within_reasoning(trace: Trace, annotation: Annotation) -> Annotation:
     """The annotation with its sections behind the end of the reasoning, which no vector is made of, as rejections."""
-    end = reasoning_end(trace.text)
+    end = reasoning_end(trace.text, trace.end_marks)
     kept = [index for index, section in enumerate(annotation.sections) if section.start < end]
     return Annotation(
         annotation.trace_id,

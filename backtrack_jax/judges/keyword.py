@@ -9,7 +9,7 @@ from typing import Any
 
 from backtrack_jax.config import Experiment
 from backtrack_jax.data.records import OTHER, Annotation, Section, Trace
-from backtrack_jax.data.text import KEYWORDS, reasoning_end, split_sentences, split_words
+from backtrack_jax.data.text import KEYWORDS, reasoning, split_sentences, split_words
 from backtrack_jax.judges.base import Judge
 
 VARIANTS = ("wait_hmm", "wait", "substring")
@@ -57,7 +57,7 @@ def annotate(trace: Trace, variant: str = "wait_hmm") -> Annotation:
     """
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r} of the keyword judge; accepted: {', '.join(VARIANTS)}")
-    text = trace.text[: reasoning_end(trace.text)]
+    text = reasoning(trace)
     sections = tuple(
         Section("backtracking" if _holds_keyword(text[start:stop], variant) else OTHER, start, stop)
         for start, stop in split_sentences(text)

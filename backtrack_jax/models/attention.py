@@ -10,8 +10,8 @@ from flax import nnx
 from jax import lax
 
 from backtrack_jax.models import ops
-from backtrack_jax.models.config import Llama3RopeScaling, ModelConfig
-from backtrack_jax.models.layers import Linear
+from backtrack_jax.models.config import LayerKind, ModelConfig, RopeScaling
+from backtrack_jax.models.layers import Linear, RMSNorm
 
 PAD = -1  # position of a padding token
 
@@ -85,6 +85,8 @@ class Attention(nnx.Module):
         self.k_proj = Linear.of(config, "k_proj", dtype, rngs)
         self.v_proj = Linear.of(config, "v_proj", dtype, rngs)
         self.o_proj = Linear.of(config, "o_proj", dtype, rngs)
+        norms = {name: RMSNorm(width, config.norm_eps, dtype) for name, width in config.qk_norm_widths.items()}
+        self.q_norm, self.k_norm = norms.get("q_norm"), norms.get("k_norm")
         self.config = config
 
     def __call__(
@@ -105,8 +107,8 @@ class Attention(nnx.Module):
         c = self.config
         B, T, _ = x.shape
         dtype = self.q_proj.dtype
-        q = self.q_proj(x).reshape(B, T, c.n_heads, c.head_dim)
-        k = self.k_proj(x).reshape(B, T, c.n_kv_heads, c.head_dim)
+        q = self._heads(self.q_proj(x), self.q_norm)
+        k = self._heads(self.k_proj(x), self.k_norm)
         v = self.v_proj(x).reshape(B, T, c.n_kv_heads, c.head_dim)
         q = rotate(q, *rope) * c.head_dim**-0.5
         q = q.reshape(B, T, c.n_kv_heads, c.n_heads // c.n_kv_heads, c.head_dim).astype(dtype)
@@ -121,6 +123,13 @@ class Attention(nnx.Module):
             z = ops.attend(q, (k, v, cache.mask))
         return self.o_proj(z), (k, v)
 
+    def _heads(self, x: jax.Array, norm: RMSNorm | None) -> jax.Array:
+        """[B, T, heads * H] to [B, T, heads, H], normalised before or after they are taken apart, or not at all."""
+        if norm is not None and self.config.qk_norm == "width":
+            x = norm(x)
+        x = x.reshape(*x.shape[:2], -1, self.config.head_dim)
+        return norm(x) if norm is not None and self.config.qk_norm == "head" else x
+
 
 def write(cached: KeysValues, new: KeysValues, slot: jax.Array) -> KeysValues:
     """Cached keys and values with new ones from `slot` on, stacked over layers or not."""
@@ -129,28 +138,37 @@ def write(cached: KeysValues, new: KeysValues, slot: jax.Array) -> KeysValues:
     return k, v
 
 
-def causal_mask(queries: jax.Array, keys: jax.Array) -> jax.Array:
-    """[B, T, S] of positions [B, T] and [B, S]: the key is a token (not padding) and does not come after the query."""
-    return (keys[:, None, :] >= 0) & (keys[:, None, :] <= queries[:, :, None])
+def causal_mask(queries: jax.Array, keys: jax.Array, window: int | None = None) -> jax.Array:
+    """[B, T, S] of positions [B, T] and [B, S]: the key is a token (not padding) and does not come after the query.
+
+    With a window, the key is one of the last `window` tokens up to the query.
+    """
+    queries, keys = queries[:, :, None], keys[:, None, :]
+    mask = (keys >= 0) & (keys <= queries)
+    return mask if window is None else mask & (keys > queries - window)
 
 
-def packed_mask(positions: jax.Array) -> jax.Array:
+def packed_mask(positions: jax.Array, window: int | None = None) -> jax.Array:
     """[B, T, T] of positions [B, T]: `causal_mask` of tokens with each other, where a position 0 begins a sequence."""
     sequence = jnp.cumsum(positions == 0, axis=1)
-    return causal_mask(positions, positions) & (sequence[:, :, None] == sequence[:, None, :])
+    return causal_mask(positions, positions, window) & (sequence[:, :, None] == sequence[:, None, :])
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: Llama3RopeScaling | None) -> np.ndarray:
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
     """Angle per position of each rotated pair, [H/2] float32."""
     frequencies = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    return (frequencies if scaling is None else scaling.scaled(frequencies)).astype(np.float32)
+    return (frequencies if scaling is None else scaling.scaled(frequencies, theta)).astype(np.float32)
 
 
-def rope_tables(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+def rope_tables(positions: jax.Array, config: ModelConfig, kind: LayerKind) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines [B, T, H/2] float32 of positions [B, T]; bfloat16 could not hold position 257."""
-    frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    scaling = config.rope_scaling if kind.scaled else None
+    frequencies = rope_frequencies(config.head_dim, config.rope_theta, scaling)
+    if not kind.rotary:
+        frequencies, scaling = np.zeros_like(frequencies), None
     angles = positions[..., None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    amplitude = 1.0 if scaling is None else scaling.amplitude
+    return jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

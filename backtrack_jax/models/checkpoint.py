@@ -33,10 +33,11 @@ from backtrack_jax.files.paths import local_path
 from backtrack_jax.models import families, gguf, safetensors
 from backtrack_jax.models.config import ModelConfig
 from backtrack_jax.models.decoder import Decoder
+from backtrack_jax.models.quantized import abstract, activation_dtype, rounded
 from backtrack_jax.models.safetensors import LazyTensor
 from backtrack_jax.models.sharding import shardings
 
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = ("bfloat16", "float16", "float32", "int8")
 SHARD_BYTES = 5_000_000_000
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -142,8 +143,8 @@ def load(
 
     Args:
       path_or_id: what `resolve` takes: a Hugging Face folder or hub id, a GGUF file, a folder of `save_orbax`.
-      dtype: `bfloat16`, `float16` or `float32`, or such a dtype; None for the smallest that holds every stored
-        weight exactly.
+      dtype: `bfloat16`, `float16` or `float32`, or such a dtype; `int8` for the blocks' matrices in 8 bits, see
+        `quantized`; None for the smallest float that holds every stored weight exactly.
       mesh: devices to spread the weights over, from `sharding.make_mesh`; None for the default device.
       revision: commit, tag or branch of a hub id.
 
@@ -158,6 +159,8 @@ def load(
     name = None if dtype is None else _dtype_name(dtype)
     path = resolve(path_or_id, revision)
     if (path / _ORBAX).is_dir():
+        if name == "int8":
+            raise ValueError(f"{path} is an Orbax folder, which is not read in 8 bits; expected Hugging Face's or GGUF")
         return _load_orbax(path, name, mesh)
     config, tensors = _open(path)
     target_dtype = jnp.dtype(name or _exact_dtype(tensors[name].dtype for name in expected_tensors(config)))
@@ -180,6 +183,7 @@ def save_hf(model: Decoder, folder: str | os.PathLike[str]) -> None:
     Raises:
       FileExistsError: the folder exists.
     """
+    _refuse_int8(model)
     tensors = {}
     for path, array in _weights(model).items():
         for layer, name in enumerate(_hf_names(path, model.config.n_layers)):
@@ -228,6 +232,7 @@ def save_orbax(model: Decoder, folder: str | os.PathLike[str]) -> None:
     Raises:
       FileExistsError: the folder holds a checkpoint.
     """
+    _refuse_int8(model)
     folder = Path(folder)
     if (folder / _ORBAX).exists():
         raise FileExistsError(f"{folder} holds a checkpoint, which is never overwritten")
@@ -235,6 +240,11 @@ def save_orbax(model: Decoder, folder: str | os.PathLike[str]) -> None:
     _write_config(model.config, folder)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((folder / _ORBAX).absolute(), nnx.to_pure_dict(nnx.state(model)))
+
+
+def _refuse_int8(model: Decoder) -> None:
+    if any(path[-1] == "scale" for path in _weights(model)):
+        raise ValueError("a model with 8-bit weights is not written: load it with another dtype, and write that")
 
 
 def _write_config(config: ModelConfig, folder: Path) -> None:
@@ -311,15 +321,10 @@ def _others(path: Path) -> str:
     return f"; it has {', '.join(found)}: convert that to Hugging Face's safetensors" if found else ""
 
 
-def _abstract(config: ModelConfig, dtype: jnp.dtype) -> Decoder:
-    """The model with shapes in place of weights."""
-    return nnx.eval_shape(lambda: Decoder(config, dtype, rngs=nnx.Rngs(0)))
-
-
 @functools.cache
 def _shapes(config: ModelConfig) -> Mapping[Keys, tuple[int, ...]]:
     """Path such as ("layers", "mlp", "up_proj", "weight") to shape; of `layers` with a leading axis L."""
-    return {path: weight.shape for path, weight in _weights(_abstract(config, jnp.dtype(jnp.float32))).items()}
+    return {path: weight.shape for path, weight in _weights(abstract(config, jnp.dtype(jnp.float32))).items()}
 
 
 def _weights(model: Decoder) -> dict[Keys, Any]:
@@ -327,7 +332,7 @@ def _weights(model: Decoder) -> dict[Keys, Any]:
 
 
 def _with_weights(config: ModelConfig, dtype: jnp.dtype, weights: Mapping[Keys, jax.Array]) -> Decoder:
-    graphdef, state = nnx.split(_abstract(config, dtype))
+    graphdef, state = nnx.split(abstract(config, dtype))
     nnx.replace_by_pure_dict(state, unflatten_dict(weights))
     return nnx.merge(graphdef, state)
 
@@ -397,19 +402,20 @@ def _same(tensors: Mapping[str, LazyTensor], first: str, second: str) -> bool:
 
 
 def _exact_dtype(stored: Iterable[np.dtype]) -> np.dtype:
-    """The smallest of `DTYPES` that holds numbers of all of these without rounding."""
+    """The smallest float that holds numbers of all of these without rounding."""
     different = set(stored)
     return different.pop() if len(different) == 1 else np.dtype(np.float32)
 
 
-def _places(config: ModelConfig, mesh: Mesh | None) -> dict[Keys, Sharding]:
-    if mesh is None:
-        return dict.fromkeys(_shapes(config), jnp.zeros(()).sharding)  # the default device
-    return _flat(shardings(config, mesh))
+def _places(config: ModelConfig, mesh: Mesh | None, dtype: str = "float32") -> dict[Keys, Sharding]:
+    if mesh is None:  # the default device
+        return dict.fromkeys(_weights(abstract(config, jnp.dtype(dtype))), jnp.zeros(()).sharding)
+    return _flat(shardings(config, mesh, dtype))
 
 
 def _fill(config: ModelConfig, tensors: Mapping[str, LazyTensor], dtype: np.dtype, mesh: Mesh | None) -> Decoder:
-    places = _places(config, mesh)
+    places = _places(config, mesh, dtype.name)
+    floats = activation_dtype(dtype.name)
     weights: dict[Keys, jax.Array] = {}
     not_finite: set[str] = set()
 
@@ -419,7 +425,13 @@ def _fill(config: ModelConfig, tensors: Mapping[str, LazyTensor], dtype: np.dtyp
     # Largest tensors first: each is in memory twice while it is copied out of its file.
     for path in sorted(_shapes(config), key=size_of_one_tensor, reverse=True):
         sources = {name: tensors[name] for name in _hf_names(path, config.n_layers)}
-        weights[path] = _read_weight(path, _shapes(config)[path], dtype, places[path], sources, not_finite)
+        scale = (*path[:-1], "scale")
+        if scale in places:
+            weights[path], weights[scale] = _read_int8(
+                _shapes(config)[path], places[path], places[scale], sources, not_finite
+            )
+        else:
+            weights[path] = _read_weight(path, _shapes(config)[path], floats, places[path], sources, not_finite)
     if not_finite:
         raise ValueError(f"some values are not finite (read as {dtype}) in\n  " + "\n  ".join(sorted(not_finite)))
     return _with_weights(config, dtype, weights)
@@ -452,6 +464,39 @@ def _read_weight(
         return parts[key]
 
     return jax.block_until_ready(jax.make_array_from_callback(shape, place, part))
+
+
+def _read_int8(
+    shape: tuple[int, ...],
+    place: Sharding,
+    scale_place: Sharding,
+    sources: Mapping[str, LazyTensor],
+    not_finite: set[str],
+) -> tuple[jax.Array, jax.Array]:
+    """A matrix of all blocks in 8 bits [L, in, out] and its scales [L, out]; few rows are float32 at a time."""
+    n_layers, _, d_out = shape
+    scales = np.empty((n_layers, d_out), np.float32)
+    parts: dict[str, np.ndarray] = {}
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        key = str(index)
+        if key not in parts:
+            _, inputs, outputs = index
+            parts[key] = _aligned_empty(place.shard_shape(shape), np.dtype(np.int8))
+            first, last, _ = outputs.indices(d_out)
+            for layer, (name, source) in enumerate(sources.items()):
+                stored = source.read().view(np.ndarray)  # [out, in]
+                for row in range(first, last, _COMPARED_ROWS):
+                    rows = slice(row, min(row + _COMPARED_ROWS, last))
+                    integers, scales[layer, rows] = rounded(stored[rows])
+                    if not np.isfinite(scales[layer, rows]).all():
+                        not_finite.add(f"{name} of {source.source}")
+                    _copy(parts[key][layer].T[rows.start - first : rows.stop - first], integers[:, inputs])
+        return parts[key]
+
+    weight = jax.block_until_ready(jax.make_array_from_callback(shape, place, part))
+    return weight, jax.make_array_from_callback(scales.shape, scale_place, lambda index: scales[index])
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

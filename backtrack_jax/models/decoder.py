@@ -34,7 +34,7 @@ from backtrack_jax.models.attention import (
     rope_tables,
     write,
 )
-from backtrack_jax.models.config import ModelConfig
+from backtrack_jax.models.config import LayerKind, ModelConfig
 from backtrack_jax.models.layers import MLP, Embedding, RMSNorm
 
 
@@ -128,6 +128,34 @@ class Block(nnx.Module):
         return BlockOutput(x, attn_out, resid_mid, mlp_out, edit(resid_mid + mlp_out)), keys_values
 
 
+class PostNormBlock(nnx.Module):
+    """A transformer block that normalises what attention and MLP add, not what they read (OLMo 2 and 3)."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        """Starts from random weights; `checkpoint` replaces them."""
+        self.self_attn = Attention(config, dtype, rngs)
+        self.post_attention_layernorm = RMSNorm(config.d_model, config.norm_eps, dtype)
+        self.mlp = MLP(config, dtype, rngs)
+        self.post_feedforward_layernorm = RMSNorm(config.d_model, config.norm_eps, dtype)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        mask: jax.Array,
+        cache: LayerCache | None,
+        edit: Callable[[jax.Array], jax.Array],
+    ) -> tuple[BlockOutput, KeysValues]:
+        """As `Block`; what is added is what the residual stream gets, after the norm."""
+        with jax.named_scope("attention"):
+            attn_out, keys_values = self.self_attn(x, rope, mask, cache)
+            attn_out = self.post_attention_layernorm(attn_out)
+        resid_mid = x + attn_out
+        with jax.named_scope("mlp"):
+            mlp_out = self.post_feedforward_layernorm(self.mlp(resid_mid))
+        return BlockOutput(x, attn_out, resid_mid, mlp_out, edit(resid_mid + mlp_out)), keys_values
+
+
 class Output(NamedTuple):
     """What a forward pass returns.
 
@@ -158,7 +186,8 @@ class Decoder(nnx.Module):
         """
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.d_model, dtype, rngs)
-        self.layers = nnx.vmap(lambda layer_rngs: Block(config, dtype, layer_rngs))(rngs.split(config.n_layers))
+        block = PostNormBlock if config.norms_after else Block
+        self.layers = nnx.vmap(lambda layer_rngs: block(config, dtype, layer_rngs))(rngs.split(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps, dtype)
         self.lm_head = None if config.tied else Embedding(config.vocab_size, config.d_model, dtype, rngs)
 
@@ -208,18 +237,18 @@ class Decoder(nnx.Module):
             # Traced rows cannot be refused, and must not be left out silently.
             x = jnp.where(intervention.unresolved()[:, None, None], jnp.nan, x)
             at_layers = jax.tree.map(lambda leaf: leaf[:n_layers], intervention.at_layers())
-        rope = rope_tables(jnp.maximum(positions, 0), self.config)
-        mask = packed_mask(positions)
-        all_positions, cached, cached_mask, slot = positions, None, None, None
+        all_positions, cached, cached_positions, slot = positions, None, None, None
         if cache is not None:
             cached = (cache.k, cache.v)
             all_positions = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, cache.length, axis=1)
             # Stacked, the cache is only read while the blocks run, and written afterwards.
             slot = cache.length if self._is_unstacked else None
-            cached_mask = causal_mask(positions, all_positions if self._is_unstacked else cache.positions)
+            cached_positions = all_positions if self._is_unstacked else cache.positions
+        seen_by_kind = [self._seen(kind, positions, cached_positions) for kind in self.config.kinds]
 
         def body(x: jax.Array, scanned: tuple[Any, ...]) -> tuple[jax.Array, Any]:
-            block, layer, cached, at_layer = scanned
+            block, layer, kind, cached, at_layer = scanned
+            rope, mask, cached_mask = _chosen(seen_by_kind, kind)
 
             def edit(resid: jax.Array) -> jax.Array:
                 return resid if intervention is None else intervention.apply(resid, at_layer, layer, positions)
@@ -228,7 +257,8 @@ class Decoder(nnx.Module):
             out, keys_values = block(x, rope, mask, layer_cache, edit)
             return out.resid_post, (keys_values, capture(out))
 
-        others = (jnp.arange(n_layers), cached, at_layers)
+        kinds = np.array(self.config.kind_of_layer[:n_layers], np.int32)
+        others = (jnp.arange(n_layers), kinds, cached, at_layers)
         if self._is_unstacked:
             x, ((k, v), captured) = _run_in_turn(body, x, self.layers, others)
         else:
@@ -256,6 +286,14 @@ class Decoder(nnx.Module):
     def unembed(self, x: jax.Array) -> jax.Array:
         """W_U x, without the final norm: [..., D] to [..., V] float32."""
         return (self.embed_tokens if self.lm_head is None else self.lm_head).unembed(x)
+
+    def _seen(
+        self, kind: LayerKind, positions: jax.Array, cached_positions: jax.Array | None
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array, jax.Array | None]:
+        """What blocks of a kind derive from positions: rotary tables, and masks of these and of the cached tokens."""
+        rope = rope_tables(jnp.maximum(positions, 0), self.config, kind)
+        mask = packed_mask(positions, kind.window)
+        return rope, mask, None if cached_positions is None else causal_mask(positions, cached_positions, kind.window)
 
     @property
     def _is_unstacked(self) -> bool:
@@ -292,13 +330,23 @@ def _checked_tokens(ids: jax.Array, positions: jax.Array) -> tuple[jax.Array, ja
     return ids, positions
 
 
+def _chosen(of_kinds: list[Any], kind: jax.Array | np.integer) -> Any:
+    """The entry of a kind: one of them, or, where the kind differs between steps of a scan, one of their stack."""
+    if len(of_kinds) == 1:
+        return of_kinds[0]
+    if isinstance(kind, np.integer):
+        return of_kinds[int(kind)]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves)[kind], *of_kinds)
+
+
 def _run_in_turn(body: Callable, x: jax.Array, blocks: nnx.List, others: tuple[Any, ...]) -> tuple[jax.Array, Any]:
     """What `ops.scan_blocks` does, of unstacked blocks; keys and values come back as one array per layer."""
-    layers, (keys, values), at_layers = others[0], others[1] or ((None,) * len(blocks),) * 2, others[2]
+    layers, kinds, cached, at_layers = others
+    keys, values = cached or ((None,) * len(blocks),) * 2
     outs = []
     for layer, block in enumerate(blocks):
         at_layer = jax.tree.map(lambda leaf, layer=layer: leaf[layer], at_layers)
-        x, out = body(x, (block, layers[layer], (keys[layer], values[layer]), at_layer))
+        x, out = body(x, (block, layers[layer], kinds[layer], (keys[layer], values[layer]), at_layer))
         outs.append(out)
     keys_values, captured = zip(*outs, strict=True)
     return x, (tuple(zip(*keys_values, strict=True)), jax.tree.map(lambda *leaves: jnp.stack(leaves), *captured))

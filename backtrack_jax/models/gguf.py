@@ -21,7 +21,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequanti
 
 from backtrack_jax.models import families
 from backtrack_jax.models.attention import rope_frequencies
-from backtrack_jax.models.config import Llama3RopeScaling, ModelConfig
+from backtrack_jax.models.config import LinearRopeScaling, Llama3RopeScaling, ModelConfig, RopeScaling, YarnRopeScaling
 from backtrack_jax.models.families.base import Family, GgufNames
 from backtrack_jax.models.safetensors import LazyTensor
 
@@ -66,8 +66,13 @@ _OPTIONAL = (
     "attention.head_count_kv",
     "attention.key_length",
     "attention.value_length",
+    "context_length",
     "rope.dimension_count",
     "rope.freq_base",
+    "rope.scaling.factor",
+    "rope.scaling.finetuned",  # which llama.cpp does not use
+    "rope.scaling.original_context_length",
+    "rope.scaling.type",
     "vocab_size",
 )
 _OTHER_PREFIXES = ("split.", "adapter.")  # of the keys that may change the model; who made the file, say, does not
@@ -225,6 +230,7 @@ def open_gguf(path: str | os.PathLike[str]) -> tuple[ModelConfig, dict[str, Lazy
         family = families.of_gguf(metadata.get("general.architecture"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    assert family.gguf is not None  # it was found by its architecture
     faults = _metadata_faults(metadata, family.gguf)
     faults += [
         f"tensor {name} is stored as {tensor.kind.name}, expected one of "
@@ -290,6 +296,7 @@ def _metadata_faults(metadata: Mapping[str, Any], names: GgufNames) -> list[str]
 
 
 def _config(family: Family, metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor], path: Path) -> ModelConfig:
+    assert family.gguf is not None
     prefix = f"{family.gguf.architecture}."
     fields = {name.removeprefix(prefix): value for name, value in metadata.items() if name.startswith(prefix)}
     d_model, n_heads = fields["embedding_length"], fields["attention.head_count"]
@@ -304,9 +311,16 @@ def _config(family: Family, metadata: Mapping[str, Any], tensors: Mapping[str, G
     if contradictions:
         raise ValueError("the metadata contradict each other:\n  " + "\n  ".join(contradictions))
     theta = float(fields.get("rope.freq_base", _DEFAULT_ROPE_THETA))
-    scaling = None
-    if _ROPE_FACTORS in tensors and "llama3" in family.rope_types:
+    scaling = _named_scaling(fields, prefix)
+    if _ROPE_FACTORS in tensors:
+        if scaling is not None:
+            raise ValueError(f"{_ROPE_FACTORS} is given and {prefix}rope.scaling.type={fields['rope.scaling.type']!r}")
         scaling = _rope_scaling(_read(path, tensors[_ROPE_FACTORS]).astype(np.float64), head_dim, theta)
+    elif scaling is None and _is_llama_3_1(family, vocab_size, theta, fields.get("context_length", 0)):
+        raise ValueError(
+            f"it has the vocabulary, base frequency and context of a Llama 3.1, but no tensor {_ROPE_FACTORS}, so that "
+            "its rotary frequencies would be wrong. Converters before July 2024 left it out: convert the model again"
+        )
     return ModelConfig(
         family=family.name,
         vocab_size=vocab_size,
@@ -320,8 +334,30 @@ def _config(family: Family, metadata: Mapping[str, Any], tensors: Mapping[str, G
         rope_theta=theta,
         rope_scaling=scaling,
         tied="output.weight" not in tensors,
+        context=fields.get("context_length"),
         **family.constants,
     )
+
+
+def _named_scaling(fields: Mapping[str, Any], prefix: str) -> RopeScaling | None:
+    """The scaling that the metadata name, which for Llama 3.1 they do not."""
+    kind = fields.get("rope.scaling.type", "none")
+    needed = {"none": (), "linear": ("factor",), "yarn": ("factor", "original_context_length")}
+    if kind not in needed:
+        raise ValueError(f"{prefix}rope.scaling.type={kind!r}, only {' or '.join(map(repr, needed))} is implemented")
+    if missing := [f"{prefix}rope.scaling.{name}" for name in needed[kind] if f"rope.scaling.{name}" not in fields]:
+        raise ValueError(f"{prefix}rope.scaling.type={kind!r} without {', '.join(missing)}")
+    if kind == "none":
+        return None
+    factor = _shortest_float32(fields["rope.scaling.factor"])
+    if kind == "linear":
+        return LinearRopeScaling(factor=factor)
+    return YarnRopeScaling(factor=factor, original_context=fields["rope.scaling.original_context_length"])
+
+
+def _is_llama_3_1(family: Family, vocab_size: int, theta: float, context: int) -> bool:
+    """Whether Llama 3 was trained on: Llama 3 itself has a context of 8192."""
+    return (family.name, vocab_size, theta) == ("llama", 128256, 500000.0) and context > 8192
 
 
 def _rope_scaling(divisors: np.ndarray, head_dim: int, theta: float) -> Llama3RopeScaling:

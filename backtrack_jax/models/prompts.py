@@ -5,15 +5,15 @@ BOS string would get a second one and shift every position by one.
 """
 
 from bisect import bisect_right
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import takewhile
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from backtrack_jax.models.markers import END_MARKERS
+from backtrack_jax.models.markers import END_MARKERS, END_OF_THOUGHT, START_OF_THOUGHT, TURNS
 from backtrack_jax.models.tokenizer import Span, Tokenizer
 
 _E = TypeVar("_E", bound=StrEnum)
@@ -47,7 +47,7 @@ class Think(StrEnum):
 
 
 class MarkerMode(StrEnum):
-    """What the base model reads in the place of R1's markers, whose embeddings it never trained."""
+    """What the base model reads in the place of turn and think markers, whose embeddings it may never have trained."""
 
     KEEP = "keep"
     REPLACE = "replace"
@@ -77,8 +77,24 @@ GOLDEN_R1_LLAMA = {
     "<｜Assistant｜><think>\n": (128012, 128013, 198),
     "</think>": (128014,),
 }
+GOLDEN_QWEN = {
+    "hello world!": (14990, 1879, 0),
+    "2024 is x²": (17, 15, 17, 19, 374, 856, 29456),
+    "   Wait,\n\n": (256, 13824, 3554),
+    " ####": (26274,),
+}
+GOLDEN_R1_QWEN = {"<｜User｜>Hi<｜Assistant｜><think>\n": (151644, 13048, 151645, 151648, 198)}
+GOLDEN_QWEN3 = {"<|im_start|>user\nHi<|im_end|>\n": (151644, 872, 198, 13048, 151645, 198)}
+# A marker of each vocabulary, its id there, and what that vocabulary gives; the last line that fits a tokenizer counts.
+_GOLDEN = (
+    ("<|im_start|>", 128011, GOLDEN_LLAMA3),  # SmolLM3, which has no BOS
+    ("<｜User｜>", 128011, GOLDEN_LLAMA3 | GOLDEN_R1_LLAMA),
+    ("<|im_start|>", 151644, GOLDEN_QWEN | GOLDEN_QWEN3),
+    ("<｜User｜>", 151644, GOLDEN_QWEN | GOLDEN_R1_QWEN),
+)
 _SAMPLES = ("Wait, no.\n\nHmm", "  two  spaces and\ta tab ", "naïve: ∑ x² ≠ ½, 日本語, 🧮")
 
+_PRIMED_TOKENS = 16  # more than any opening mark and line break take
 _R1_TEXTS = ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>")  # the bars are U+FF5C
 
 
@@ -90,17 +106,25 @@ class PromptFormat:
         format: `r1`, `chat` or `plain`.
         think: for `r1`: `primed`, `generated` or `none`.
         system: system text, for `r1` and `chat`. None leaves it to the chat template, which may have a default.
+        template_arguments: for `chat`, what the model's template reads besides the messages, such as
+            `enable_thinking`; see `Tokenizer.encode_chat`.
     """
 
     format: Format | str = Format.R1
     think: Think | str = Think.PRIMED
     system: str | None = None
+    template_arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", _member(Format, self.format, "prompt format"))
         object.__setattr__(self, "think", _member(Think, self.think, "think mode"))
         if self.format == Format.PLAIN and self.system is not None:
             raise ValueError("prompt format 'plain' has no system text; put it into the problem, or use 'chat' or 'r1'")
+        if self.format != Format.CHAT and self.template_arguments:
+            raise ValueError(
+                f"template_arguments={self.template_arguments!r}: only prompt format 'chat' has a template, "
+                f"'{self.format}' takes none"
+            )
 
 
 @dataclass(frozen=True)
@@ -182,7 +206,7 @@ def prompt_ids(tokenizer: Tokenizer, problem: str, prompt: PromptFormat, prefill
         ids = _r1_ids(tokenizer, problem, prompt)
     elif prompt.format == Format.CHAT:
         system = [] if prompt.system is None else [{"role": "system", "content": prompt.system}]
-        ids = tokenizer.encode_chat([*system, {"role": "user", "content": problem}])
+        ids = tokenizer.encode_chat([*system, {"role": "user", "content": problem}], prompt.template_arguments)
     else:
         ids = tokenizer.encode(problem, markers=False)
     if tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
@@ -201,12 +225,13 @@ def encode_trace(
     token_ids: Sequence[int] | None = None,
     prefill: str = "",
     answer: bool = False,
+    end_marks: Sequence[str] = (),
 ) -> EncodedTrace:
     """Prompt and reply as one sequence, with the reply's tokens tied to characters of its original text.
 
-    The reply is cut before `</think>` and before an end of sequence, token or literal text: what follows is no
-    reasoning. A sampled one is cut before a BOS as well, where the model began another text. A reply that opens with
-    its own `<think>` replaces the one that the prompt would prime.
+    The reply is cut before `</think>` or another end of thought (`models.markers`), and before an end of sequence,
+    token or literal text: what follows is no reasoning. A sampled one is cut before a BOS as well, where the model
+    began another text. A reply that opens with its own `<think>` replaces the one that the prompt would prime.
 
     Args:
         tokenizer: the tokenizer of the model that wrote the reply.
@@ -216,6 +241,7 @@ def encode_trace(
         token_ids: the sampled reply ids, where known; they are used as they are.
         prefill: first words of the reply that were given to the model.
         answer: keep what follows `</think>`; the end of sequence cuts all the same.
+        end_marks: further texts that end a reasoning (`Trace.end_marks`).
 
     Returns:
         The sequence, where the reply starts in it, and the spans.
@@ -223,13 +249,16 @@ def encode_trace(
     Raises:
         ValueError: `token_ids` do not decode to `text` or begin with BOS, or another text brings a BOS of its own.
     """
+    marks = {*END_MARKERS, *end_marks}
+    if answer:
+        marks -= {*END_OF_THOUGHT, *end_marks}
     if token_ids is None:
         _refuse_bos(tokenizer, text, "reply")
-        reply, spans = tokenizer.encode_with_spans(text[: _end(tokenizer, text, answer)])
+        reply, spans = tokenizer.encode_with_spans(text[: _end(tokenizer, text, marks)])
     else:
         decoded, spans = tokenizer.decode_with_spans(token_ids)
-        end = _end(tokenizer, decoded, answer, sampled=True)
-        if decoded[:end] != text[: _end(tokenizer, text, answer, sampled=True)]:
+        end = _end(tokenizer, decoded, marks, sampled=True)
+        if decoded[:end] != text[: _end(tokenizer, text, marks, sampled=True)]:
             at = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(decoded, text, strict=False)))
             raise ValueError(
                 f"the reply's token ids do not decode to its text: they differ from character {at}, "
@@ -238,8 +267,9 @@ def encode_trace(
         kept = bisect_right(spans, end, key=lambda span: span[1])
         reply, spans = list(token_ids[:kept]), spans[:kept]
     start = prompt_ids(tokenizer, problem, prompt, prefill)
-    if reply and reply[0] == tokenizer.markers.get("<think>"):
-        start = _without_primed_think(tokenizer, start)
+    opening = next((mark for mark in START_OF_THOUGHT if text.startswith(mark)), "")
+    if reply and opening:
+        start = _without_primed(tokenizer, start, opening)
     _require_one_bos(tokenizer, start + reply)
     return EncodedTrace(ids=(*start, *reply), reply_start=len(start), spans=tuple(spans))
 
@@ -258,16 +288,63 @@ def token_of_char(spans: Sequence[Span], char: int) -> int | None:
     return token if token < len(spans) and spans[token][0] <= char else None
 
 
+def marker_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids of the tokens that mark turns and thinking: of R1's four markers on an R1 distill, of ChatML's on Qwen3.
+
+    Args:
+        tokenizer: any tokenizer.
+
+    Returns:
+        The ids, of those texts of `models.markers` that are one token there. Where a model writes a mark in several
+        tokens, such as `<think>` on OLMo 3, it is text like any other.
+
+    Raises:
+        ValueError: none of them is.
+    """
+    texts = (*TURNS, *START_OF_THOUGHT, *END_OF_THOUGHT)
+    found = [tokenizer.markers[text] for text in texts if text in tokenizer.markers]
+    found = [i for i in found if i != tokenizer.bos_id]
+    if not found:
+        raise ValueError(
+            f"{tokenizer.name} has no token that marks a turn or thinking; known: {', '.join(texts)}. "
+            "Use markers='keep'"
+        )
+    return tuple(found)
+
+
+def replacement_id(tokenizer: Tokenizer, text: str) -> int:
+    """Id of the token that a model reads in place of markers.
+
+    Args:
+        tokenizer: the tokenizer whose ids the model reads.
+        text: the token's text. The authors' later code takes ` ####`, which is 27370 on Llama-3 and 26274 on Qwen.
+
+    Returns:
+        The id.
+
+    Raises:
+        ValueError: the text is not exactly one token.
+    """
+    ids = tokenizer.encode(text)
+    if len(ids) != 1:
+        pieces = ", ".join(repr(tokenizer.decode([i])) for i in ids) or "none"
+        raise ValueError(
+            f"marker_replacement={text!r} is {len(ids)} tokens of {tokenizer.name}: {pieces} (ids {ids}); expected a "
+            "text that is exactly one token, such as '\\n\\n' or ' ####'"
+        )
+    return ids[0]
+
+
 def map_markers(
     ids: Sequence[int], markers: Collection[int], mode: MarkerMode | str, replacement: int | None = None
 ) -> tuple[list[int], np.ndarray]:
-    """Ids of an R1 sequence as the base model is to read them.
+    """Ids of a sequence of the reasoning model as the base model is to read them.
 
     Args:
-        ids: ids under R1's tokenizer, which the base model shares but for the markers.
-        markers: the marker ids, `r1_markers(tokenizer)`.
+        ids: ids under the reasoning model's tokenizer, which the base model shares but for the markers.
+        markers: the marker ids, `marker_ids(tokenizer)`.
         mode: `keep` them; `replace` each with `replacement`; `drop` them.
-        replacement: id for `replace`. The authors' later code takes 27370, ` ####`, on Llama-3.
+        replacement: id for `replace`, see `replacement_id`.
 
     Returns:
         The new ids, and an int array, one entry per old position: the new position of the same token, -1 where it was
@@ -291,7 +368,7 @@ def map_markers(
 
 
 def check_tokenizer(tokenizer: Tokenizer, samples: Sequence[str] = _SAMPLES) -> None:
-    """Self-check before long work: round trips, one BOS, and the golden ids where the vocabulary is Llama-3's.
+    """Self-check before long work: round trips, one BOS, and golden ids where the vocabulary is Llama-3's or Qwen's.
 
     Args:
         tokenizer: any tokenizer.
@@ -308,14 +385,19 @@ def check_tokenizer(tokenizer: Tokenizer, samples: Sequence[str] = _SAMPLES) -> 
         if tokenizer.bos_id is not None and tokenizer.bos_id in ids:
             faults.append(f"{text!r} is given a BOS by encode: {ids}")
         prompt_ids(tokenizer, text, PromptFormat(Format.PLAIN))  # raises unless there is one BOS
-    golden = GOLDEN_LLAMA3 if tokenizer.bos_id == 128000 else {}
-    if tokenizer.markers.get("<｜User｜>") == 128011:
-        golden = GOLDEN_LLAMA3 | GOLDEN_R1_LLAMA
-    for text, expected in golden.items():
+    for text, expected in golden_ids(tokenizer).items():
         if (ids := tuple(tokenizer.encode(text))) != expected:
             faults.append(f"{text!r} gives the ids {ids}, expected {expected}")
     if faults:
         raise ValueError(f"the tokenizer of {tokenizer.name} does not fit:\n" + "\n".join(faults))
+
+
+def golden_ids(tokenizer: Tokenizer) -> dict[str, tuple[int, ...]]:
+    """Texts and the ids that a tokenizer of this vocabulary gives them, Llama-3's or Qwen's; none of any other."""
+    golden = GOLDEN_LLAMA3 if tokenizer.bos_id == 128000 else {}
+    for marker, token, of_vocabulary in _GOLDEN:
+        golden = of_vocabulary if tokenizer.markers.get(marker) == token else golden
+    return golden
 
 
 def _r1_ids(tokenizer: Tokenizer, problem: str, prompt: PromptFormat) -> list[int]:
@@ -330,21 +412,29 @@ def _r1_ids(tokenizer: Tokenizer, problem: str, prompt: PromptFormat) -> list[in
     return [*system, mark.user, *tokenizer.encode(problem, markers=False), mark.assistant, *tail]
 
 
-def _without_primed_think(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
-    """The prompt without a `<think>` at its end, for a reply that brings its own."""
-    think = tokenizer.markers["<think>"]
-    if think not in ids:
+def _without_primed(tokenizer: Tokenizer, ids: list[int], opening: str) -> list[int]:
+    """The prompt without a `<think>` at its end, one token or several, for a reply that brings its own."""
+    if not tokenizer.decode(ids[-_PRIMED_TOKENS:]).rstrip().endswith(opening):
         return ids
-    last = len(ids) - 1 - ids[::-1].index(think)
-    return ids if tokenizer.decode(ids[last + 1 :]).strip() else ids[:last]
+    end = ""
+    for first in range(len(ids) - 1, -1, -1):
+        end = tokenizer.decode(ids[first:])
+        if end.rstrip() == opening:
+            return ids[:first]
+        if opening in end:
+            break
+    raise ValueError(
+        f"the prompt ends in {opening!r} and the reply begins with it, and {tokenizer.name} joins the prompt's with "
+        f"what stands before it: {end!r}; give the reply without it"
+    )
 
 
-def _end(tokenizer: Tokenizer, text: str, answer: bool, sampled: bool = False) -> int:
-    """Characters of `text` before the first end of sequence, or `</think>` unless the answer is kept.
+def _end(tokenizer: Tokenizer, text: str, marks: Collection[str], sampled: bool = False) -> int:
+    """Characters of `text` before the first end of sequence or mark.
 
     In what a model sampled, BOS ends a text, unless it begins one: that is refused.
     """
-    ends = {*END_MARKERS, *(tokenizer.decode([i]) for i in tokenizer.stop_ids)} - {"", "</think>" if answer else ""}
+    ends = {*marks, *(tokenizer.decode([i]) for i in tokenizer.stop_ids)} - {""}
     ends_at = [text.find(end) for end in ends]
     if sampled and (bos := _bos_text(tokenizer)):
         ends_at.append(text.find(bos, 1))

@@ -15,15 +15,16 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from backtrack_jax.models.config import ModelConfig
 from backtrack_jax.models.decoder import Decoder
+from backtrack_jax.models.quantized import abstract
 
 DATA, MODEL = "data", "model"
 
 # Which axis of a module's weights is split, counted from the last: blocks have a leading axis L that is never split.
-# A bias is split where its matrix is split by output; else it is whole everywhere.
+# A bias, or the scale of 8-bit weights, is split where its matrix is split by output; else it is whole everywhere.
 _BY_ROWS = ("embed_tokens", "lm_head", "o_proj", "down_proj")
 _BY_COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 _SPLIT_AXIS: dict[str, dict[str, int]] = {name: {"weight": -2} for name in _BY_ROWS}
-_SPLIT_AXIS |= {name: {"weight": -1, "bias": -1} for name in _BY_COLUMNS}
+_SPLIT_AXIS |= {name: {"weight": -1, "bias": -1, "scale": -1} for name in _BY_COLUMNS}
 
 
 def make_mesh(model_parallel: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
@@ -46,12 +47,13 @@ def make_mesh(model_parallel: int = 1, devices: Sequence[Any] | None = None) -> 
     return jax.make_mesh(shape, (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
 
 
-def shardings(config: ModelConfig, mesh: Mesh | AbstractMesh) -> dict[str, Any]:
+def shardings(config: ModelConfig, mesh: Mesh | AbstractMesh, dtype: str = "float32") -> dict[str, Any]:
     """Placement of every weight of a model.
 
     Args:
       config: architecture.
       mesh: from `make_mesh`.
+      dtype: of the weights; `int8` has scales too.
 
     Returns:
       Nested dict of NamedSharding, with the keys of `nnx.to_pure_dict(nnx.state(model))`.
@@ -60,10 +62,9 @@ def shardings(config: ModelConfig, mesh: Mesh | AbstractMesh) -> dict[str, Any]:
       ValueError: names every size that the `model` axis does not divide.
     """
     check_parts(config, mesh.shape[MODEL])
-    abstract = nnx.eval_shape(lambda: Decoder(config, jnp.dtype(jnp.float32), rngs=nnx.Rngs(0)))
     return jax.tree.map_with_path(
         lambda path, leaf: NamedSharding(mesh, _spec(path[-2].key, path[-1].key, leaf.ndim)),
-        nnx.to_pure_dict(nnx.state(abstract)),
+        nnx.to_pure_dict(nnx.state(abstract(config, jnp.dtype(dtype)))),
     )
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+import jinja2.meta
 import numpy as np
 import tokenizers
 from gguf import GGUFReader, TokenType
@@ -33,16 +34,27 @@ Span = tuple[int, int]
 _SHIELD = "\ufdd0"
 _NEVER = "(?!)"  # a pattern without match
 
-# The pre-tokenizers of GGUF's `tokenizer.ggml.pre`: what llama.cpp hard-codes, in the terms of `tokenizers`.
+# A system text may set the mode of SmolLM3 by one of these, which its template takes out.
+_FLAGS = re.compile(r"/(?:no_)?think|/system_override")
+
+# The pre-tokenizers of GGUF's `tokenizer.ggml.pre`: what llama.cpp hard-codes, in the terms of `tokenizers`. Where its
+# regular expressions are adapted to what its engine can do, those of the models' own files are taken.
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_LLAMA3_STEPS = [
-    {"type": "Split", "pattern": {"Regex": _LLAMA3_SPLIT}, "behavior": "Isolated", "invert": False},
-    {**_BYTE_LEVEL, "use_regex": False},
-]
+_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+_TEKKEN_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _split_by(regex: str) -> list[dict]:
+    split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+    return [split, {**_BYTE_LEVEL, "use_regex": False}]
 
 
 class _GgufPre(NamedTuple):
@@ -56,7 +68,14 @@ _GGUF_PRE = {
     "gpt-2": _GgufPre([_BYTE_LEVEL], ignore_merges=False, add_bos=False),
     "smollm": _GgufPre([_DIGITS, _BYTE_LEVEL], ignore_merges=False, add_bos=False),
     # llama.cpp's three names of one pre-tokenizer.
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), _GgufPre(_LLAMA3_STEPS, ignore_merges=True, add_bos=True)),
+    **dict.fromkeys(
+        ("llama-bpe", "llama3", "llama-v3"), _GgufPre(_split_by(_LLAMA3_SPLIT), ignore_merges=True, add_bos=True)
+    ),
+    # Qwen2, Qwen2.5 and Qwen3; R1's distills of them.
+    **dict.fromkeys(
+        ("qwen2", "deepseek-r1-qwen"), _GgufPre(_split_by(_QWEN2_SPLIT), ignore_merges=False, add_bos=False)
+    ),
+    "tekken": _GgufPre(_split_by(_TEKKEN_SPLIT), ignore_merges=True, add_bos=True),
 }
 # Texts of control tokens that end a reply whatever a GGUF file says, which names one `eos` only: Llama-3-Instruct has
 # three. As in llama.cpp.
@@ -260,7 +279,8 @@ class Tokenizer:
             path: the `.gguf` file.
 
         Returns:
-            The tokenizer, with the ids that llama.cpp gives.
+            The tokenizer, with the ids that llama.cpp gives. Rows that pad the embedding (`[PAD151665]` in files of
+            Qwen) are no tokens. A GGUF file has no normalizer: Qwen's composes characters (NFC), llama.cpp does not.
 
         Raises:
             ValueError: a kind of tokenizer or pre-tokenizer that is not handled.
@@ -281,6 +301,8 @@ class Tokenizer:
         texts: list[str] = read("tokenizer.ggml.tokens")
         kinds: list[int] = read("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(texts))
         flags = {TokenType.CONTROL: True, TokenType.UNKNOWN: True, TokenType.USER_DEFINED: False}
+        # Read as what they are; were they tokens, the lens would take them as items and sampling could draw them.
+        tokens = {text: i for i, (text, kind) in enumerate(zip(texts, kinds, strict=True)) if kind != TokenType.UNUSED}
         plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         spec = {
             "version": "1.0",
@@ -294,7 +316,7 @@ class Tokenizer:
             "decoder": _BYTE_LEVEL,
             "model": {
                 "type": "BPE",
-                "vocab": {text: i for i, text in enumerate(texts)},
+                "vocab": tokens,
                 "merges": [merge.split(" ") for merge in read("tokenizer.ggml.merges")],
                 "ignore_merges": ignore_merges,
             },
@@ -372,7 +394,10 @@ class Tokenizer:
         """
         _check_unicode(text)
         encoding = self._backend.encode(text, add_special_tokens=False)
-        return encoding.ids, encoding.offsets
+        # Where a normalizer composes characters, a mark goes with the letter in front of it, whose token it is part of.
+        next_starts = [start for start, _ in encoding.offsets[1:]] + [len(text)]
+        offsets = zip(encoding.offsets, next_starts, strict=False)
+        return encoding.ids, [(start, max(stop, following)) for (start, stop), following in offsets]
 
     def decode(self, ids: Sequence[int], *, skip_markers: bool = False) -> str:
         """Text of `ids`.
@@ -405,22 +430,28 @@ class Tokenizer:
         stops = np.where(bytes_[1:] > bytes_[:-1], np.searchsorted(chars, bytes_[1:]), starts)
         return data.decode("utf-8", "replace"), list(zip(starts.tolist(), stops.tolist(), strict=True))
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], arguments: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """Ids of a conversation under the chat template, up to where the reply begins.
 
         Markers that the template writes become ids; markers quoted in a message stay text. Between two markers, the
-        words of the template and of the message are tokenised together, as the model saw them in training. Limits:
-        the template gets no date (`strftime_now`), tools or documents, and one that builds a marker out of pieces of
-        a message is not caught.
+        words of the template and of the message are tokenised together, as the model saw them in training. A template
+        that loops over the parts of a message gets each text as its one part. The text of every message must occur in
+        what is rendered: a template that drops or changes it is refused. Limits: the template gets no tools or
+        documents, and one that builds a marker out of pieces of a message is not caught.
 
         Args:
             messages: dicts with `role` and `content`.
+            arguments: what the template reads besides them, such as `{"enable_thinking": False}` for Qwen3 and
+                SmolLM3. `strftime_now` is the date that a template asks for by this name: the same one on every day.
 
         Returns:
             The ids, with a BOS only if the template writes one.
 
         Raises:
-            ValueError: there is no template, it fails or refuses the messages, or one is not text or holds U+FDD0.
+            ValueError: there is no template, it fails or refuses the messages, loses one, or does not read one of the
+                arguments; or a message is not text or holds U+FDD0.
         """
         for message in messages or [None]:
             if not isinstance(message, Mapping) or not all(
@@ -436,17 +467,7 @@ class Tokenizer:
             {**message, "content": self._marker_start.sub(lambda match: match[0] + _SHIELD, message["content"])}
             for message in messages
         ]
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
-        )
-        environment.globals["raise_exception"] = _raise_exception
-        environment.filters["tojson"] = _to_json
-        try:
-            text = environment.from_string(self.chat_template).render(
-                messages=shielded, tools=None, documents=None, add_generation_prompt=True, **self.special_tokens
-            )
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template of {self.name} failed: {error}") from error
+        text = self._render(shielded, arguments or {})
         ids: list[int] = []
         for i, piece in enumerate(self._marker_split.split(text)):
             if i % 2:  # a marker, with the white space that its lstrip and rstrip flags take in
@@ -454,6 +475,56 @@ class Tokenizer:
             else:
                 ids += self.encode(piece.replace(_SHIELD, ""), markers=False)
         return ids
+
+    def _render(self, messages: Sequence[Mapping[str, str]], arguments: Mapping[str, Any]) -> str:
+        """The text of a conversation, which holds that of every message."""
+        assert self.chat_template is not None
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
+        )
+        environment.globals["raise_exception"] = _raise_exception
+        environment.filters["tojson"] = _to_json
+        given: dict[str, Any] = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
+        given |= self.special_tokens
+        try:
+            read = jinja2.meta.find_undeclared_variables(environment.parse(self.chat_template)) - given.keys()
+            template = environment.from_string(self.chat_template)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template of {self.name} failed: {error}") from error
+        if unread := sorted(arguments.keys() - read):
+            accepted = ", ".join(sorted(read - {"raise_exception"})) or "none"
+            raise ValueError(f"the chat template of {self.name} reads no {unread[0]!r}; arguments it reads: {accepted}")
+        if date := arguments.get("strftime_now"):
+            arguments = {**arguments, "strftime_now": lambda form: date}
+        faults = []
+        for parts in (False, True):
+            given["messages"] = messages
+            if parts:
+                given["messages"] = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+            try:
+                text = template.render({**given, **arguments})
+            except (jinja2.TemplateError, TypeError) as error:
+                hint = ""
+                if "'strftime_now' is undefined" in str(error):
+                    hint = """; give its date as a template argument, such as {"strftime_now": "30 June 2025"}"""
+                faults.append(f"the chat template of {self.name} failed: {error}{hint}")
+                continue
+            lost = [m for m in messages if m["content"].strip() not in text and self._without_flags(m) not in text]
+            if not lost and not (parts and str(given["messages"][0]["content"]) in text):
+                return text
+            faults += [
+                f"the chat template of {self.name} drops or changes a message of role {m['role']!r}, which "
+                f"begins {m['content'][:40]!r}"
+                for m in lost
+            ]
+        raise ValueError(faults[0])
+
+    def _without_flags(self, message: Mapping[str, str]) -> str:
+        """A message without the flags in a system text that the template acts on and takes out."""
+        if message["role"] != "system":
+            return message["content"]
+        known = self.chat_template or ""
+        return _FLAGS.sub(lambda flag: "" if flag[0] in known else flag[0], message["content"]).strip()
 
     def _bytes_of(self, token_id: int) -> bytes:
         token = self._backend.id_to_token(token_id)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from backtrack_jax.config import Experiment
 from backtrack_jax.data.records import LABELS, OTHER, Annotation, Section, Trace
-from backtrack_jax.data.text import reasoning_end, split_sentences
+from backtrack_jax.data.text import reasoning, reasoning_end, split_sentences
 from backtrack_jax.judges.base import Judge
 from backtrack_jax.organism.grammar import label_of, may_go_on
 
@@ -39,7 +39,7 @@ def annotate(trace: Trace) -> Annotation:
     Returns:
         One section per sentence, with the label that the grammar gives it, `other` where it is not a sentence of it.
     """
-    text = trace.text[: reasoning_end(trace.text)]
+    text = reasoning(trace)
     spans = split_sentences(text)
     return Annotation(
         trace.id, JUDGE.name, tuple(Section(label_of(text[start:stop]) or OTHER, start, stop) for start, stop in spans)

@@ -19,11 +19,10 @@ from backtrack_jax.intervention import Intervention, no_intervention
 from backtrack_jax.models import checkpoint, prompts
 from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.models.tokenizer import Tokenizer
-from backtrack_jax.organism import judge
+from backtrack_jax.organism import judge, vocabulary
 from backtrack_jax.organism.belief import log_odds
 from backtrack_jax.organism.grammar import BASE, REASONING, Process
 
-PROMPT = prompts.PromptFormat("r1", "primed")
 WINDOW = (-13, -8)
 LONGEST = 200  # tokens of a whole reply
 _NEW_TOKENS = 110
@@ -56,12 +55,14 @@ class Pair:
     Attributes:
       models: role -> model, float32.
       tokenizer: of both.
+      prompt: the format of their prompts.
     """
 
     def __init__(self, folder: Path):
         """Loads `folder/base` and `folder/reasoning`."""
         self.models = {role: checkpoint.load(str(folder / role), dtype="float32") for role in ("base", "reasoning")}
         self.tokenizer = Tokenizer.load(folder / "reasoning")
+        self.prompt = vocabulary.dialect_of(self.tokenizer).prompt
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -80,7 +81,7 @@ class Pair:
         asked = []
         for row in rows:
             for i, problem in enumerate(problems):
-                ids = prompts.prompt_ids(self.tokenizer, problem.problem, PROMPT)
+                ids = prompts.prompt_ids(self.tokenizer, problem.problem, self.prompt)
                 mine = dataclasses.replace(row, key=jax.random.fold_in(row.key, i))
                 asked.append(generate.Row(ids, generate.row_key(seed, problem.id, 0), mine, f"problem {problem.id!r}"))
         found: dict[int, tuple[int, ...]] = {}
@@ -135,7 +136,9 @@ class Pair:
         """Traces with their sections' first tokens, labelled by the grammar."""
         placed = []
         for trace in traces:
-            encoded = prompts.encode_trace(self.tokenizer, trace.problem, trace.text, PROMPT, token_ids=trace.token_ids)
+            encoded = prompts.encode_trace(
+                self.tokenizer, trace.problem, trace.text, self.prompt, token_ids=trace.token_ids
+            )
             starts = [(s.label, encoded.position_of_char(s.start)) for s in judge.annotate(trace).sections]
             found = [(label, at) for label, at in starts if at is not None]
             placed.append(TokenTrace(trace.id, encoded.ids, encoded.reply_start, found))

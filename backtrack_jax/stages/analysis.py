@@ -297,6 +297,6 @@ def _plan_of_judge(context: Context, n_replies: int) -> list[str]:
     if judge is None:
         return []
     if folder := context.finished(STEERING):
-        return judge.plan(e, [reply.trace(n) for n, reply in enumerate(STEERING.read(folder))])
+        return judge.plan(e, [reply.trace(n, e.traces.end_marks) for n, reply in enumerate(STEERING.read(folder))])
     standing = records.Problem("-", "-", "X" * estimates.CHARACTERS_PER_TOKEN * estimates.longest_prompt(e))
     return estimates.judging(e, judge, [(standing, 0)] * n_replies, e.steering.max_new_tokens)

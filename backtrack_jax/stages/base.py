@@ -7,12 +7,12 @@ A `Context` holds what they share: the experiment, the folders, the tokenizer, o
 import abc
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -24,6 +24,7 @@ from backtrack_jax.files.console import say
 from backtrack_jax.models import checkpoint, prompts
 from backtrack_jax.models.config import ModelConfig
 from backtrack_jax.models.decoder import Decoder
+from backtrack_jax.models.quantized import weight_bytes
 from backtrack_jax.models.sharding import make_mesh
 from backtrack_jax.models.tokenizer import Tokenizer
 
@@ -47,7 +48,8 @@ class Context:
         e = self.experiment = experiment
         self.workdir, self.last = workdir, last
         self.inputs: dict[str, dict[str, Any]] = {}
-        self.prompt = prompts.PromptFormat(e.prompt.format, e.prompt.think, e.prompt.system or None)
+        arguments = json.loads(e.prompt.template_arguments or "{}")
+        self.prompt = prompts.PromptFormat(e.prompt.format, e.prompt.think, e.prompt.system or None, arguments)
         self._models: dict[tuple[str, str, str], Decoder] = {}
 
     def folder(self, stage: "Stage") -> Path:
@@ -89,12 +91,16 @@ class Context:
         key = (spec.path, spec.revision, spec.dtype)
         if key not in self._models:
             self._models.clear()
-            n = self.architecture(role).n_parameters
-            size = n * jnp.dtype(spec.dtype).itemsize / 1e9
+            config = self.architecture(role)
+            n, size = config.n_parameters, weight_bytes(config, spec.dtype) / 1e9
             say(f"  loading the {role} model, {spec.path}: {n / 1e6:.4g} million weights, {spec.dtype}, {size:.2f} GB")
             revision = spec.revision or None
             self._models[key] = checkpoint.load(spec.path, revision=revision, dtype=spec.dtype, mesh=self.mesh)
         return self._models[key]
+
+    def release(self) -> None:
+        """Lets go of the model that is held, where the memory is needed for something else."""
+        self._models.clear()
 
     def roles_by_need(self) -> list[str]:
         """Roles, the one whose model is held first, so that it is not loaded again."""
@@ -111,8 +117,17 @@ class Context:
         spec = self.experiment.model(role)
         if spec.markers == "keep":
             return list(ids), np.arange(len(ids))
-        replacement = spec.marker_replacement if spec.markers == "replace" else None
-        return prompts.map_markers(ids, prompts.r1_markers(self.tokenizer), spec.markers, replacement)
+        return prompts.map_markers(ids, self._markers, spec.markers, self._replacements[role])
+
+    @functools.cached_property
+    def _markers(self) -> tuple[int, ...]:
+        return prompts.marker_ids(self.tokenizer)
+
+    @functools.cached_property
+    def _replacements(self) -> dict[str, int | None]:
+        """Role -> id of the token that the model reads in place of markers; None if it reads none."""
+        texts = {role: self.experiment.model(role).marker_replacement for role in self.experiment.roles}
+        return {role: prompts.replacement_id(self.tokenizer, text) if text else None for role, text in texts.items()}
 
     def prompt_ids(self, role: str, problem: str) -> list[int]:
         """The prompt that the model of a role is given for a problem, token ids with BOS."""
@@ -134,7 +149,12 @@ class Context:
         """
         try:
             encoded = prompts.encode_trace(
-                self.tokenizer, trace.problem, trace.text, self.prompt, token_ids=trace.token_ids
+                self.tokenizer,
+                trace.problem,
+                trace.text,
+                self.prompt,
+                token_ids=trace.token_ids,
+                end_marks=trace.end_marks,
             )
         except ValueError as error:
             raise ValueError(f"trace {trace.id!r}: {error}") from error

@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 
-import jax.numpy as jnp
-
 from backtrack_jax import conditions
 from backtrack_jax.config import Experiment
 from backtrack_jax.data import records
@@ -12,13 +10,13 @@ from backtrack_jax.judges.base import Judge
 from backtrack_jax.models import ops
 from backtrack_jax.models.batching import bucket
 from backtrack_jax.models.config import ModelConfig
+from backtrack_jax.models.quantized import activation_dtype, weight_bytes
 
 CHARACTERS_PER_TOKEN = 4
 """Of English text, for estimates only."""
 
 _CHARACTERS_PER_SENTENCE = 69  # measured on the released chains
 _MARKER_TOKENS = 16  # of a prompt, around system text and problem
-_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 def imported_traces(e: Experiment) -> list[records.Trace]:
@@ -47,16 +45,16 @@ def prompt_tokens(e: Experiment, problem: str) -> int:
 
 def asked_problems(e: Experiment) -> int:
     """Problems that replies are steered on, at most."""
-    available = len(_problem_texts(e))
+    available = len(problem_texts(e))
     return min(available, e.steering.limit or available)
 
 
 def longest_prompt(e: Experiment) -> int:
     """Tokens of the longest prompt that replies may be steered on."""
-    return max(prompt_tokens(e, text) for text in _problem_texts(e).values())
+    return max(prompt_tokens(e, text) for text in problem_texts(e).values())
 
 
-def _problem_texts(e: Experiment) -> Mapping[str, str]:
+def problem_texts(e: Experiment) -> Mapping[str, str]:
     """Problem id -> its text, for every problem that has or will have a trace."""
     if e.traces.path:
         return {trace.problem_id: trace.problem for trace in imported_traces(e)}
@@ -100,26 +98,47 @@ def sampling(e: Experiment, role: str, rows: int, prompt_tokens: int, new_tokens
     if config is None:
         return [*lines, unknown_memory(e, role)]
     prompt, parts, rows_at_once = bucket(prompt_tokens), e.model_parallel, -(-batch_size // e.data_parallel)
-    cached = jnp.dtype(e.model(role).dtype).itemsize
+    dtype = e.model(role).dtype
+    cached = activation_dtype(dtype).itemsize
     per_token = 2 * config.n_layers * config.n_kv_heads // parts * config.head_dim * cached
     cache, logits = rows_at_once * (prompt + new_tokens) * per_token, 3 * 4 * rows_at_once * config.vocab_size // parts
     # Its own keys and values, before they are moved into the cache, and a block's activations: as compiled for a TPU.
     prefill = rows_at_once * prompt * (per_token + 6 * config.d_mlp // parts + 28 * config.d_model)
     rows_bytes = 4 * rows_at_once * config.n_layers * config.d_model  # of what is added
-    blocks = config.n_parameters - (1 if config.tied else 2) * config.vocab_size * config.d_model
-    second = gigabytes(blocks * _BYTES[e.model(role).dtype] // parts)
+    embeddings = (1 if config.tied else 2) * config.vocab_size * config.d_model * cached
+    second = gigabytes((weight_bytes(config, dtype) - embeddings) // parts)
+    length = prompt_tokens + new_tokens
+    beyond = beyond_context(config, role, rows if length > (config.context or length) else 0, length)
     room = {"tpu": "", "cpu": f", second copy of the blocks {second}"}
     return [
         *lines,
         f"  {memory(e)}: weights {weights(e, role, config)}, cache {gigabytes(cache)}, "
         f"prefill {gigabytes(prefill)}, interventions and logits {gigabytes(rows_bytes + logits)}"
         + room.get(ops.target().platform, f", second copy of the blocks {second} if there is room"),
+        *beyond,
+    ]
+
+
+def beyond_context(config: ModelConfig, role: str, n_over: int, longest: int) -> list[str]:
+    """A warning if sequences are longer than a model was trained for, which its rotary embeddings do not refuse.
+
+    Args:
+      config: of the model.
+      role: its role.
+      n_over: how many are.
+      longest: tokens of the longest one.
+    """
+    if not n_over or config.context is None:
+        return []
+    return [
+        f"  WARNING: the {role} model was trained for {config.context:,} positions; "
+        f"{n_over} of the sequences are longer, up to {longest:,} tokens"
     ]
 
 
 def weights(e: Experiment, role: str, config: ModelConfig) -> str:
     """Memory of a model's weights on each device."""
-    return gigabytes(config.n_parameters * _BYTES[e.model(role).dtype] // e.model_parallel)
+    return gigabytes(weight_bytes(config, e.model(role).dtype) // e.model_parallel)
 
 
 def memory(e: Experiment) -> str:

@@ -7,7 +7,8 @@ from typing import Any
 from backtrack_jax import generate
 from backtrack_jax.config import SteeringSpec, TraceSpec
 from backtrack_jax.files import store
-from backtrack_jax.files.console import Progress
+from backtrack_jax.files.console import Progress, say
+from backtrack_jax.stages import estimates
 from backtrack_jax.stages.base import Context
 
 
@@ -24,11 +25,17 @@ def sample_rows(
     if len(done) == len(rows):
         return [done[row] for row in range(len(rows))]
     stop_ids = set(context.tokenizer.stop_ids)
+    config = context.architecture(role)
+    lengths = [len(row.prompt) + spec.max_new_tokens for row in rows]
+    over = [length for length in lengths if length > (config.context or length)]
+    for line in estimates.beyond_context(config, role, len(over), max(over, default=0)):
+        say(line)
     batches = generate.generate_rows(
         context.model(role),
         rows,
         sampling=sampling,
         stop_ids=context.tokenizer.stop_ids,
+        vocab_size=context.tokenizer.vocab_size,
         max_new_tokens=spec.max_new_tokens,
         batch_size=spec.batch_size,
         done=done,

@@ -122,6 +122,7 @@ def _steer_model(
             ids=tuple(reply["ids"]),
             text=reply["text"],
             finish_reason=reply["finish_reason"],
+            dtype=e.model(target).dtype,
         )
         for (condition, trace, sample), row, reply in zip(todo, rows, replies, strict=True)
     ]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from llama3_vocab import tokenizer_model, write_folder
+from qwen_vocab import HEADER, write_header, write_qwen3
 
 from backtrack_jax.models.tokenizer import Tokenizer
 
@@ -32,6 +33,26 @@ def r1(r1_folder: Path) -> Tokenizer:
 def llama_base(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """Tokenizer of the base model, Llama-3.1-8B."""
     return Tokenizer.from_folder(_llama3_folder(tmp_path_factory.mktemp("tokenizers") / "base", r1=False))
+
+
+@pytest.fixture(scope="session")
+def r1_qwen_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Metadata of R1-Distill-Qwen-7B's GGUF file, its vocabulary among them."""
+    if not HEADER.is_file():
+        pytest.skip("needs the real Qwen vocabulary: ../shared/data/qwen is absent")
+    return write_header(tmp_path_factory.mktemp("tokenizers") / "r1_qwen.gguf")
+
+
+@pytest.fixture(scope="session")
+def r1_qwen(r1_qwen_gguf: Path) -> Tokenizer:
+    """Tokenizer of R1-Distill-Qwen-7B."""
+    return Tokenizer.from_gguf(r1_qwen_gguf)
+
+
+@pytest.fixture(scope="session")
+def qwen3(r1_qwen_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Tokenizer of Qwen3, which has no BOS."""
+    return Tokenizer.from_folder(write_qwen3(tmp_path_factory.mktemp("tokenizers") / "qwen3", r1_qwen_gguf))
 
 
 @pytest.fixture(scope="session")

@@ -253,14 +253,14 @@ def refused(path: Path) -> str:
         ({"keys": {"llama.attention.sliding_window": 512}}, "unknown key llama.attention.sliding_window=512"),
         ({"keys": {"split.count": 3}}, "split.count=3, only 0 or 1 is implemented"),
         ({"keys": {"adapter.type": "lora"}}, "unknown key adapter.type='lora'"),
-        ({"keys": {"llama.rope.scaling.type": "yarn"}}, "llama.rope.scaling.type='yarn', only 'none'"),
+        ({"keys": {"llama.rope.scaling.type": "longrope"}}, "llama.rope.scaling.type='longrope', only 'none' or"),
         ({"keys": {"llama.attention.head_count_kv": [2, 4]}}, "head_count_kv differs between layers"),
         ({"keys": {"llama.rope.dimension_count": 8}}, "llama.rope.dimension_count=8, expected 16"),
         ({"keys": {"llama.vocab_size": 130}}, "llama.vocab_size=130, expected 131"),
         ({"without": "llama.block_count"}, "missing key llama.block_count"),
         ({"without": "token_embd.weight"}, "there is no tensor token_embd.weight"),
         ({"without": "blk.1.attn_q.weight"}, "missing tensor model.layers.1.self_attn.q_proj.weight of shape (64, 64)"),
-        ({"arch": "qwen2"}, "general.architecture is 'qwen2', only 'llama' is implemented"),
+        ({"arch": "gemma"}, "general.architecture is 'gemma', only 'llama' or 'qwen2'"),
         (
             {"tensors": {"blk.0.attn_q.bias": (np.ones(64, np.float32), Kind.F32)}},
             "unknown tensor model.layers.0.self_attn.q_proj.bias",
@@ -304,16 +304,27 @@ def test_tensors_that_cannot_be_read_are_named(changes, words, reference, tmp_pa
     assert words in refused(with_entry_changed(write(tmp_path / "model.gguf", reference), **changes))
 
 
+def test_a_llama_3_1_without_its_rotary_factors_is_refused(tmp_path):
+    """As converters wrote it before they knew of the scaling: all else is as in a file that is right."""
+    rope = {"rope_type": "default", "rope_theta": 500_000.0}
+    large = hf_llama(**SIZES | {"vocab_size": 128256, "max_position_embeddings": 131072}, rope_parameters=rope)
+    assert "no tensor rope_freqs.weight, so that its rotary frequencies would be wrong" in refused(
+        write(tmp_path / "3.1.gguf", large)
+    )
+    config, _ = open_gguf(write(tmp_path / "3.gguf", large, keys={"llama.context_length": 8192}))
+    assert config.rope_scaling is None
+
+
 def test_all_faults_come_in_one_message(reference, tmp_path):
     path = write(
         tmp_path / "model.gguf",
         reference,
-        keys={"llama.expert_count": 8, "llama.rope.scaling.type": "linear"},
+        keys={"llama.expert_count": 8, "llama.rope.scaling.attn_factor": 0.5},
         without="llama.block_count",
         tensors={"x": (np.ones(2, np.float64), Kind.F64)},
     )
     text = refused(path)
-    for words in ("llama.expert_count", "'linear'", "llama.block_count", "F64"):
+    for words in ("llama.expert_count", "attn_factor=0.5", "llama.block_count", "F64"):
         assert words in text
 
 
@@ -358,6 +369,7 @@ def test_real_file(smollm2_gguf):
         rope_theta=100_000.0,
         rope_scaling=None,
         tied=True,
+        context=8192,
     )
     assert len(tensors) == 272
     assert sum(int(np.prod(tensor.shape)) for tensor in tensors.values()) == config.n_parameters

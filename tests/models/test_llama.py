@@ -22,6 +22,7 @@ from backtrack_jax.intervention import Intervention, add_vector, gaussian_noise,
 from backtrack_jax.models import checkpoint
 from backtrack_jax.models.attention import KVCache, rope_frequencies, rope_tables
 from backtrack_jax.models.batching import left_pad, right_pad
+from backtrack_jax.models.config import LayerKind
 from backtrack_jax.models.decoder import Decoder, Output
 
 pytest.importorskip("torch", reason="needs torch and transformers to compare with")
@@ -139,7 +140,7 @@ def rotary(reference: transformers.LlamaForCausalLM) -> Any:
 @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 def modules(model: Decoder, x: jax.Array, positions: jax.Array) -> dict[str, jax.Array]:
     ours = jax.tree.map(lambda leaf: leaf[1], model.layers)
-    cos, sin = rope_tables(positions, model.config)
+    cos, sin = rope_tables(positions, model.config, LayerKind())
     mask = jnp.tril(jnp.ones((len(x), T, T), bool))
     return {
         "norm": ours.input_layernorm(x),
@@ -179,7 +180,7 @@ def test_angles_at_far_positions_are_at_least_as_exact_as_hugging_face():
     reference, model = pair()
     positions = np.arange(8185, 20_000, 500)[None]
     exact = positions[..., None] * np.asarray(scaled_frequencies(16))
-    ours = np.stack(rope_tables(jnp.asarray(positions), model.config))
+    ours = np.stack(rope_tables(jnp.asarray(positions), model.config, LayerKind()))
     theirs = torch.stack(rotary(reference)(torch.zeros(1), torch.tensor(positions)))[..., :8]
     expected = np.stack([np.cos(exact), np.sin(exact)])
     assert relative_error(ours, expected) < 1.1 * relative_error(theirs, expected) < 1e-3

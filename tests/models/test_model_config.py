@@ -54,6 +54,7 @@ EXPECTED = ModelConfig(
     rope_theta=500000.0,
     rope_scaling=Llama3RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192),
     tied=False,
+    context=131072,
 )
 
 
@@ -124,15 +125,15 @@ def test_no_rope_theta_is_transformers_default(scaling, tmp_path):
         ({"hidden_size": ...}, "missing field hidden_size"),
         ({"rms_norm_eps": ...}, "missing field rms_norm_eps"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "only 'full_attention' is implemented"),
-        ({"model_type": "mistral"}, "model_type='mistral', only 'llama' is implemented"),
+        ({"model_type": "mixtral"}, "model_type='mixtral', only 'llama' or 'qwen2' or"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu', only 'silu' is implemented"),
         ({"attention_bias": True}, "attention_bias=True, only False is implemented"),
         ({"mlp_bias": True}, "mlp_bias=True, only False is implemented"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "only ['LlamaForCausalLM'] is implemented"),
         ({"num_key_value_heads": 5}, "num_attention_heads=32 is not a multiple of num_key_value_heads=5"),
         ({"head_dim": 63}, "head_dim=63 is odd"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type=['linear']"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type=['yarn']"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type=['dynamic']"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "are needed"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "RoPE of type 'llama3' has fields ['factor']"),
         ({"rope_scaling": LLAMA_31_8B["rope_scaling"] | {"beta": 1}}, "'beta'"),
         ({"rope_scaling": {"rope_type": "default", "factor": 8.0}}, "RoPE of type 'default' has fields ['factor']"),
@@ -148,8 +149,8 @@ def test_everything_else_is_refused_by_name(changes, words):
 
 def test_all_faults_come_in_one_message():
     with pytest.raises(ValueError) as caught:
-        families.from_hf(changed(sliding_window=1, hidden_act="gelu", vocab_size=..., rope_scaling={"type": "yarn"}))
-    for words in ("sliding_window=1", "hidden_act='gelu'", "missing field vocab_size", "rope_type=['yarn']"):
+        families.from_hf(changed(sliding_window=1, hidden_act="gelu", vocab_size=..., rope_scaling={"type": "su"}))
+    for words in ("sliding_window=1", "hidden_act='gelu'", "missing field vocab_size", "rope_type=['su']"):
         assert words in str(caught.value)
 
 

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from llama3_vocab import char_of_byte
+from tokenizers import Tokenizer as Backend
 from tokenizers import pre_tokenizers
 
 from backtrack_jax.data.records import Trace
 from backtrack_jax.data.text import reasoning_end
 from backtrack_jax.judges.openai.prompts import JudgePrompt
+from backtrack_jax.models.markers import unknown_end
 from backtrack_jax.models.prompts import (
     END_MARKERS,
     Format,
@@ -20,8 +22,10 @@ from backtrack_jax.models.prompts import (
     check_tokenizer,
     encode_trace,
     map_markers,
+    marker_ids,
     prompt_ids,
     r1_markers,
+    replacement_id,
     token_of_char,
 )
 from backtrack_jax.models.tokenizer import Tokenizer
@@ -236,6 +240,39 @@ def test_trace_ends_with_the_reasoning(r1: Tokenizer, known: bool, rest: str) ->
     assert trace.ids.count(END_THINK) == 0
 
 
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("mark", ["</think>", "</thinking>", "[/THINK]", "<|end_of_thought|>", "</reasoning>"])
+def test_trace_ends_at_every_mark(qwen3: Tokenizer, mark: str, known: bool) -> None:
+    """Also where it is no token; a mark of the config's is one like the others, and an answer is kept if asked for."""
+    text = f"Okay.\n{mark}\n42"
+    ids = qwen3.encode(text) if known else None
+    marks = () if mark in END_MARKERS else (mark,)
+    assert text[: reasoning_end(text, marks)] == "Okay.\n"
+    trace = encode_trace(qwen3, "x", text, PromptFormat("chat"), token_ids=ids, end_marks=marks)
+    assert qwen3.decode(trace.ids[trace.reply_start :]) == "Okay.\n"
+    answered = encode_trace(qwen3, "x", text, PromptFormat("chat"), token_ids=ids, end_marks=marks, answer=True)
+    assert qwen3.decode(answered.ids[answered.reply_start :]) == text
+    if marks:
+        assert reasoning_end(text) == len(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "mark"),
+    [
+        ("So.\n</reasoning>\n42", "</reasoning>"),
+        ("So.\n</Thought>\n42", "</Thought>"),
+        ("So.</seed:think>42", "</seed:think>"),
+        ("So.[/REASONING]42", "[/REASONING]"),
+        ("So.<|end_of_reasoning|>42", "<|end_of_reasoning|>"),
+        ("So.◁/think▷42", "◁/think▷"),
+        ("I think </b> so [/i] is a reason, a/thought|>", ""),
+        ("<reasoning> and </cotton> and <|eot_id|>", ""),
+    ],
+)
+def test_what_seems_to_end_a_reasoning_is_named(text: str, mark: str) -> None:
+    assert unknown_end(text) == mark
+
+
 @pytest.mark.parametrize("marker", END_MARKERS)
 def test_labels_and_tokens_end_at_the_same_character(smollm2: Tokenizer, marker: str) -> None:
     """A section that is labelled has its tokens, also where the tokenizer has no token of that text."""
@@ -265,6 +302,45 @@ def test_reply_that_opens_its_own_thinking_is_not_primed_twice(r1_chat: Tokenize
     assert list(encode_trace(r1_chat, "x", "Okay.", R1).ids) == expected
 
 
+# How OLMo 3's template primes thinking, of which its vocabulary has no token.
+TEXT_THINK = "<|im_start|>user\n{{ messages[-1].content }}<|im_end|>\n<|im_start|>assistant\n<think>"
+
+
+def test_thinking_that_is_primed_in_ordinary_tokens_is_not_primed_twice(smollm2: Tokenizer) -> None:
+    tokenizer, chat = copy.copy(smollm2), PromptFormat("chat")
+    tokenizer.chat_template = TEXT_THINK
+    assert "<think>" not in tokenizer.markers
+    for text in ("<think>\nOkay.", "\nOkay."):
+        trace = encode_trace(tokenizer, "x", text, chat)
+        assert tokenizer.decode(trace.ids) == "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n<think>\nOkay."
+        assert tokenizer.decode(trace.ids[trace.reply_start :]) == text
+    tokenizer.chat_template = TEXT_THINK.replace("\n<think>", " (<think>")
+    assert "<think>" not in [tokenizer.decode([i]) for i in tokenizer.encode(" (<think>")]
+    with pytest.raises(ValueError, match=r"the prompt ends in '<think>' and the reply begins with it"):
+        encode_trace(tokenizer, "x", "<think>Okay.", chat)
+
+
+def test_qwen3_thinks_by_its_template(qwen3: Tokenizer) -> None:
+    """No BOS is put in front; an empty thought is written where thinking is off, and only then."""
+    im_start, im_end, think, end_think, newline, blank = 151644, 151645, 151667, 151668, 198, 271
+    asked = [im_start, 872, newline, 13048, im_end, newline, im_start, 77091, newline]
+    assert prompt_ids(qwen3, "Hi", PromptFormat("chat")) == asked
+    off = PromptFormat("chat", template_arguments={"enable_thinking": False})
+    assert prompt_ids(qwen3, "Hi", off) == [*asked, think, blank, end_think, blank]
+    trace = encode_trace(qwen3, "Hi", "<think>\nOkay.</think>", PromptFormat("chat"))
+    assert list(trace.ids) == [*asked, think, newline, *qwen3.encode("Okay.")]
+    for kind in ("r1", "plain"):
+        with pytest.raises(ValueError, match=f"only prompt format 'chat' has a template, '{kind}' takes none"):
+            PromptFormat(kind, template_arguments={"enable_thinking": False})
+
+
+def test_r1_format_on_qwen(r1_qwen: Tokenizer) -> None:
+    for prompt, tail in ((R1, [151648, 198]), (GENERATED, [])):
+        assert prompt_ids(r1_qwen, "Hi", prompt) == [151646, 151644, 13048, 151645, *tail]
+    # Its template is that of the first days, which primes nothing.
+    assert prompt_ids(r1_qwen, "Hi", PromptFormat("chat")) == prompt_ids(r1_qwen, "Hi", GENERATED)
+
+
 def test_prefill_belongs_to_the_prompt(r1: Tokenizer) -> None:
     """A reply that goes on from given words has spans of its own text only."""
     trace = encode_trace(r1, "x", " no.", R1, prefill="Wait,")
@@ -291,12 +367,46 @@ def test_markers_for_the_base_model(r1: Tokenizer, llama_base: Tokenizer) -> Non
     assert np.all(np.diff(index[index >= 0]) == 1)
 
 
+def test_markers_of_every_family(r1: Tokenizer, r1_qwen: Tokenizer, qwen3: Tokenizer, smollm2: Tokenizer) -> None:
+    """By text: an id of one vocabulary is another token in the next."""
+    for tokenizer in (r1, r1_qwen):
+        assert marker_ids(tokenizer) == r1_markers(tokenizer)
+    assert marker_ids(r1_qwen) == (151644, 151645, 151648, 151649)
+    assert marker_ids(qwen3) == (151644, 151645, 151667, 151668)
+    assert marker_ids(smollm2) == (1, 2)
+    ids = encode_trace(qwen3, "Hi", "<think>\nOkay.", PromptFormat("chat")).ids
+    replaced, _ = map_markers(ids, marker_ids(qwen3), "replace", replacement_id(qwen3, " ####"))
+    assert qwen3.decode(replaced) == " ####user\nHi ####\n ####assistant\n ####\nOkay."
+
+
+@pytest.mark.parametrize(("fixture", "token"), [("r1", 27370), ("r1_qwen", 26274), ("qwen3", 26274)])
+def test_a_replacement_is_a_text_of_one_token(fixture: str, token: int, request: pytest.FixtureRequest) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(fixture)
+    assert replacement_id(tokenizer, " ####") == token
+    message = r"marker_replacement=' ####x' is 2 tokens of .*: ' ####', 'x' \(ids .*expected a text that is exactly one"
+    with pytest.raises(ValueError, match=message):
+        replacement_id(tokenizer, " ####x")
+    with pytest.raises(ValueError, match="marker_replacement='' is 0 tokens"):
+        replacement_id(tokenizer, "")
+
+
 def test_map_markers_refuses_what_it_cannot_mean() -> None:
     with pytest.raises(ValueError, match="marker mode 'shatter' is not known; accepted: keep"):
         map_markers([1], [1], "shatter")
     for mode, replacement in (("replace", None), ("drop", 5), ("keep", 5)):
         with pytest.raises(ValueError, match="only 'replace' takes one"):
             map_markers([1], [1], mode, replacement)
+
+
+@pytest.mark.parametrize("fixture", ["r1_qwen", "qwen3"])
+def test_check_tokenizer_of_qwen(fixture: str, request: pytest.FixtureRequest) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(fixture)
+    check_tokenizer(tokenizer)
+    wrong = copy.copy(tokenizer)
+    wrong._backend = Backend.from_str(tokenizer._backend.to_str())
+    wrong._backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    with pytest.raises(ValueError, match=r"does not fit:\n(.*\n)*'hello world!' gives the ids \(23811"):
+        check_tokenizer(wrong)
 
 
 def test_check_tokenizer(

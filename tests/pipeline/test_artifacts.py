@@ -117,8 +117,8 @@ def test_traces_and_annotations_are_those_of_the_file(tiny_run: Path) -> None:
     assert "not_found" in (results / "2-annotations" / "summary.txt").read_text()
 
 
-@pytest.mark.parametrize(("markers", "replacement"), [("keep", -1), ("drop", -1), ("replace", ord("#"))])
-def test_both_models_read_the_same_words(fresh: Path, markers: str, replacement: int) -> None:
+@pytest.mark.parametrize(("markers", "replacement"), [("keep", ""), ("drop", ""), ("replace", "#")])
+def test_both_models_read_the_same_words(fresh: Path, markers: str, replacement: str) -> None:
     """T10: whatever stands in the place of R1's markers, a section starts at the same word, after the same words."""
     e = tiny.get_config()
     e.base.markers, e.base.marker_replacement = markers, replacement
@@ -247,7 +247,7 @@ def test_generations_are_conditions_times_problems_times_samples(tiny_run: Path)
     e = tiny.get_config()
     rows = lines_of(tiny_run / "results" / "tiny" / "4-steering" / "generations.jsonl")
     names = ["problem_id", "category", "problem", "sample", "model", "target", "kind", "source", "layer", "window"]
-    names += ["magnitude", "length", "unit", "span", "vector_hash", "seed", "ids", "text", "finish_reason"]
+    names += ["magnitude", "length", "unit", "span", "vector_hash", "seed", "ids", "text", "finish_reason", "dtype"]
     assert all(list(row) == names for row in rows)
     cells = Counter(
         records.Condition(**{f.name: row[f.name] for f in dataclasses.fields(records.Condition)}) for row in rows

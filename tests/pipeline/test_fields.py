@@ -41,10 +41,12 @@ CHANGES: dict[str, tuple[dict[str, Any], Any, str]] = {
     "tokenizer": ({}, "base", "3-vectors"),
     "prompt.format": ({}, "plain", "3-vectors"),
     "prompt.think": ({}, "none", "3-vectors"),
+    "prompt.template_arguments": ({}, '{"enable_thinking": false}', "3-vectors"),
     "prompt.system": ({}, "Think.", "3-vectors"),
     "traces.path": (KEYWORD, "", "1-traces"),
     "traces.stand_in": (SAMPLED, tiny.CHAINS, "1-traces"),
     "traces.limit": ({}, 5, "1-traces"),
+    "traces.end_marks": ({}, ("</reasoning>",), "1-traces"),
     "traces.problems": (SAMPLED, "", "1-traces"),
     "traces.samples": (SAMPLED, 2, "1-traces"),
     "traces.temperature": (SAMPLED, 0.3, "1-traces"),
@@ -98,7 +100,7 @@ CHANGES |= {
     for role, other in (("base", "reasoning"), ("reasoning", "base"))
     for field, value in (
         *(("path", other), ("revision", "abc"), ("dtype", "bfloat16")),
-        *(("markers", "replace"), ("marker_replacement", 5)),
+        *(("markers", "replace"), ("marker_replacement", " so")),
     )
 }
 CHANGES |= {

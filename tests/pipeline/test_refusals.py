@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from runs import csv_rows, edit_chains, few_conditions, run, set_at
-from safetensors.numpy import load_file
+from runs import ROLES, csv_rows, edit_chains, few_conditions, lines_of, run, set_at
+from safetensors.numpy import load_file, save_file
 
 from backtrack_jax import compatibility, pipeline, vectors
 from backtrack_jax.config import Experiment
+from backtrack_jax.data import records
 from backtrack_jax.files import store
 
 
@@ -70,11 +71,19 @@ def test_models_that_do_not_fit_each_other(fresh: Path) -> None:
         pipeline.Run(tiny.get_config())
 
 
-def test_a_replacement_beyond_the_vocabulary(fresh: Path) -> None:
+def test_a_replacement_that_is_no_token(fresh: Path, loaded: list[str]) -> None:
     e = tiny.get_config()
-    e.base.markers, e.base.marker_replacement = "replace", 27370
-    with pytest.raises(ValueError, match=r"base\.marker_replacement=27370 is not a token"):
-        pipeline.Run(e)
+    e.base.markers, e.base.marker_replacement = "replace", " so wait"
+    message = r"base\.marker_replacement=' so wait' is 2 tokens of reasoning: ' so', ' wait' \(ids"
+    with pytest.raises(ValueError, match=message):
+        run(e)
+    shutil.rmtree("base")
+    tiny.write_model(Path("base"), vocab_size=tiny.VOCAB_SIZE - 4, seed=1)
+    e.base.marker_replacement = "</think>"
+    message = rf"base\.marker_replacement='</think>' is the token {tiny.VOCAB_SIZE - 1}, which is not one of base: it "
+    with pytest.raises(ValueError, match=message):
+        run(e)
+    assert not loaded and not fresh.exists()
 
 
 def test_keywords_that_no_token_contains_stop_before_a_model_is_loaded(fresh: Path, loaded: list[str]) -> None:
@@ -100,6 +109,30 @@ def test_token_ids_beyond_the_embedding(fresh: Path, loaded: list[str]) -> None:
     run(few_conditions(), "4", "5")  # the lens, which takes its items from the tokenizer
     items = {int(row["token"]) for row in csv_rows("base.lens_tokens.csv")}
     assert items and max(items) < tiny.VOCAB_SIZE - 4
+
+
+def test_rows_of_an_embedding_beyond_the_tokenizer_are_no_tokens(fresh: Path) -> None:
+    """Padding: neither sampled nor an item of the lens, though each of these rows speaks for every token."""
+    for role, seed in (("base", 1), ("reasoning", 2)):
+        files = {file.name: file.read_bytes() for file in Path(role).glob("tokenizer*")}
+        shutil.rmtree(role)
+        tiny.write_model(Path(role), vocab_size=tiny.VOCAB_SIZE + 40, seed=seed)
+        weights = load_file(Path(role, "model.safetensors"))
+        weights["lm_head.weight"][tiny.VOCAB_SIZE :] = 100 * np.eye(16, dtype=np.float32)[np.arange(40) % 16]
+        save_file(weights, Path(role, "model.safetensors"), {"format": "pt"})
+        for name, content in files.items():
+            Path(role, name).write_bytes(content)
+    e = few_conditions()
+    e.traces.path, e.annotations.judge = "", "keyword"
+    e.traces.limit, e.traces.max_new_tokens = 2, 12
+    run(e, "1")
+    sampled = [trace.token_ids or () for trace in records.read_traces(fresh / "1-traces" / "traces.jsonl")]
+    assert sampled and max(map(max, sampled)) < tiny.VOCAB_SIZE
+    run(few_conditions(), "1", "2", "3", "4", "5")
+    replies = lines_of(fresh / "4-steering" / "generations.jsonl")
+    assert replies and all(max(reply["ids"]) < tiny.VOCAB_SIZE for reply in replies)
+    items = {int(row["token"]) for role in ROLES for row in csv_rows(f"{role}.lens_tokens.csv")}
+    assert items and max(items) < tiny.VOCAB_SIZE
 
 
 def test_sections_of_one_label_make_no_difference(fresh: Path, loaded: list[str]) -> None:

@@ -12,11 +12,12 @@ import tiny
 import toys
 from runs import CELL, ROLES, STAGES, contents, done, lines_of, run, set_at
 
-from backtrack_jax import pipeline
+from backtrack_jax import inputs, pipeline
 from backtrack_jax.config import Experiment
 from backtrack_jax.files import store
 from backtrack_jax.models import checkpoint
 from backtrack_jax.stages.base import Context
+from backtrack_jax.stages.traces import TRACES
 
 
 def test_a_second_run_does_nothing(finished: Path, loaded: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,12 +110,28 @@ def test_a_changed_sweep_runs_the_later_stages_and_can_be_taken_back(
     assert {name: c for name, c in contents(finished).items() if not name.startswith("superseded")} == before
 
 
+def test_fields_that_were_not_there_leave_earlier_results_as_they_are(fresh: Path) -> None:
+    """Their defaults are in no fingerprint, and no replacement is still what it was while it was an id."""
+    e = tiny.get_config()
+    assert inputs.model_inputs(e, "base").items() >= {"markers": "drop", "marker_replacement": -1}.items()
+    assert inputs.prompt_inputs(e).keys() == {"format", "think", "system", "tokenizer"}
+    assert TRACES.inputs(e)["traces"].keys() == {"file", "limit"}
+    e.traces.path = ""
+    sampling = {"samples", "temperature", "top_p", "max_new_tokens", "problems"}
+    assert TRACES.inputs(e)["traces"].keys() == sampling
+    e.base.markers, e.base.marker_replacement = "replace", " so"
+    e.prompt.template_arguments, e.traces.end_marks = "{}", ("</reasoning>",)
+    assert inputs.model_inputs(e, "base")["marker_replacement"] == " so"
+    assert "template_arguments" in inputs.prompt_inputs(e) and "end_marks" in TRACES.inputs(e)["traces"]
+
+
 @pytest.mark.parametrize(
     ("change", "stage", "named"),
     [
         (lambda e: set_at(e.vectors, "window", (-4, -1)), "3-vectors", "vectors.window"),
         (lambda e: set_at(e.vectors, "contrast", "rest"), "3-vectors", "vectors.contrast"),
         (lambda e: set_at(e.base, "markers", "keep"), "3-vectors", "models.base.markers"),
+        (lambda e: set_at(e.traces, "end_marks", ("</reasoning>",)), "1-traces", "traces.end_marks"),
         (lambda e: set_at(e.prompt, "think", "none"), "3-vectors", "prompt.think"),
         (lambda e: set_at(e.annotations, "judge", "keyword"), "2-annotations", "annotations.judge annotations.variant"),
         (lambda e: set_at(e.traces, "limit", 6), "1-traces", "traces.limit"),

@@ -25,9 +25,10 @@ from runs import (
 from safetensors.numpy import load_file
 
 from backtrack_jax import pipeline, plan, vectors
-from backtrack_jax.config import UNITS
+from backtrack_jax.config import ROLES, UNITS
 from backtrack_jax.data import records
 from backtrack_jax.models import prompts
+from backtrack_jax.stages.annotations import ANNOTATIONS, read_pairs
 
 
 def test_stage_names() -> None:
@@ -35,6 +36,39 @@ def test_stage_names() -> None:
     assert pipeline.stage_names(["vectors", "1", "6-report", "1-traces"]) == ("1-traces", "3-vectors", "6-report")
     with pytest.raises(ValueError, match=r"\['7', ''\] unknown; accepted: 1-traces, 2-annotations"):
         pipeline.stage_names(["7", "", "2"])
+
+
+def test_marks_that_end_a_reasoning(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """T8: one that is not known is named; in the config, it ends labels and tokens as `</think>` does."""
+
+    def answered(chain: dict[str, str]) -> None:
+        for field, answer in (
+            ("reasoning_chain", "It is so, wait."),
+            ("annotated_chain", '["deduction"]It is so, wait.'),
+        ):
+            chain[field] += f"\n</reasoning>\n{answer}"
+        chain["annotated_chain"] += '["end-section"]'
+
+    edit_chains(answered)
+    e = tiny.get_config()
+    run(e, "1", "2")
+    n = len(tiny.TASKS)
+    warning = f"WARNING: {n - 1} of {n} traces hold '</reasoning>', which is not known to end a reasoning"
+    assert warning in capsys.readouterr().err  # one of the chains ends before it
+    traces = fresh / "1-traces" / "traces.jsonl"
+    assert "end_marks" not in traces.read_text("utf-8")
+    e.traces.end_marks = ("</reasoning>",)
+    made = run(e, "1", "2")
+    assert "WARNING" not in capsys.readouterr().err
+    for trace, annotation in records.pair_annotations(
+        records.read_traces(traces), ANNOTATIONS.read(fresh / ANNOTATIONS.name)
+    ):
+        assert trace.end_marks == ("</reasoning>",)
+        assert all("It is so, wait" not in trace.text[s.start : s.stop] for s in annotation.sections)
+        assert "after_end" in {rejection.reason for rejection in annotation.rejected}
+        for role in ROLES:
+            read = made.context.token_trace(role, trace, annotation)
+            assert "reasoning>" not in made.context.tokenizer.decode(read.ids)
 
 
 def test_any_list_of_stages_runs(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -267,3 +301,20 @@ def test_spread() -> None:
             assert len(set(chosen)) == limit and chosen == sorted(chosen) and chosen[0] == 0
             assert limit == 1 or chosen[-1] == n - 1
     assert spread([1, 2], 0) == spread([1, 2], 9) == [1, 2]
+
+
+def test_a_model_is_not_read_beyond_its_context_silently(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Qwen2.5-Math was trained to 4,096 positions, its distill to 131,072."""
+    path = Path("base") / "config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps(fields | {"max_position_embeddings": 20}))
+    e = tiny.get_config()
+    assert "the base model was trained for 20 positions" in plan.describe(pipeline.Run(e))
+    path.write_text(json.dumps(fields | {"max_position_embeddings": 100}))
+    made = run(e, "1", "2", "3")
+    said = [line for line in capsys.readouterr().err.splitlines() if "trained for" in line]
+    assert len(said) == 1
+    lengths = [len(made.context.token_trace("base", *pair).ids) for pair in read_pairs(made.context)]
+    over = [length for length in lengths if length > 100]
+    assert 0 < len(over) < len(lengths)
+    assert f"100 positions; {len(over)} of the sequences are longer, up to {max(over)} tokens" in said[0]

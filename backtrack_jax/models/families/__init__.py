@@ -9,8 +9,13 @@ from typing import Any
 from backtrack_jax.models.config import ModelConfig
 from backtrack_jax.models.families.base import Family
 from backtrack_jax.models.families.llama import LLAMA
+from backtrack_jax.models.families.mistral import MISTRAL
+from backtrack_jax.models.families.olmo3 import OLMO3
+from backtrack_jax.models.families.qwen2 import QWEN2
+from backtrack_jax.models.families.qwen3 import QWEN3
+from backtrack_jax.models.families.smollm3 import SMOLLM3
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA,)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, QWEN2, QWEN3, MISTRAL, SMOLLM3, OLMO3)}
 """Families by name, which is Hugging Face's `model_type`."""
 
 
@@ -54,7 +59,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 def of_gguf(architecture: object) -> Family:
     """The family of a GGUF file, by its `general.architecture`; ValueError names those that are implemented."""
-    by_architecture = {family.gguf.architecture: family for family in FAMILIES.values()}
+    by_architecture = {family.gguf.architecture: family for family in FAMILIES.values() if family.gguf}
     if not isinstance(architecture, str) or architecture not in by_architecture:
         raise ValueError(f"general.architecture is {architecture!r}, only {_listed(by_architecture)} is implemented")
     return by_architecture[architecture]

@@ -10,7 +10,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from backtrack_jax.models.config import Llama3RopeScaling, ModelConfig
+from backtrack_jax.models.config import (
+    LayerKind,
+    LinearRopeScaling,
+    Llama3RopeScaling,
+    ModelConfig,
+    RopeScaling,
+    YarnRopeScaling,
+)
 
 # Fields of any family that change nothing in a forward pass over given token ids. Ids of BOS, EOS and padding are among
 # them because the tokenizer, not the model, decides which ids go in and which stop a reply.
@@ -23,7 +30,6 @@ _IGNORED = frozenset(
         "dtype",
         "eos_token_id",
         "initializer_range",
-        "max_position_embeddings",
         "max_sequence_length",
         "pad_token_id",
         "torch_dtype",
@@ -43,17 +49,15 @@ _SIZES = {
 }
 _ROPE_FIELDS = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
 _UNDERSTOOD = frozenset(
-    {"architectures", "head_dim", "layer_types", "model_type", "num_key_value_heads", "rms_norm_eps"}
-    | {"tie_word_embeddings"}
+    {"architectures", "head_dim", "layer_types", "max_position_embeddings", "model_type", "num_key_value_heads"}
+    | {"rms_norm_eps", "tie_word_embeddings"}
     | _ROPE_FIELDS
     | _SIZES.keys()
 )
-_DEFAULT_ROPE_THETA = 10000.0  # Hugging Face's, where the file says nothing: Llama 1 and 2
-_LLAMA3_FIELDS = {
-    "factor": "factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_max_position_embeddings": "original_context",
+DEFAULT_ROPE_THETA = 10000.0
+"""Hugging Face's, where neither the file nor the family says anything: Llama 1 and 2."""
+_SCALINGS: dict[str, type[RopeScaling]] = {
+    kind.rope_type: kind for kind in (LinearRopeScaling, YarnRopeScaling, Llama3RopeScaling)
 }
 
 
@@ -92,28 +96,28 @@ class GgufNames:
             "output": "lm_head",
         }
     )
-    ignored: frozenset[str] = frozenset({"context_length"})
+    ignored: frozenset[str] = frozenset()
     accepted: Mapping[str, tuple[Any, ...]] = dataclasses.field(
         default_factory=lambda: {
             "expert_count": (0,),
             "expert_used_count": (0,),
-            "rope.scaling.type": ("none",),
         }
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """One family of models.
+    """One family of models; what differs between its blocks is said by a subclass.
 
     Attributes:
       name: Hugging Face's `model_type`, and `ModelConfig.family`.
       architecture: Hugging Face's class of the model with its unembedding.
       ignored: fields of `config.json`, beside those of any family, that change nothing in a forward pass.
       accepted: fields of which one value, the architecture implemented here, is accepted.
+      defaults: of fields that a file may leave out, as Hugging Face's class has them.
       constants: of the `ModelConfig`, where the family fixes them.
-      rope_types: kinds of rotary embeddings, by Hugging Face's names: `default` or `llama3`.
-      gguf: how GGUF files describe it.
+      layer_fields: fields that `layer_kinds` reads.
+      gguf: how GGUF files describe it; None if they are not read, or call it by another family's name.
       released: hub id to architecture, so that a run can be planned before its weights are fetched.
     """
 
@@ -121,10 +125,29 @@ class Family:
     architecture: str
     ignored: frozenset[str] = frozenset()
     accepted: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    rope_types: tuple[str, ...] = ("default",)
-    gguf: GgufNames
+    layer_fields: tuple[str, ...] = ()
+    gguf: GgufNames | None = None
     released: Mapping[str, ModelConfig] = dataclasses.field(default_factory=dict)
+
+    def layer_kinds(self, fields: Mapping[str, Any]) -> tuple[LayerKind, ...]:
+        """The kinds of the blocks, out of `layer_types` and `layer_fields`; empty if all are `LayerKind()`.
+
+        Raises:
+          ValueError: names what is not implemented.
+        """
+        if set(fields.get("layer_types") or []) - {"full_attention"}:
+            raise ValueError(f"layer_types={fields['layer_types']!r}, only 'full_attention' is implemented")
+        return ()
+
+    def layers_to_hf(self, config: ModelConfig) -> dict[str, Any]:
+        """`layer_types` and `layer_fields` from which `layer_kinds` reads those of `config`."""
+        return {}
+
+    def rope(self, fields: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+        """Base frequency and scaling; ValueError names what is not implemented."""
+        return rope_from_hf(fields, self.defaults.get("rope_theta", DEFAULT_ROPE_THETA))
 
     def from_hf(self, fields: Mapping[str, Any]) -> ModelConfig:
         """Reads the contents of a `config.json` of this family, in its old form or with `rope_parameters`.
@@ -133,35 +156,42 @@ class Family:
           ValueError: names, at once, every field that is missing, unknown, or has a value that is not implemented.
         """
         faults = self._faults(fields)
-        theta, scaling = _DEFAULT_ROPE_THETA, None
-        try:
-            theta, scaling = _rope_from_hf(fields, self.rope_types)
-        except ValueError as error:
-            faults.append(str(error))
+        given = {**self.defaults, **fields}
+        read: dict[str, Any] = {}
+        for name, part in (("rope", lambda: self.rope(fields)), ("layer_kinds", lambda: self.layer_kinds(given))):
+            try:
+                read[name] = part()
+            except ValueError as error:
+                faults.append(str(error))
+            except (KeyError, TypeError) as error:  # of a size that is missing, or no number
+                faults += [] if faults else [f"{name} cannot be read: {error!r}"]
         if faults:
             raise ValueError(
                 f"config.json is not a {self.name} model that this program implements:\n  " + "\n  ".join(faults)
             )
-        n_heads = fields["num_attention_heads"]
-        head_dim = fields.get("head_dim")
+        theta, scaling = read["rope"]
+        n_heads = given["num_attention_heads"]
+        head_dim = given.get("head_dim")
         return ModelConfig(
             family=self.name,
-            **{ours: fields[theirs] for theirs, ours in _SIZES.items()},
-            n_kv_heads=fields.get("num_key_value_heads") or n_heads,
-            head_dim=head_dim if head_dim is not None else fields["hidden_size"] // n_heads,
-            norm_eps=fields["rms_norm_eps"],
+            **{ours: given[theirs] for theirs, ours in _SIZES.items()},
+            n_kv_heads=given.get("num_key_value_heads") or n_heads,
+            head_dim=head_dim if head_dim is not None else given["hidden_size"] // n_heads,
+            norm_eps=given["rms_norm_eps"],
             rope_theta=theta,
             rope_scaling=scaling,
-            tied=fields.get("tie_word_embeddings", False),
+            tied=given.get("tie_word_embeddings", False),
+            layer_kinds=read["layer_kinds"],
+            context=given.get("max_position_embeddings"),
             **self.constants,
         )
 
     def to_hf(self, config: ModelConfig) -> dict[str, Any]:
         """Contents of a `config.json` (old form) that `from_hf` and Hugging Face transformers read back."""
-        scaling = None
-        if config.rope_scaling is not None:
-            values = dataclasses.asdict(config.rope_scaling)
-            scaling = {"rope_type": "llama3"} | {theirs: values[ours] for theirs, ours in _LLAMA3_FIELDS.items()}
+        scaling, rope = config.rope_scaling, None
+        if scaling is not None:
+            values = {theirs: getattr(scaling, ours) for theirs, ours in scaling.hf_fields.items()}
+            rope = {"rope_type": scaling.rope_type} | {name: v for name, v in values.items() if v is not None}
         return {
             "architectures": [self.architecture],
             "model_type": self.name,
@@ -172,14 +202,16 @@ class Family:
             "head_dim": config.head_dim,
             "rms_norm_eps": config.norm_eps,
             "rope_theta": config.rope_theta,
-            "rope_scaling": scaling,
-            "max_position_embeddings": 8192 if config.rope_scaling is None else 131072,
+            "rope_scaling": rope,
+            "max_position_embeddings": config.context or (8192 if scaling is None else 131072),
             "tie_word_embeddings": config.tied,
+            "pad_token_id": None,  # else transformers take their class's, which may lie outside the vocabulary
+            **self.layers_to_hf(config),
         }
 
     def _faults(self, fields: Mapping[str, Any]) -> list[str]:
         accepted = {"hidden_act": "silu"} | dict(self.accepted)
-        known = _IGNORED | _UNDERSTOOD | self.ignored | accepted.keys()
+        known = _IGNORED | _UNDERSTOOD | self.ignored | accepted.keys() | set(self.layer_fields)
         faults = [
             f"unknown field {name}={fields[name]!r}"
             for name in sorted(fields.keys() - known)
@@ -191,35 +223,49 @@ class Family:
             for name, value in accepted.items()
             if fields.get(name, value) != value
         ]
-        if set(fields.get("layer_types") or []) - {"full_attention"}:
-            faults.append(f"layer_types={fields['layer_types']!r}, only 'full_attention' is implemented")
         architectures = fields.get("architectures")
         if architectures is not None and architectures != [self.architecture]:
             faults.append(f"architectures={architectures!r}, only {[self.architecture]!r} is implemented")
         return faults
 
 
-def _rope_from_hf(fields: Mapping[str, Any], rope_types: tuple[str, ...]) -> tuple[float, Llama3RopeScaling | None]:
-    """Base frequency and scaling out of `rope_parameters` (transformers >= 5) or `rope_theta` and `rope_scaling`."""
+def rope_from_hf(fields: Mapping[str, Any], default_theta: float) -> tuple[float, RopeScaling | None]:
+    """Base frequency and scaling out of `rope_parameters` (transformers >= 5) or `rope_theta` and `rope_scaling`.
+
+    Raises:
+      ValueError: they contradict each other, or are of a kind or have fields that are not implemented.
+    """
     given = [dict(fields[name]) for name in ("rope_parameters", "rope_scaling") if fields.get(name)]
     scaled = [{k: v for k, v in one.items() if k != "rope_theta"} for one in given]
     if len(given) == 2 and scaled[0] != scaled[1]:
         raise ValueError(f"rope_parameters={given[0]!r} contradicts rope_scaling={given[1]!r}")
     parameters = given[0] if given else {}
-    theta = parameters.pop("rope_theta", fields.get("rope_theta"))
     old = fields.get("rope_theta")
-    if theta is None:
-        theta = _DEFAULT_ROPE_THETA
+    theta = parameters.pop("rope_theta", old)
+    theta = default_theta if theta is None else theta
     if old is not None and not math.isclose(old, theta):
         raise ValueError(f"rope_theta={old!r} contradicts rope_parameters.rope_theta={theta!r}")
     kinds = {parameters.pop(name) for name in ("rope_type", "type") if name in parameters} or {"default"}
-    if len(kinds) > 1 or not kinds <= set(rope_types):
-        raise ValueError(f"rope_type={sorted(kinds)}, only {' and '.join(map(repr, rope_types))} are implemented")
-    expected = set(_LLAMA3_FIELDS) if kinds == {"llama3"} else set()
-    if parameters.keys() != expected:
+    if len(kinds) > 1 or not kinds <= {"default", *_SCALINGS}:
         raise ValueError(
-            f"RoPE of type {sorted(kinds)[0]!r} has fields {sorted(parameters)}, expected {sorted(expected)}"
+            f"rope_type={sorted(kinds)}, only {' and '.join(map(repr, ['default', *_SCALINGS]))} are implemented"
         )
-    if kinds == {"default"}:
+    kind = _SCALINGS.get(kinds.pop(), RopeScaling)
+    if "attn_factor" in parameters and parameters.get("attention_factor") is not None:
+        del parameters["attn_factor"]  # what was meant is said
+    elif "attn_factor" in parameters:
+        raise ValueError(
+            f"RoPE has attn_factor={parameters['attn_factor']!r}, which engines read differently: transformers ignores "
+            "it, vLLM multiplies YaRN's own factor by it. Say what cosines and sines are multiplied by, as "
+            "attention_factor beside it"
+        )
+    optional = {field.name for field in dataclasses.fields(kind) if field.default is not dataclasses.MISSING}
+    needed = {theirs for theirs, ours in kind.hf_fields.items() if ours not in optional}
+    if not needed <= parameters.keys() <= kind.hf_fields.keys():
+        raise ValueError(
+            f"RoPE of type {kind.rope_type!r} has fields {sorted(parameters)}, expected {sorted(kind.hf_fields)}"
+            + (f", of which {sorted(needed)} are needed" if optional else "")
+        )
+    if kind is RopeScaling:
         return float(theta), None
-    return float(theta), Llama3RopeScaling(**{ours: parameters[theirs] for theirs, ours in _LLAMA3_FIELDS.items()})
+    return float(theta), kind(**{kind.hf_fields[name]: value for name, value in parameters.items()})

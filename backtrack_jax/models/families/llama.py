@@ -1,5 +1,7 @@
 """Llama 1 to 3.3, SmolLM2, and R1's distills of Llama."""
 
+import dataclasses
+
 from backtrack_jax.models.config import Llama3RopeScaling, ModelConfig
 from backtrack_jax.models.families.base import Family, GgufNames
 
@@ -16,8 +18,12 @@ LLAMA_3_1_8B = ModelConfig(
     rope_theta=500000.0,
     rope_scaling=Llama3RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192),
     tied=False,
+    context=131072,
 )
 """Llama-3.1-8B and its R1 distill."""
+
+LLAMA_3_3_70B = dataclasses.replace(LLAMA_3_1_8B, d_model=8192, d_mlp=28672, n_layers=80, n_heads=64)
+"""Llama-3.1 and -3.3-70B, and the latter's R1 distill."""
 
 LLAMA = Family(
     name="llama",
@@ -26,14 +32,15 @@ LLAMA = Family(
         {"is_llama_config", "pretraining_tp"}
     ),  # how a matrix product was split, which is the same product
     accepted={"attention_bias": False, "mlp_bias": False, "rope_interleaved": False},
-    rope_types=("default", "llama3"),
     gguf=GgufNames(
         architecture="llama",
         permuted=True,
-        ignored=frozenset({"context_length", "tensor_data_layout"}),  # the latter says that q and k are permuted
+        ignored=frozenset({"tensor_data_layout"}),  # says that q and k are permuted
     ),
     released={
         "meta-llama/Llama-3.1-8B": LLAMA_3_1_8B,
         "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": LLAMA_3_1_8B,
+        "meta-llama/Llama-3.3-70B-Instruct": LLAMA_3_3_70B,
+        "deepseek-ai/DeepSeek-R1-Distill-Llama-70B": LLAMA_3_3_70B,
     },
 )

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 from backtrack_jax.models.ops import plain, tuned
-from backtrack_jax.models.ops.targets import Target, compiling_for, target
+from backtrack_jax.models.ops.targets import Target, compiling_for, half, target
 
 __all__ = [
     "Target",
@@ -19,6 +19,7 @@ __all__ = [
     "attend_causally",
     "compiler_options",
     "compiling_for",
+    "half",
     "lookup",
     "matmul",
     "scan_blocks",

@@ -5,6 +5,8 @@ import dataclasses
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,13 @@ def target() -> Target:
         return named
     memory = jax.local_devices()[0].memory_stats() or {}
     return Target(jax.default_backend(), memory.get("bytes_limit", 0))
+
+
+def half() -> np.dtype:
+    """The 16-bit float of these devices: bfloat16, but float16 on NVIDIA's before compute capability 8, such as T4."""
+    capability = getattr(jax.local_devices()[0], "compute_capability", None)
+    old = _named.value is None and capability is not None and float(capability) < 8
+    return jnp.dtype(jnp.float16 if old else jnp.bfloat16)
 
 
 @contextlib.contextmanager
