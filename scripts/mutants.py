@@ -177,9 +177,11 @@ def main() -> None:
     faults = []
     for mutant in mutants:
         try:
-            mutant.mutated((ROOT / "backtrack_jax" / mutant.file).read_text("utf-8"))
+            compile(mutant.mutated((ROOT / "backtrack_jax" / mutant.file).read_text("utf-8")), mutant.file, "exec")
         except ValueError as error:
             faults.append(str(error))
+        except SyntaxError as error:  # which any test would see
+            faults.append(f"{mutant.file}, {mutant.meaning!r}: no Python ({error})")
     if faults:
         sys.exit("\n".join(faults))
     before = json.loads(flags.log.read_text()) if flags.log and flags.log.exists() else {}
