@@ -139,6 +139,7 @@ def test_a_prompt_without_its_problem(folder: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("no_torch")
+@pytest.mark.slow
 def test_a_second_bos(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = Context.prompt_ids
     bos = tiny.VOCAB_SIZE - len(tiny.MARKERS)
@@ -164,6 +165,7 @@ def test_files_that_do_not_fit(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_torch", "retraced", "no_sampling")
+@pytest.mark.slow
 def test_padding_that_is_attended_to(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = decoder.packed_mask
 
@@ -205,6 +207,7 @@ def test_steering_that_does_not_reach_a_step(missed: str, folder: Path, monkeypa
 
 
 @pytest.mark.usefixtures("no_torch")
+@pytest.mark.slow
 def test_a_loop_that_samples_without_steering(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = selfcheck.compiled_generate
 
@@ -248,6 +251,7 @@ def test_what_is_skipped_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.usefixtures("no_torch")
+@pytest.mark.slow
 def test_weights_of_8_bits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sound ones are near the 16-bit model; ones with scales of other channels are not."""
     e = alone(reasoning=ModelSpec("reasoning", dtype="int8"))

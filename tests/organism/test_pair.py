@@ -23,7 +23,7 @@ ROLES = ("base", "reasoning")
 PAIRS = {"llama": "package:backtrack_jax/organism", "qwen3": "package:backtrack_jax/organism/qwen3"}
 
 
-@pytest.fixture(scope="module", params=PAIRS)
+@pytest.fixture(scope="module", params=["llama", pytest.param("qwen3", marks=pytest.mark.slow)])
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
