@@ -40,7 +40,7 @@ def torch_copy(model: Decoder) -> "transformers.LlamaForCausalLM":
     import transformers
 
     c, scaling = model.config, model.config.rope_scaling
-    assert scaling is not None
+    assert isinstance(scaling, Llama3RopeScaling)
     reference = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=c.vocab_size,

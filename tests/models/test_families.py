@@ -166,7 +166,7 @@ def test_greedy_steered_texts_equal_torch_with_a_hook(case: str) -> None:
     prompts = [rng.integers(0, 131, n).tolist() for n in (3, 9, 6)] * 3
     vector = rng.normal(size=40).astype(np.float32) * 0.7
     magnitudes = (0.0, 3.0, -8.0)
-    rows = [add_vector(vector, 1, m, n_layers=4) for m in magnitudes for _ in range(3)]
+    rows = [add_vector(jnp.asarray(vector), 1, m, n_layers=4) for m in magnitudes for _ in range(3)]
     ids, positions = left_pad(prompts, 10)
     keys = jnp.stack([row_key(0, "", i) for i in range(9)])
     out = compiled_generate(

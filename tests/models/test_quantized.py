@@ -76,7 +76,9 @@ def test_cached_steps_in_either_form_equal_the_full_pass(folder: Path) -> None:
     for unstacked in (False, True):
         cache = jax.jit(lambda m: m(IDS[:, :4], POSITIONS[:, :4]).cache.extended(8))(loaded)
         decoder = loaded.unstacked() if unstacked else loaded
-        out = decoder(IDS[:, 4:], POSITIONS[:, 4:], cache=cache.unstacked() if unstacked else cache)
+        out = decoder(
+            jnp.asarray(IDS[:, 4:]), jnp.asarray(POSITIONS[:, 4:]), cache=cache.unstacked() if unstacked else cache
+        )
         assert relative_error(decoder.logits(out.resid), full[:, 4:]) < 0.01
 
 
@@ -86,7 +88,7 @@ def test_it_is_sampled_from(folder: Path) -> None:
     keys = jnp.stack([row_key(0, "", i) for i in range(2)])
     out = compiled_generate(loaded, ids, positions, keys, None, GREEDY, np.zeros(0, np.int32), max_new_tokens=4)
     text = [4, 5, *np.asarray(out.ids)[1].tolist()]
-    full = loaded.logits(loaded(np.array([text]), np.arange(len(text))[None]).resid)[0]
+    full = loaded.logits(loaded(jnp.array([text]), jnp.arange(len(text))[None]).resid)[0]
     assert full[1:-1].argmax(-1).tolist() == text[2:]
 
 
