@@ -52,6 +52,7 @@ def test_notebooks_are_stored_as_they_were_executed(path: Path) -> None:
 
 
 @needs_smollm2
+@pytest.mark.slow
 def test_steer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     notebook = run("steer.ipynb")
