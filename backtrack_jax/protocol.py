@@ -19,6 +19,23 @@ from backtrack_jax.config import (
 DEPTH = 10 / 31
 """Of the paper's layer 10 in 32: 0 is the first block, 1 the last."""
 
+BASELINES = ("overall-mean", "noise", "self-amplification", "random", "shuffled", "deduction", "initializing")
+"""What stands beside the vector at equal norm (Fig. 4), and two controls of our own: another direction in every reply,
+and a vector of shuffled labels."""
+
+
+def gpt_4o(answer_format: str) -> OpenAISpec:
+    """The paper's judge, with its prices in US dollars per million tokens as the provider listed them."""
+    return OpenAISpec(
+        model="gpt-4o-2024-08-06",
+        format=answer_format,
+        temperature=0.0,
+        input_price=2.5,
+        cached_price=1.25,
+        output_price=10.0,
+        max_cost=20.0,
+    )
+
 
 def on_pair(
     name: str, base: ModelSpec, reasoning: ModelSpec, *, n_layers: int, prompt: PromptSpec, batch_size: int = 128
@@ -44,19 +61,8 @@ def on_pair(
         reasoning=reasoning,
         prompt=prompt,
         traces=TraceSpec(temperature=0.7, max_new_tokens=500, batch_size=batch_size),
-        annotations=AnnotationSpec(
-            judge="released-or-openai",
-            openai=OpenAISpec(
-                model="gpt-4o-2024-08-06",
-                format="sentences",  # spans that are exact, at a fifth of the price of the paper's format
-                temperature=0.0,
-                # US dollars per million tokens, as the provider listed them for this model.
-                input_price=2.5,
-                cached_price=1.25,
-                output_price=10.0,
-                max_cost=20.0,
-            ),
-        ),
+        # Spans that are exact, at a fifth of the price of the paper's format.
+        annotations=AnnotationSpec(judge="released-or-openai", openai=gpt_4o("sentences")),
         vectors=VectorSpec(
             window=(-13, -8),
             offsets=(-20, -16, -12, -8, -4, 0),
@@ -69,15 +75,7 @@ def on_pair(
             kinds=("backtracking",),
             layer=(layer,),
             magnitudes=(-0.2, 0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0),
-            baselines=(
-                "overall-mean",
-                "noise",
-                "self-amplification",
-                "random",
-                "shuffled",
-                "deduction",
-                "initializing",
-            ),
+            baselines=BASELINES,
             offsets=(-20, -16, -12, -8, -4, 0),
             layers=tuple(sorted({round(share / 8 * (n_layers - 1)) for share in range(9)})),
             grid_magnitudes=(0.2, 0.4, 0.8),

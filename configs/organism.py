@@ -22,6 +22,7 @@ from backtrack_jax.config import (
     TraceSpec,
     VectorSpec,
 )
+from backtrack_jax.protocol import BASELINES
 
 
 def get_config() -> Experiment:
@@ -50,15 +51,7 @@ def get_config() -> Experiment:
             kinds=("backtracking",),
             layer=(2,),
             magnitudes=(-0.15, 0.0, 0.15, 0.3),
-            baselines=(
-                "overall-mean",
-                "noise",
-                "self-amplification",
-                "random",
-                "shuffled",
-                "deduction",
-                "initializing",
-            ),
+            baselines=BASELINES,
             baseline_magnitudes=(0.3,),
             offsets=(-24, -20, -16, -12, -8, -4, 0, 4),
             layers=tuple(range(8)),

@@ -24,12 +24,12 @@ from backtrack_jax.config import (
     AnnotationSpec,
     Experiment,
     ModelSpec,
-    OpenAISpec,
     PromptSpec,
     SteeringSpec,
     TraceSpec,
     VectorSpec,
 )
+from backtrack_jax.protocol import BASELINES, gpt_4o
 
 
 def get_config() -> Experiment:
@@ -43,19 +43,7 @@ def get_config() -> Experiment:
         ),
         prompt=PromptSpec(format="r1", think="primed"),
         traces=TraceSpec(path="", temperature=0.7, max_new_tokens=500, batch_size=128),
-        annotations=AnnotationSpec(
-            judge="released-or-openai",
-            openai=OpenAISpec(
-                model="gpt-4o-2024-08-06",
-                format="inline",
-                temperature=0.0,
-                # US dollars per million tokens, as the provider listed them for this model.
-                input_price=2.5,
-                cached_price=1.25,
-                output_price=10.0,
-                max_cost=20.0,
-            ),
-        ),
+        annotations=AnnotationSpec(judge="released-or-openai", openai=gpt_4o("inline")),
         vectors=VectorSpec(
             window=(-13, -8),
             contrast="all",
@@ -70,15 +58,7 @@ def get_config() -> Experiment:
             kinds=("backtracking",),
             layer=(10,),
             magnitudes=tuple(float(m) for m in range(0, 21, 2)),
-            baselines=(
-                "overall-mean",
-                "noise",
-                "self-amplification",
-                "random",
-                "shuffled",
-                "deduction",
-                "initializing",
-            ),
+            baselines=BASELINES,
             offsets=(-20, -16, -12, -8, -4, 0),
             layers=tuple(range(0, 32, 2)),
             grid_magnitudes=(0.0, 4.0, 8.0, 12.0, 16.0),

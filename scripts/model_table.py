@@ -10,6 +10,7 @@ the one real file, of SmolLM2, is compared through torch with the same weights.
 """
 
 import datetime
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,24 +29,18 @@ from backtrack_jax.models.batching import left_pad
 from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.models.families.base import Family
 
-PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))  # whose oracles these are
+
+from helpers import relative_error  # noqa: E402
+from torch_families import OLMO_ROPE, SIZES, YARN, hf_model, in_torch  # noqa: E402
+from torch_reference import added, torch_logits  # noqa: E402
+
+PAGE = ROOT / "docs" / "models.md"
 OUT = flags.DEFINE_string("out", str(PAGE), "File that is written.")
 
-T, V, STEPS = 12, 131, 8
+T, STEPS = 12, 8
 OFFSETS = (0, 8185)  # of the first position
-SIZES: dict[str, Any] = {
-    "vocab_size": V,
-    "hidden_size": 40,
-    "intermediate_size": 72,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 16384,
-    "tie_word_embeddings": False,
-    "pad_token_id": None,
-}
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 5e5,
@@ -63,13 +58,7 @@ CHECKPOINTS: dict[str, tuple[dict[str, Any], ...]] = {
     "mistral": ({"sliding_window": None}, {"sliding_window": 5, "head_dim": 24}),
     "smollm3": ({"tie_word_embeddings": True}, {"no_rope_layers": [0, 1, 1, 0], "rope_parameters": YARN}),
     "olmo3": (
-        {
-            "rope_parameters": {
-                "full_attention": YARN | {"rope_theta": 5e5, "attention_factor": 1.2079441541679836},
-                "sliding_attention": PLAIN_ROPE,
-            },
-            "sliding_window": 5,
-        },
+        {"rope_parameters": OLMO_ROPE, "sliding_window": 5},
         {"layer_types": ["full_attention", "sliding_attention"] * 2, "sliding_window": 3, "num_key_value_heads": 1},
     ),
 }
@@ -114,44 +103,11 @@ class Row(NamedTuple):
         return f"| {name} | {self.compared} | {errors} | {replies} | {gguf} | {known} |"
 
 
-def relative_error(ours: Any, theirs: np.ndarray) -> float:
-    """Norm of the difference over the norm."""
-    return float(np.linalg.norm(np.asarray(ours, np.float64) - theirs) / np.linalg.norm(theirs))
-
-
 @jax.jit
 def run(model: Decoder, ids: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """States [L, B, T, D] and logits [B, T, V]."""
     out = model(ids, positions, capture=lambda block: block.resid_post)
     return out.captured, model.logits(out.resid)
-
-
-def in_torch(reference: Any, ids: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same of torch's model; states by hooks, since its last one comes after the final norm."""
-    states: list[np.ndarray] = []
-
-    def hook(module: Any, args: tuple, output: Any) -> None:
-        states.append((output[0] if isinstance(output, tuple) else output).numpy())
-
-    handles = [layer.register_forward_hook(hook) for layer in reference.model.layers]
-    with torch.no_grad():
-        logits = reference(torch.tensor(ids), position_ids=torch.tensor(positions), use_cache=False).logits.numpy()
-    for handle in handles:
-        handle.remove()
-    return np.stack(states), logits
-
-
-def random_reference(family: str, changes: dict[str, Any]) -> Any:
-    """A random model of torch's whose biases and norms are far from their initial values."""
-    kind = getattr(transformers, families.FAMILIES[family].architecture)
-    config = kind.config_class(**(SIZES | changes))
-    config._attn_implementation = "eager"
-    model = kind(config).eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        deviation = 0.3 if parameter.ndim == 1 else parameter.shape[1] ** -0.5
-        parameter.normal_(1.0 if "norm" in name else 0.0, deviation, generator=generator)
-    return model
 
 
 def errors(model: Decoder, reference: Any, ids: np.ndarray, offset: int) -> Row:
@@ -165,27 +121,20 @@ def errors(model: Decoder, reference: Any, ids: np.ndarray, offset: int) -> Row:
 
 def equal_replies(model: Decoder, reference: Any, rng: np.random.Generator) -> tuple[int, int]:
     """Greedy replies to ragged prompts, at three magnitudes of a vector at layer 1, that are the same in torch."""
-    prompts = [rng.integers(0, V, n).tolist() for n in (3, 9, 6)] * 3
+    prompts = [rng.integers(0, SIZES["vocab_size"], n).tolist() for n in (3, 9, 6)] * 3
     vector = (rng.normal(size=SIZES["hidden_size"]) * 0.7).astype(np.float32)
     magnitudes = np.repeat([0.0, 3.0, -8.0], 3)
     rows = stack_rows([add_vector(jnp.asarray(vector), 1, float(m), n_layers=4) for m in magnitudes])
     keys = jnp.stack([row_key(0, "", 0)] * len(prompts))
     ids, positions = left_pad(prompts, 10)
-    out = compiled_generate(
-        model, ids, positions, keys, rows, GREEDY, np.zeros(0, np.int32), max_new_tokens=STEPS
-    )  # fmt: skip
+    never = np.zeros(0, np.int32)
+    out = compiled_generate(model, ids, positions, keys, rows, GREEDY, never, max_new_tokens=STEPS)
     equal = 0
     for prompt, magnitude, reply in zip(prompts, magnitudes, np.asarray(out.ids), strict=True):
-        added = torch.tensor(float(magnitude) * vector)
-
-        def hook(module: Any, args: tuple, output: Any, added: torch.Tensor = added) -> Any:
-            return (output[0] + added, *output[1:]) if isinstance(output, tuple) else output + added
-
-        text, handle = list(prompt), reference.model.layers[1].register_forward_hook(hook)
-        with torch.no_grad():
+        text = list(prompt)
+        with added(reference, 1, float(magnitude) * vector):
             for _ in range(STEPS):
-                text.append(int(reference(torch.tensor([text]), use_cache=False).logits[0, -1].argmax()))
-        handle.remove()
+                text.append(int(torch_logits(reference, text)[-1].argmax()))
         equal += reply.tolist() == text[len(prompt) :]
     return equal, len(prompts)
 
@@ -195,11 +144,11 @@ def of_family(family: str) -> Row:
     rng = np.random.default_rng(0)
     rows, replies = [], []
     for changes in CHECKPOINTS[family]:
-        reference = random_reference(family, changes)
+        reference = hf_model(family, **changes)
         with tempfile.TemporaryDirectory() as folder:
             reference.save_pretrained(folder)
             model = checkpoint.load(folder, "float32")
-        rows += [errors(model, reference, rng.integers(0, V, (2, T)), offset) for offset in OFFSETS]
+        rows += [errors(model, reference, rng.integers(0, SIZES["vocab_size"], (2, T)), offset) for offset in OFFSETS]
         replies.append(equal_replies(model, reference, rng))
     tokens, counts = np.sum([row.tokens for row in rows], axis=0), np.sum(replies, axis=0)
     compared = f"{len(CHECKPOINTS[family])} random checkpoints"

@@ -90,7 +90,7 @@ Capture = Callable[[BlockOutput], Any]
 
 
 class Block(nnx.Module):
-    """One transformer block."""
+    """One transformer block, which normalises what attention and MLP read."""
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         """Starts from random weights; `checkpoint` replaces them."""
@@ -121,15 +121,23 @@ class Block(nnx.Module):
           `Attention`.
         """
         with jax.named_scope("attention"):
-            attn_out, keys_values = self.self_attn(self.input_layernorm(x), rope, mask, cache)
+            attn_out, keys_values = self.attend(x, rope, mask, cache)
         resid_mid = x + attn_out
         with jax.named_scope("mlp"):
-            mlp_out = self.mlp(self.post_attention_layernorm(resid_mid))
+            mlp_out = self.feed_forward(resid_mid)
         return BlockOutput(x, attn_out, resid_mid, mlp_out, edit(resid_mid + mlp_out)), keys_values
 
+    def attend(self, x: jax.Array, *rest: Any) -> tuple[jax.Array, KeysValues]:
+        """What attention adds to the residual stream x [B, T, D], and keys and values; see `Attention` for the rest."""
+        return self.self_attn(self.input_layernorm(x), *rest)
 
-class PostNormBlock(nnx.Module):
-    """A transformer block that normalises what attention and MLP add, not what they read (OLMo 2 and 3)."""
+    def feed_forward(self, x: jax.Array) -> jax.Array:
+        """What the MLP adds to the residual stream x [B, T, D]."""
+        return self.mlp(self.post_attention_layernorm(x))
+
+
+class PostNormBlock(Block):
+    """A block that normalises what attention and MLP add, not what they read (OLMo 2 and 3)."""
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         """Starts from random weights; `checkpoint` replaces them."""
@@ -138,22 +146,14 @@ class PostNormBlock(nnx.Module):
         self.mlp = MLP(config, dtype, rngs)
         self.post_feedforward_layernorm = RMSNorm(config.d_model, config.norm_eps, dtype)
 
-    def __call__(
-        self,
-        x: jax.Array,
-        rope: tuple[jax.Array, jax.Array],
-        mask: jax.Array,
-        cache: LayerCache | None,
-        edit: Callable[[jax.Array], jax.Array],
-    ) -> tuple[BlockOutput, KeysValues]:
-        """As `Block`; what is added is what the residual stream gets, after the norm."""
-        with jax.named_scope("attention"):
-            attn_out, keys_values = self.self_attn(x, rope, mask, cache)
-            attn_out = self.post_attention_layernorm(attn_out)
-        resid_mid = x + attn_out
-        with jax.named_scope("mlp"):
-            mlp_out = self.post_feedforward_layernorm(self.mlp(resid_mid))
-        return BlockOutput(x, attn_out, resid_mid, mlp_out, edit(resid_mid + mlp_out)), keys_values
+    def attend(self, x: jax.Array, *rest: Any) -> tuple[jax.Array, KeysValues]:
+        """As `Block.attend`, normalised behind attention."""
+        attn_out, keys_values = self.self_attn(x, *rest)
+        return self.post_attention_layernorm(attn_out), keys_values
+
+    def feed_forward(self, x: jax.Array) -> jax.Array:
+        """As `Block.feed_forward`, normalised behind the MLP."""
+        return self.post_feedforward_layernorm(self.mlp(x))
 
 
 class Output(NamedTuple):

@@ -107,32 +107,30 @@ def sampling(e: Experiment, role: str, rows: int, prompt_tokens: int, new_tokens
     rows_bytes = 4 * rows_at_once * config.n_layers * config.d_model  # of what is added
     embeddings = (1 if config.tied else 2) * config.vocab_size * config.d_model * cached
     second = gigabytes((weight_bytes(config, dtype) - embeddings) // parts)
-    length = prompt_tokens + new_tokens
-    beyond = beyond_context(config, role, rows if length > (config.context or length) else 0, length)
     room = {"tpu": "", "cpu": f", second copy of the blocks {second}"}
     return [
         *lines,
         f"  {memory(e)}: weights {weights(e, role, config)}, cache {gigabytes(cache)}, "
         f"prefill {gigabytes(prefill)}, interventions and logits {gigabytes(rows_bytes + logits)}"
         + room.get(ops.target().platform, f", second copy of the blocks {second} if there is room"),
-        *beyond,
+        *beyond_context(config, role, [prompt_tokens + new_tokens] * rows),
     ]
 
 
-def beyond_context(config: ModelConfig, role: str, n_over: int, longest: int) -> list[str]:
+def beyond_context(config: ModelConfig, role: str, lengths: Sequence[int]) -> list[str]:
     """A warning if sequences are longer than a model was trained for, which its rotary embeddings do not refuse.
 
     Args:
       config: of the model.
       role: its role.
-      n_over: how many are.
-      longest: tokens of the longest one.
+      lengths: tokens of each sequence.
     """
-    if not n_over or config.context is None:
+    over = [length for length in lengths if length > (config.context or length)]
+    if not over:
         return []
     return [
         f"  WARNING: the {role} model was trained for {config.context:,} positions; "
-        f"{n_over} of the sequences are longer, up to {longest:,} tokens"
+        f"{len(over)} of {len(lengths)} sequences are longer, up to {max(over):,} tokens"
     ]
 
 

@@ -25,10 +25,8 @@ def sample_rows(
     if len(done) == len(rows):
         return [done[row] for row in range(len(rows))]
     stop_ids = set(context.tokenizer.stop_ids)
-    config = context.architecture(role)
     lengths = [len(row.prompt) + spec.max_new_tokens for row in rows]
-    over = [length for length in lengths if length > (config.context or length)]
-    for line in estimates.beyond_context(config, role, len(over), max(over, default=0)):
+    for line in estimates.beyond_context(context.architecture(role), role, lengths):
         say(line)
     batches = generate.generate_rows(
         context.model(role),

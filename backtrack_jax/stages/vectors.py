@@ -19,7 +19,6 @@ from backtrack_jax.data import records
 from backtrack_jax.files import store
 from backtrack_jax.files.console import Progress, say
 from backtrack_jax.models.batching import bucket
-from backtrack_jax.models.config import ModelConfig
 from backtrack_jax.stages import estimates
 from backtrack_jax.stages.annotations import read_pairs
 from backtrack_jax.stages.base import SHUFFLED, Context, Stage
@@ -66,7 +65,7 @@ class VectorsStage(Stage):
             kept = 4 * len(e.vectors.layers) * sum(map(estimates.sections, lengths)) * config.d_model
             on_host = f", means of sections on the host about {estimates.gigabytes(kept)}" if kept else ""
             lines.append(f"  {estimates.memory(e)}: weights {weights}, activations about {held}{on_host}")
-            lines += _beyond_context(config, role, lengths)
+            lines += estimates.beyond_context(config, role, lengths)
         return lines
 
     def run(self, context: Context, folder: Path) -> None:
@@ -168,7 +167,7 @@ def _sums_of_role(
         traces, plan, {e.vectors.window_at(o): swept for o in e.steering.offsets} | {plan.windows[0]: wanted}
     )
     model = context.model(role)
-    for line in _beyond_context(model.config, role, [len(trace.ids) for trace in traces]):
+    for line in estimates.beyond_context(model.config, role, [len(trace.ids) for trace in traces]):
         say(line)
     length = {trace.id: len(trace.ids) for trace in traces}
     sums = sums or extract.WindowSums.zeros(plan, model.config.n_layers, model.config.d_model)
@@ -232,11 +231,6 @@ def _drawn_sections(annotated: Sequence[records.Annotation], label: str) -> list
         trace, number = sections[at]
         drawn[trace].add(number)
     return drawn
-
-
-def _beyond_context(config: ModelConfig, role: str, lengths: Sequence[int]) -> list[str]:
-    over = [length for length in lengths if length > (config.context or length)]
-    return estimates.beyond_context(config, role, len(over), max(over, default=0))
 
 
 def _write_vectors(context: Context, folder: Path, role: str, sums: extract.WindowSums) -> dict[str, Any]:

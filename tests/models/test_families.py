@@ -28,36 +28,16 @@ from backtrack_jax.training import lora
 
 pytest.importorskip("torch", reason="needs torch and transformers to compare with")
 
-import torch
 import transformers
+from torch_families import OLMO_ROPE, PLAIN, SIZES, YARN, hf_class, hf_model, in_torch
 from torch_reference import added, torch_logits, torch_residuals
 
 pytestmark = pytest.mark.hf
 
 TOLERANCE = 1e-5
 T = 12
-SIZES: dict[str, Any] = {
-    "vocab_size": 131,
-    "hidden_size": 40,
-    "intermediate_size": 72,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 16384,
-    "tie_word_embeddings": False,
-    "pad_token_id": None,
-}
-PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
-# Ramps that begin and end within the 8 pairs of a head.
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 64}
 YARN_OTHERWISE = YARN | {"beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.3}
-OLMO_ROPE = {
-    "full_attention": YARN | {"rope_theta": 5e5, "attention_factor": 1.2079441541679836},
-    "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
-}
 # Every family with every kind of what it can have.
 CASES: dict[str, dict[str, Any]] = {
     "llama linear": {"rope_parameters": LINEAR},
@@ -84,23 +64,6 @@ ONE_EACH = ("llama yarn", "qwen2", "qwen3", "mistral window", "smollm3", "olmo3"
 IDS = np.random.default_rng(0).integers(0, 131, (2, T))
 
 
-def hf_class(name: str) -> Any:
-    return getattr(transformers, families.FAMILIES[name].architecture)
-
-
-def hf_model(name: str, **changes: Any) -> Any:
-    """A random float32 model whose biases and norms are far from their initial values."""
-    config = hf_class(name).config_class(**(SIZES | changes))
-    config._attn_implementation = "eager"
-    model = hf_class(name)(config).eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
-    for parameter_name, parameter in model.named_parameters():
-        mean = 1.0 if "norm" in parameter_name else 0.0
-        deviation = 0.3 if parameter.ndim == 1 else parameter.shape[1] ** -0.5
-        parameter.normal_(mean, deviation, generator=generator)
-    return model
-
-
 @functools.cache
 def pair(case: str) -> tuple[Any, Decoder]:
     """The same model in torch and, loaded from the folder that torch's wrote, here."""
@@ -115,20 +78,6 @@ def run(model: Decoder, ids: jax.Array, positions: jax.Array) -> tuple[jax.Array
     """Every state and the logits."""
     out = model(ids, positions, capture=lambda block: block.resid_post)
     return out.captured, model.logits(out.resid)
-
-
-def in_torch(reference: Any, ids: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    states: list[np.ndarray] = []
-
-    def hook(module: Any, args: tuple, output: Any) -> None:
-        states.append((output[0] if isinstance(output, tuple) else output).numpy())
-
-    handles = [layer.register_forward_hook(hook) for layer in reference.model.layers]
-    with torch.no_grad():
-        logits = reference(torch.tensor(ids), position_ids=torch.tensor(positions), use_cache=False).logits.numpy()
-    for handle in handles:
-        handle.remove()
-    return np.stack(states), logits
 
 
 @pytest.mark.parametrize("offset", [0, 8185])

@@ -317,4 +317,4 @@ def test_a_model_is_not_read_beyond_its_context_silently(fresh: Path, capsys: py
     lengths = [len(made.context.token_trace("base", *pair).ids) for pair in read_pairs(made.context)]
     over = [length for length in lengths if length > 100]
     assert 0 < len(over) < len(lengths)
-    assert f"100 positions; {len(over)} of the sequences are longer, up to {max(over)} tokens" in said[0]
+    assert f"100 positions; {len(over)} of {len(lengths)} sequences are longer, up to {max(over)} tokens" in said[0]
