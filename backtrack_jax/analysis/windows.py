@@ -31,7 +31,7 @@ class Windows(Analysis):
         """What the vector of the model that writes the traces rests on."""
         windows = r.vectors[r.author]["windows"]
         own, total = windows[r.label], windows["all"]
-        leave = "leave the text or reach its BOS token" if r.experiment.vectors.into_prompt else "leave the reply"
+        leave = "leave the text or reach its first token" if r.experiment.vectors.into_prompt else "leave the reply"
         return [
             f"The {r.author}-derived vector rests on {own['read']} of {own['read'] + own['dropped']} windows "
             f"({total['dropped']} of all were dropped because they {leave})."

@@ -298,7 +298,7 @@ def test_where_every_rate_is_zero_no_layer_and_offset_is_the_best(r: Results) ->
 def test_why_windows_were_dropped(r: Results, into_prompt: bool) -> None:
     e = dataclasses.replace(r.experiment, vectors=dataclasses.replace(r.experiment.vectors, into_prompt=into_prompt))
     said = summary.sentences(dataclasses.replace(r, experiment=e), ANALYSES)[-1]
-    assert said.endswith("leave the text or reach its BOS token)." if into_prompt else "leave the reply).")
+    assert said.endswith("leave the text or reach its first token)." if into_prompt else "leave the reply).")
 
 
 def test_chance_is_drawn_where_it_is_one(r: Results) -> None:
