@@ -46,10 +46,15 @@ WORKDIR = flags.DEFINE_string("workdir", "", "Folder for results, in place of th
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")
 
 
+def silence_routine_messages() -> None:
+    """Of libraries that report accelerators which are absent, and every request."""
+    for name in ("jax", "httpx", "httpx2"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
 def main(argv: Sequence[str]) -> None:
     """Runs the stages of the experiment that the flags describe."""
-    for name in ("jax", "httpx", "httpx2"):  # silence routine messages: absent accelerators, every request
-        logging.getLogger(name).setLevel(logging.WARNING)
+    silence_routine_messages()
     with ends_in_one_line(
         remedy="lower batch_size of this stage and run again",
         resumed="the same command resumes where this run left off",

@@ -52,7 +52,7 @@ from backtrack_jax.models.config import ModelConfig
 from backtrack_jax.models.decoder import BlockOutput, Decoder
 from backtrack_jax.models.quantized import activation_dtype
 from backtrack_jax.models.sharding import place_rows
-from backtrack_jax.run import CONFIG, divide_cpu, parse_flags
+from backtrack_jax.run import CONFIG, divide_cpu, parse_flags, silence_routine_messages
 from backtrack_jax.stages.base import Context
 from backtrack_jax.stages.estimates import problem_texts
 
@@ -629,6 +629,7 @@ def _run(one: Check, subject: Subject) -> Line:
 
 def main(argv: Sequence[str]) -> None:
     """Checks the experiment that the flags describe; exits with 1 if a check fails."""
+    silence_routine_messages()
     with ends_in_one_line(remedy="run it where more is free", resumed="nothing was changed"):
         if len(argv) > 1:
             raise ValueError(f"unexpected arguments {argv[1:]}; overrides look like --config.steering.layer=9")
