@@ -35,6 +35,8 @@ def check(experiment: Experiment) -> None:
     if faults := _type_faults(e):
         raise ValueError("the config cannot run:\n  " + "\n  ".join(faults))
     faults = [*_model_faults(e), *_source_faults(e), *_vector_faults(e), *_steering_faults(e), *_analysis_faults(e)]
+    faults += [fault for name in e.questions.ask for fault in _not_one_of("questions.ask", name, e.questions.known)]
+    faults += _repeated("questions.ask", e.questions.ask)
     if not re.fullmatch(r"[^/\\\s.][^/\\]*", e.name):
         faults.append(_fault("name", e.name, "the name of a folder"))
     if not (isinstance(e.seed, int) and 0 <= e.seed < 2**32):

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from backtrack_jax.analysis.base import Wanted, asked
+from backtrack_jax.analysis.registry import ANALYSES
 from backtrack_jax.config import Experiment
 from backtrack_jax.data.records import UNSTEERED, Condition, window_name
 from backtrack_jax.generate import noise_key
@@ -101,7 +103,25 @@ def _conditions(e: Experiment, scale: Callable[[str, str, str, int, str], float]
         for layer in s.layers:
             for source in e.roles:
                 add(target, e.vectors.label, source, layer, own, grid, grid_limit)
+    for wanted in wanted_conditions(e):
+        layer = s.main_layer if wanted.layer is None else wanted.layer
+        sources = (wanted.sources or (wanted.target,)) if parse(wanted.kind).read else ("",)
+        for source in sources:
+            limit = wanted.limit or s.limit
+            add(wanted.target, wanted.kind, source, layer, own if source else "", wanted.magnitudes, limit)
     return made
+
+
+def wanted_conditions(e: Experiment) -> list[Wanted]:
+    """What the analyses that are asked for need besides the sweeps."""
+    found = [wanted for analysis in asked(ANALYSES, e) for wanted in analysis.conditions(e)]
+    return [wanted for wanted in found if wanted.target in e.roles and set(wanted.sources) <= set(e.roles)]
+
+
+def names(experiment: Experiment) -> tuple[str, ...]:
+    """The labels, controls and vector files that all conditions are made of, once."""
+    extra = (name for wanted in wanted_conditions(experiment) for name in parse(wanted.kind).names)
+    return tuple(dict.fromkeys((*experiment.steering.names, *extra)))
 
 
 def _scale(
@@ -190,7 +210,7 @@ def random_direction(key: jax.Array, name: str, d_model: int) -> np.ndarray:
 def needed_vectors(experiment: Experiment) -> set[str]:
     """Names of the vectors that the sweep takes from stage 3."""
     raw = {experiment.vectors.label} if experiment.steering.unit == "raw" else set()
-    read = {name for name in experiment.steering.names if name in DIRECTIONS and not DIRECTIONS[name].draw}
+    read = {name for name in names(experiment) if name in DIRECTIONS and not DIRECTIONS[name].draw}
     return needed_labels(experiment) | raw | read
 
 
@@ -198,4 +218,4 @@ def needed_labels(experiment: Experiment) -> set[str]:
     """Labels whose vectors the sweeps need."""
     s = experiment.steering
     swept = {experiment.vectors.label} if s.offsets or s.layers else set()
-    return swept | {name for name in s.names if name not in DIRECTIONS and not is_vector_file(name)}
+    return swept | {name for name in names(experiment) if name not in DIRECTIONS and not is_vector_file(name)}

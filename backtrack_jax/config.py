@@ -321,6 +321,22 @@ class AnalysisSpec:
 
 
 @dataclasses.dataclass
+class QuestionsSpec:
+    """The open questions: analyses that run where they are asked for. Each has a field with its settings.
+
+    Attributes:
+      ask: names of the questions, each the name of another field here; empty for none.
+    """
+
+    ask: tuple[str, ...] = ()
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """All that can be asked."""
+        return tuple(field.name for field in dataclasses.fields(self) if field.name != "ask")
+
+
+@dataclasses.dataclass
 class Experiment:
     """Everything that decides what a run computes.
 
@@ -341,6 +357,7 @@ class Experiment:
       vectors: stage 3.
       steering: stage 4.
       analysis: stages 5 and 6.
+      questions: what is asked beyond the paper's figures.
     """
 
     name: str = "experiment"
@@ -358,6 +375,7 @@ class Experiment:
     vectors: VectorSpec = dataclasses.field(default_factory=VectorSpec)
     steering: SteeringSpec = dataclasses.field(default_factory=SteeringSpec)
     analysis: AnalysisSpec = dataclasses.field(default_factory=AnalysisSpec)
+    questions: QuestionsSpec = dataclasses.field(default_factory=QuestionsSpec)
 
     def model(self, role: str) -> ModelSpec:
         """The model that plays a role."""

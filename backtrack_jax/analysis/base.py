@@ -1,6 +1,6 @@
 """What an analysis is: tables that it computes, the plots and sentences that it makes of them.
 
-`stages.analysis.ANALYSES` lists them. An analysis that is added there computes its own tables when the stage runs
+`analysis.registry.ANALYSES` lists them. An analysis that is added there computes its own tables when the stage runs
 again, and none of the others': each is told apart by its name, version, settings, and what it reads of earlier stages.
 """
 
@@ -112,6 +112,28 @@ class Planned:
     trace_tokens: Sequence[int]
 
 
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """Conditions that an analysis needs besides those of the sweeps: one entry of the language of `steering.kinds`.
+
+    Attributes:
+      target: role of the model that is steered.
+      kind: what is done, as in `steering.kinds`.
+      magnitudes: strengths, in `steering.unit`.
+      sources: roles of the models that directions come from; those of `target` alone where it is empty. Does not matter
+        for a kind that comes from no model's activations.
+      layer: block; None for the first of `steering.layer`.
+      limit: number of problems; 0 for `steering.limit`.
+    """
+
+    target: str
+    kind: str
+    magnitudes: tuple[float, ...]
+    sources: tuple[str, ...] = ()
+    layer: int | None = None
+    limit: int = 0
+
+
 class Analysis:
     """One analysis. A subclass overrides what it has: a table, a plot, a sentence.
 
@@ -135,6 +157,16 @@ class Analysis:
     reads: ClassVar[tuple[str, ...]] = ()
     tables: ClassVar[tuple[str, ...]] = ()
     role_tables: ClassVar[tuple[str, ...]] = ()
+
+    def asked(self, e: Experiment) -> bool:
+        """Whether this config asks for it; nothing of it is computed or shown otherwise."""
+        del e
+        return True
+
+    def conditions(self, e: Experiment) -> Sequence[Wanted]:
+        """Conditions that stage 4 samples for it besides those of the sweeps; one that both ask for is sampled once."""
+        del e
+        return []
 
     def inputs(self, e: Experiment) -> dict[str, Any]:
         """Its settings with their values."""
@@ -201,3 +233,20 @@ class Analysis:
         """What that takes on each device besides the weights: name -> bytes."""
         del planned, config
         return {}
+
+
+class Question(Analysis):
+    """An analysis that runs only where `questions.ask` names it; its settings are the fields of `questions.{name}`."""
+
+    def asked(self, e: Experiment) -> bool:
+        """Whether `questions.ask` has its name."""
+        return self.name in e.questions.ask
+
+    def inputs(self, e: Experiment) -> dict[str, Any]:
+        """Its settings with their values."""
+        return super().inputs(e) | dataclasses.asdict(getattr(e.questions, self.name))
+
+
+def asked(analyses: Sequence[Analysis], e: Experiment) -> list[Analysis]:
+    """Those that a config asks for."""
+    return [analysis for analysis in analyses if analysis.asked(e)]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from backtrack_jax.analysis import dose
-from backtrack_jax.analysis.base import Analysis
+from backtrack_jax.analysis.base import Analysis, asked
 from backtrack_jax.analysis.claims import Claim, number
 from backtrack_jax.analysis.results import Results
 from backtrack_jax.analysis.statistics import FEWEST_PROBLEMS
@@ -18,7 +18,7 @@ _IN_WORDS = {"holds": "hold", "fails": "fail", "undecided": "undecided"}
 
 def claims(r: Results, analyses: Sequence[Analysis]) -> list[Claim]:
     """Every claim that the run can say something about, in the order of the analyses."""
-    return [claim for analysis in analyses for claim in analysis.claims(r)]
+    return [claim for analysis in asked(analyses, r.experiment) for claim in analysis.claims(r)]
 
 
 def table(found: Sequence[Claim]) -> list[dict[str, str]]:

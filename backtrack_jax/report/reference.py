@@ -7,7 +7,7 @@ from importlib import resources
 from typing import Any
 
 from backtrack_jax import labelling
-from backtrack_jax.analysis.base import Analysis
+from backtrack_jax.analysis.base import Analysis, asked
 from backtrack_jax.analysis.results import Results
 
 
@@ -23,7 +23,7 @@ def comparison(r: Results, analyses: Sequence[Analysis]) -> list[dict[str, str]]
     Returns:
       Rows of `where`, `what`, `paper`, `released`, `run`; what this run did not measure says so.
     """
-    run = {key: text for analysis in analyses for key, text in analysis.reference(r).items()}
+    run = {key: text for analysis in asked(analyses, r.experiment) for key, text in analysis.reference(r).items()}
     rows = []
     for key, entry in numbers()["numbers"].items():
         shown = {name: str(entry.get(name, "-")) for name in ("where", "what", "paper", "released")}

@@ -10,8 +10,9 @@ from typing import Any
 
 from backtrack_jax import labelling
 from backtrack_jax.analysis import projections
-from backtrack_jax.analysis.base import Analysis
+from backtrack_jax.analysis.base import Analysis, asked
 from backtrack_jax.analysis.plots import Plot
+from backtrack_jax.analysis.registry import ANALYSES
 from backtrack_jax.analysis.results import Results
 from backtrack_jax.config import Experiment
 from backtrack_jax.files import store, tables
@@ -19,7 +20,7 @@ from backtrack_jax.files.console import say
 from backtrack_jax.files.tables import Table
 from backtrack_jax.report import claims, page, static, summary, trace_figures
 from backtrack_jax.stages import estimates
-from backtrack_jax.stages.analysis import ANALYSES, ANALYSIS
+from backtrack_jax.stages.analysis import ANALYSIS
 from backtrack_jax.stages.annotations import ANNOTATIONS
 from backtrack_jax.stages.base import Context, Stage
 from backtrack_jax.stages.steering import STEERING
@@ -92,5 +93,5 @@ def read_results(experiment: Experiment, workdir: Path) -> Results:
 
 def all_plots(r: Results, analyses: Sequence[Analysis] = ANALYSES) -> list[Plot]:
     """Every figure that the results give: the paper's in its order, then the others in that of the analyses."""
-    plots = [plot for analysis in analyses for plot in analysis.plots(r) if plot is not None]
+    plots = [plot for analysis in asked(analyses, r.experiment) for plot in analysis.plots(r) if plot is not None]
     return sorted(plots, key=lambda plot: plot.place)

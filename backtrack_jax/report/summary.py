@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from backtrack_jax.analysis.base import Analysis
+from backtrack_jax.analysis.base import Analysis, asked
 from backtrack_jax.analysis.cells import interval
 from backtrack_jax.analysis.results import Cell, Results
 from backtrack_jax.data.records import UNSTEERED
@@ -13,7 +13,7 @@ from backtrack_jax.report.reference import comparison, settings
 
 def sentences(r: Results, analyses: Sequence[Analysis]) -> list[str]:
     """What came out, one finding a sentence; what was not measured is not mentioned."""
-    return [text for analysis in analyses for text in analysis.sentences(r) if text]
+    return [text for analysis in asked(analyses, r.experiment) for text in analysis.sentences(r) if text]
 
 
 def markdown(r: Results, analyses: Sequence[Analysis]) -> str:

@@ -9,6 +9,7 @@ An analysis whose fingerprint is that of earlier results takes them over instead
 the list, or a setting of one, makes no other run again.
 """
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -17,18 +18,10 @@ from typing import Any
 
 from backtrack_jax import conditions, inputs, labelling
 from backtrack_jax.analysis import logit_lens
-from backtrack_jax.analysis.agreement import AGREEMENT
-from backtrack_jax.analysis.base import Analysis, Material, Planned
-from backtrack_jax.analysis.grids import GRIDS
+from backtrack_jax.analysis.base import Analysis, Material, Planned, asked
 from backtrack_jax.analysis.judged import FILE as JUDGED_FILE
 from backtrack_jax.analysis.judged import JUDGED
-from backtrack_jax.analysis.log_odds import LOG_ODDS
-from backtrack_jax.analysis.logit_lens import LOGIT_LENS
-from backtrack_jax.analysis.probe import PROBE
-from backtrack_jax.analysis.rates import RATES
-from backtrack_jax.analysis.reliability import RELIABILITY
-from backtrack_jax.analysis.similarity import SIMILARITY
-from backtrack_jax.analysis.windows import WINDOWS
+from backtrack_jax.analysis.registry import ANALYSES
 from backtrack_jax.config import Experiment
 from backtrack_jax.data import records
 from backtrack_jax.files import store, tables
@@ -42,11 +35,6 @@ from backtrack_jax.stages.base import Context, Settled, Stage, spec_values
 from backtrack_jax.stages.steering import STEERING, load_readings
 from backtrack_jax.stages.traces import TRACES
 from backtrack_jax.stages.vectors import VECTORS
-
-ANALYSES: tuple[Analysis, ...] = (
-    *(JUDGED, RATES, LOG_ODDS, GRIDS, SIMILARITY, LOGIT_LENS, PROBE, RELIABILITY, WINDOWS, AGREEMENT),
-)
-"""All analyses; one may read the files of those before it. Their sentences stand in this order."""
 
 _MANIFEST = "analyses.json"
 
@@ -83,11 +71,12 @@ class AnalysisStage(Stage):
     def inputs(self, e: Experiment) -> dict[str, Any]:
         """Which analyses there are, what they measure, and what a judge of replies depends on."""
         judge = labelling.judge_of_replies(e)
+        questions = {name: dataclasses.asdict(getattr(e.questions, name)) for name in e.questions.ask}
         return {
-            "analyses": {analysis.name: analysis.version for analysis in self.analyses},
+            "analyses": {analysis.name: analysis.version for analysis in asked(self.analyses, e)},
             "analysis": spec_values(e.analysis, "batch_size"),
             "judge": judge.inputs(e) if judge else {},
-        }
+        } | ({"questions": questions} if questions else {})
 
     def settle(self, e: Experiment, own: dict[str, Any], found: Settled) -> dict[str, Any]:
         """As for the labels of traces."""
@@ -122,7 +111,7 @@ class AnalysisStage(Stage):
         """What the analyses that cannot be taken over ask of each model, and of the judge."""
         e = context.experiment
         found = {name for name, _, _ in self._earlier(context)}
-        to_do = [a for a in self.analyses if not found.issuperset(_files(a, e))]
+        to_do = [a for a in asked(self.analyses, e) if not found.issuperset(_files(a, e))]
         if not to_do:
             return ["tables from earlier results; no model is held"]
         lengths, replies = estimates.trace_lengths(e), estimates.steered_rows(e)
@@ -131,9 +120,9 @@ class AnalysisStage(Stage):
         for role in e.roles:
             n_conditions = sum(condition.target == role for condition in conditions.planned(e))
             planned = Planned(e, n_conditions, replies[role], longest, lengths)
-            if not (asked := [text for a in to_do if (text := a.plan(planned))]):
+            if not (parts := [text for a in to_do if (text := a.plan(planned))]):
                 continue
-            lines.append(f"{role} model: {'; '.join(asked)}")
+            lines.append(f"{role} model: {'; '.join(parts)}")
             config = inputs.architecture(e.model(role).path)
             if config is None:
                 lines.append(estimates.unknown_memory(e, role))
@@ -144,7 +133,7 @@ class AnalysisStage(Stage):
             lines.append(f"  {estimates.memory(e)}: {', '.join(parts)}")
         judged = _plan_of_judge(context, sum(replies.values())) if JUDGED in to_do else []
         head = []
-        if any(a not in to_do and _files(a, e) for a in self.analyses):
+        if any(a not in to_do and _files(a, e) for a in asked(self.analyses, e)):
             held = "" if lines else "; no model is held"
             head = [
                 f"computes {', '.join(a.name for a in to_do)}; other tables are taken over from earlier results{held}"
@@ -155,7 +144,7 @@ class AnalysisStage(Stage):
         """Every analysis: those that read a model role by role, so that one model is held at a time."""
         e = context.experiment
         self._take_over(context, folder)
-        to_do = [analysis for analysis in self.analyses if not _all_there(folder, _files(analysis, e))]
+        to_do = [analysis for analysis in asked(self.analyses, e) if not _all_there(folder, _files(analysis, e))]
         if to_do:
             material = gather(context)
             for role in context.roles_by_need():
@@ -167,7 +156,7 @@ class AnalysisStage(Stage):
             for analysis in to_do:
                 if not _all_there(folder, analysis.files(e)):
                     _write(folder, analysis, analysis.finish(material, folder), analysis.tables, "")
-        for analysis in self.analyses:
+        for analysis in asked(self.analyses, e):
             for name in (name for role in e.roles for name in analysis.scratch(role)):
                 (folder / name).unlink(missing_ok=True)
 
@@ -177,7 +166,7 @@ class AnalysisStage(Stage):
         before = {of_replies: store.fingerprint(context.inputs[stage.name]) for of_replies, stage in _LAST_READ.items()}
         judge = {name: own.get(name) for name in ("judge", "unanswered")}  # what `analysis.judge` depends on
         found: dict[str, str] = {}
-        for analysis in self.analyses:
+        for analysis in asked(self.analyses, e):
             depends_on = {
                 "earlier stages": before[analysis.of_replies],
                 "format": self.format,
@@ -214,7 +203,7 @@ class AnalysisStage(Stage):
                 "fingerprint": fingerprints[analysis.name],
                 "files": [*_files(analysis, e), *(name for role in e.roles for name in analysis.scratch(role))],
             }
-            for analysis in self.analyses
+            for analysis in asked(self.analyses, e)
         }
         text = json.dumps(manifest, indent=1) + "\n"
         if not (folder / _MANIFEST).exists() or (folder / _MANIFEST).read_text("utf-8") != text:

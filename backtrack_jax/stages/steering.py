@@ -3,6 +3,7 @@
 generations.jsonl   one line per steered reply, see `data.records.Reply`
 """
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +36,9 @@ class SteeringStage(Stage):
         layers = e.steering.kind_layers
         steering = spec_values(e.steering, "batch_size") | {"layer": layers[0] if len(layers) == 1 else layers}
         files = {file: store.file_hash(inputs.data_path(file)) for file in e.steering.vector_files}
-        return {"steering": steering, "vector_files": files, "seed": e.seed}
+        wanted = [list(dataclasses.astuple(wanted)) for wanted in conditions.wanted_conditions(e)]
+        extra = {"wanted": wanted} if wanted else {}
+        return {"steering": steering, "vector_files": files, "seed": e.seed} | extra
 
     def model_roles(self, e: Experiment) -> Sequence[str]:
         """All."""

@@ -104,7 +104,7 @@ class VectorsStage(Stage):
             beside={"trace": e.vectors.label} if within else {},
         )
         summary: dict[str, Any] = {"labels": found}
-        added = {SHUFFLED} & set(e.steering.names) if steered else set()
+        added = {SHUFFLED} & set(conditions.names(e)) if steered else set()
         for role in e.roles:
             sums = _sums_of_role(context, folder, role, pairs, plan, wanted | added | {e.vectors.contrast})
             summary[role] = _write_vectors(context, folder, role, sums)

@@ -11,19 +11,21 @@ import pytest
 import tiny
 
 from backtrack_jax import pipeline, plan
-from backtrack_jax.analysis.base import Analysis, Material
+from backtrack_jax.analysis.base import Analysis, Material, asked
+from backtrack_jax.analysis.registry import ANALYSES
 from backtrack_jax.config import Experiment
 from backtrack_jax.files import tables
 from backtrack_jax.files.tables import Table
 from backtrack_jax.models import checkpoint
 from backtrack_jax.report.stage import ReportStage
 from backtrack_jax.stages import analysis as stage
-from backtrack_jax.stages.analysis import ANALYSES, AnalysisStage
+from backtrack_jax.stages.analysis import AnalysisStage
 
 HOWTO = Path(__file__).parents[2] / "docs" / "howto" / "analysis.md"
 WRITTEN: dict[str, Any] = {}
 exec(HOWTO.read_text().split("```python\n")[1].split("```")[0], WRITTEN)  # the analysis that is shown there
 Lengths, LENGTHS = WRITTEN["Lengths"], WRITTEN["LENGTHS"]
+DEFAULT = asked(ANALYSES, tiny.get_config())
 
 
 @pytest.fixture
@@ -37,7 +39,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return load(path, **kwargs)
 
     monkeypatch.setattr(checkpoint, "load", loading)
-    for kind in {type(analysis) for analysis in (*ANALYSES, LENGTHS)}:
+    for kind in {type(analysis) for analysis in (*DEFAULT, LENGTHS)}:
         for method in {"of_role", "finish"} & set(vars(kind)):
             _record(monkeypatch, kind, method, found)
     return found
@@ -109,7 +111,7 @@ def test_a_setting_makes_its_own_analysis_run_again(finished: Path, computed: li
 
 
 def test_a_version_makes_its_own_analysis_run_again(finished: Path, computed: list[str]) -> None:
-    class Newer(type(next(a for a in ANALYSES if a.name == "windows"))):
+    class Newer(type(next(a for a in DEFAULT if a.name == "windows"))):
         version = 2
 
     run(tiny.get_config(), [Newer() if analysis.name == "windows" else analysis for analysis in ANALYSES])
@@ -171,7 +173,7 @@ def test_results_of_another_commit_of_a_hub_id_are_not_taken_over(finished: Path
     path = finished / "5-analysis" / "run.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"hub_commits": {"base": "a" * 40}}))
     run(tiny.get_config(), (*ANALYSES, LENGTHS))
-    expected = {analysis.name for analysis in ANALYSES} - {"judged", "grids"}  # which write nothing here
+    expected = {analysis.name for analysis in DEFAULT} - {"judged", "grids"}  # which write nothing here
     assert {name.split()[0] for name in computed} == {*expected, "load", "lengths"}
 
 
@@ -212,7 +214,7 @@ class Watched:
         return Watched(value, seen, f"{name}.") if name in ("analysis", "steering") else value
 
 
-@pytest.mark.parametrize("analysis", [a for a in ANALYSES if a.files(tiny.get_config()) or a.role_files("base")])
+@pytest.mark.parametrize("analysis", [a for a in DEFAULT if a.files(tiny.get_config()) or a.role_files("base")])
 def test_every_setting_that_is_read_is_in_the_fingerprint(finished: Path, tmp_path: Path, analysis: Analysis) -> None:
     """And no other: else a change would leave old results in place, or compute the same ones again."""
     seen: set[str] = set()
@@ -238,8 +240,8 @@ def test_analyses_are_told_apart_by_name_and_table() -> None:
 
 def test_the_list_says_what_each_file_depends_on(finished: Path) -> None:
     listed = json.loads((finished / "5-analysis" / "analyses.json").read_text())
-    assert list(listed) == [analysis.name for analysis in ANALYSES]
-    scratch = {name for analysis in ANALYSES for role in tiny.get_config().roles for name in analysis.scratch(role)}
+    assert list(listed) == [analysis.name for analysis in DEFAULT]
+    scratch = {name for analysis in DEFAULT for role in tiny.get_config().roles for name in analysis.scratch(role)}
     files = {name for entry in listed.values() for name in entry["files"]} - scratch
     assert files == set(contents(finished / "5-analysis"))
     assert len({entry["fingerprint"] for entry in listed.values()}) > 5

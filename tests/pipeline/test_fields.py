@@ -141,7 +141,19 @@ def experiment(**fields: Any) -> Experiment:
 
 
 def test_every_field_is_in_one_of_the_lists() -> None:
-    assert sorted([*CHANGES, *WITHOUT]) == sorted(names_of(Experiment()))
+    names = [name for name in names_of(Experiment()) if not name.startswith("questions.")]  # below
+    assert sorted([*CHANGES, *WITHOUT]) == sorted(names)
+
+
+def test_every_field_of_a_question_changes_what_depends_on_it_where_it_is_asked(with_problems: Path) -> None:
+    plain = own_inputs(experiment())
+    for question in Experiment().questions.known:
+        asked = {"questions.ask": (question,)}
+        assert own_inputs(experiment(**asked)) != plain, question
+        for field in names_of(getattr(Experiment().questions, question), f"questions.{question}."):
+            value = other_value(operator.attrgetter(field)(experiment()))
+            assert own_inputs(experiment(**{field: value})) == plain, field
+            assert own_inputs(experiment(**asked, **{field: value})) != own_inputs(experiment(**asked)), field
 
 
 @pytest.fixture
@@ -164,6 +176,8 @@ def test_a_field_changes_the_inputs_of_its_stage_and_of_none_before(with_problem
 
 
 def other_value(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return (*value, other_value(value[-1])) if value else ("x",)
     return not value if isinstance(value, bool) else value + 1 if isinstance(value, int | float) else f"{value}x"
 
 

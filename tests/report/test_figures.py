@@ -14,11 +14,11 @@ from matplotlib import colors, image
 from matplotlib.container import ErrorbarContainer
 
 from backtrack_jax.analysis import cells, grids, plots, probe, rates, reliability, replies
+from backtrack_jax.analysis.registry import ANALYSES
 from backtrack_jax.analysis.results import Results
 from backtrack_jax.files import tables
 from backtrack_jax.report import interactive, reference, static, summary, trace_figures
 from backtrack_jax.report.stage import all_plots, read_results
-from backtrack_jax.stages.analysis import ANALYSES
 
 
 @pytest.fixture(scope="module")

@@ -24,11 +24,11 @@ from backtrack_jax.analysis import claims as analysis_claims
 from backtrack_jax.analysis import log_odds, rates, statistics
 from backtrack_jax.analysis.agreement import judges_table
 from backtrack_jax.analysis.plots import Heat, Panel, Plot, Series
+from backtrack_jax.analysis.registry import ANALYSES
 from backtrack_jax.analysis.results import Results
 from backtrack_jax.files import tables
 from backtrack_jax.report import claims, interactive, page, reference, static, summary, trace_figures
 from backtrack_jax.report.stage import all_plots, read_results
-from backtrack_jax.stages.analysis import ANALYSES
 
 ROLES = ("base", "reasoning")
 OWN, LAYER, MAGNITUDES = "-5..-2", 2, (-0.3, 0.0, 0.9)

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import tiny
 
+from backtrack_jax.analysis.registry import ANALYSES
 from backtrack_jax.analysis.results import Results
 from backtrack_jax.report import page
 from backtrack_jax.report.stage import REPORT, all_plots, read_results
-from backtrack_jax.stages.analysis import ANALYSES
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip install playwright)")
 
