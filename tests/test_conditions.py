@@ -18,8 +18,9 @@ from backtrack_jax.conditions import Interventions, Readings
 from backtrack_jax.config import UNITS, Experiment
 from backtrack_jax.data.records import LABELS, UNSTEERED, Condition
 from backtrack_jax.generate import noise_key, row_key
-from backtrack_jax.intervention import Ablate, Add, Amplify, Intervention, Noise
+from backtrack_jax.intervention import Intervention
 from backtrack_jax.kinds import parse
+from backtrack_jax.terms import Ablate, Add, Amplify, Noise
 from backtrack_jax.vectors import SteeringVector
 
 L, D = 3, 8

@@ -14,29 +14,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from helpers import hf_llama, relative_error, save
 
 from backtrack_jax import generate
 from backtrack_jax.intervention import (
     END,
     PROMPT_END,
-    Ablate,
-    Add,
-    Amplify,
     Intervention,
-    Noise,
-    Term,
     ablate,
     add_vector,
+    clamp,
+    frozen_noise,
     gaussian_noise,
+    keeping_norm,
+    matched_noise,
     no_intervention,
+    noise_outside,
+    noise_part_within,
+    noise_within,
     self_amplify,
     stack_rows,
+    when_component,
+    when_token,
     with_same_terms,
 )
 from backtrack_jax.models import checkpoint
 from backtrack_jax.models.batching import left_pad
 from backtrack_jax.models.decoder import Decoder
+from backtrack_jax.terms import Ablate, Add, Amplify, Noise, Term
 
 pytest.importorskip("torch", reason="needs torch and transformers to compare with")
 
@@ -54,7 +60,20 @@ IDS = np.random.default_rng(0).integers(0, 131, (B, T)).astype(np.int32)
 POSITIONS = np.tile(np.arange(T, dtype=np.int32), (B, 1))
 VECTOR = jax.random.normal(jax.random.key(1), (D,))
 OTHERS = jax.random.normal(jax.random.key(2), (2, D))
+OTHER = OTHERS[0]
 NOTHING = no_intervention(**SIZES)
+PLUS = add_vector(VECTOR, 1, 2.0, n_layers=L)
+NEW: dict[str, Callable[[Any], Intervention]] = {
+    "noise inside": lambda s: noise_within(OTHERS, 1, s, n_layers=L),
+    "part of noise": lambda s: noise_part_within(OTHERS, 1, s, n_layers=L),
+    "noise outside": lambda s: noise_outside(OTHERS, 1, s, n_layers=L),
+    "matched noise": lambda s: matched_noise(OTHERS, 1, s, n_layers=L),
+    "frozen noise": lambda s: frozen_noise(1, s, **SIZES),
+    "norm kept": lambda s: keeping_norm(add_vector(VECTOR, 1, s, n_layers=L)),
+    "token gate": lambda s: when_token(add_vector(VECTOR, 1, s, n_layers=L), range(0, 131, 2), 131),
+    "component gate": lambda s: when_component(add_vector(VECTOR, 1, s, n_layers=L), OTHER, 0.0),
+    "burst": lambda s: add_vector(VECTOR, 1, s, n_layers=L, span=(2, 5)) + self_amplify(1, s, span=(4, 8), **SIZES),
+}
 
 
 def has(intervention: Intervention, kind: type[Any]) -> Any:
@@ -97,7 +116,8 @@ def test_no_strength_is_the_plain_program_to_the_bit():
         gaussian_noise(1, 0.0, jax.random.key(0), **SIZES),
         ablate(VECTOR, share=0.0, n_layers=L),
     ]
-    np.testing.assert_array_equal(states(zeros), states(None))
+    for some in (zeros, [make(0.0) for make in list(NEW.values())[:5]], [make(0.0) for make in list(NEW.values())[5:]]):
+        np.testing.assert_array_equal(states(some), states(None))
 
 
 def test_other_rows_of_a_batch_stay_as_they_are_to_the_bit():
@@ -218,6 +238,31 @@ HOOKED: dict[str, tuple[Intervention, range, Edit]] = {
         range(1, 2),
         lambda x: x + 4 * V - projected(x, V),
     ),
+    "clamp": (
+        clamp(3 * VECTOR, 1, 2.5, **AT),
+        range(1, 2),
+        lambda x: x - projected(x, V) + 2.5 * own(V),
+    ),
+    "the norm stays": (
+        keeping_norm(add_vector(VECTOR, 1, 4.0, **AT) + ablate(OTHERS[0], [1], **AT)),
+        range(1, 2),
+        lambda x: own(x + 4 * V - projected(x, W1)) * x.norm(dim=-1, keepdim=True),
+    ),
+    "where a component is large": (
+        when_component(add_vector(VECTOR, 1, 4.0, **AT), 2 * OTHERS[0], 0.02),
+        range(1, 2),
+        lambda x: torch.where(x @ own(W1)[:, None] > 0.02, x + 4 * V, x),
+    ),
+    "where a component is small": (
+        when_component(ablate(VECTOR, [1], **AT), -OTHERS[0], -0.02),
+        range(1, 2),
+        lambda x: torch.where(x @ own(W1)[:, None] < 0.02, x - projected(x, V), x),
+    ),
+    "a burst inside the span": (
+        add_vector(VECTOR, 1, 4.0, **AT) + self_amplify(1, 3.0, n_layers=L, d_model=D, span=(4, 6)),
+        range(1, 2),
+        lambda x: x + 4 * V + 3 * own(x) * ((torch.arange(3, 9) >= 4) & (torch.arange(3, 9) < 6))[:, None],
+    ),
     "all but noise": (
         ablate(OTHERS[0], [1], **AT) + self_amplify(1, 3.0, d_model=D, **AT) + add_vector(VECTOR, 1, 4.0, **AT),
         range(1, 2),
@@ -243,6 +288,108 @@ def test_torch_with_a_hook_gives_the_same_logits(together: bool):
                 plain = reference(ids, use_cache=False).logits[0]
             assert relative_error(logits[row], expected) < TOLERANCE, name
             assert relative_error(logits[row], plain) > 0.01, name
+
+
+@pytest.mark.parametrize("ids", [{int(IDS[0, 3])}, {int(IDS[0, 5]), int(IDS[1, 2]), 130}])
+def test_a_token_gate_is_open_at_its_tokens_alone(ids: set[int]):
+    """In a row alone, in any batch, and of ids beyond the gate's vocabulary nowhere."""
+    steered = states([when_token(PLUS, ids, 131), PLUS, when_token(NOTHING, ids, 131)])
+    plain, everywhere = states(None), states([PLUS] * 3)
+    held = np.isin(IDS[0], list(ids))
+    assert 0 < held.sum() < T
+    np.testing.assert_array_equal(steered[1, 0][~held], plain[1, 0][~held])
+    np.testing.assert_allclose(steered[1, 0][held], plain[1, 0][held] + 2 * VECTOR, atol=1e-5)
+    np.testing.assert_array_equal(steered[:, 1], everywhere[:, 1])
+    np.testing.assert_array_equal(steered[:, 2:], plain[:, 2:])
+    short = stack_rows([when_token(PLUS, [2], 3)])
+    at = short.for_tokens(jnp.asarray([[2, 0, 3, 130]])).open
+    np.testing.assert_array_equal(at, [[True, False, False, False]])
+
+
+def test_gates_are_applied_in_every_step_of_sampling():
+    """What a full pass over the reply gives, since a step knows its input token and its activation."""
+    model = models()[1]
+    rows = [
+        when_token(add_vector(9 * VECTOR, 1, 1.0, n_layers=L), range(0, 131, 2), 131),
+        when_component(add_vector(9 * VECTOR, 1, 1.0, n_layers=L), OTHERS[0], 0.0),
+        keeping_norm(add_vector(9 * VECTOR, 1, 1.0, n_layers=L)),
+        add_vector(9 * VECTOR, 1, 1.0, n_layers=L, span="generated[2:4]"),
+        NOTHING,
+    ]
+    batch, prompts = stack_rows(rows), jnp.asarray(IDS[: len(rows)])
+    keys = jax.random.split(jax.random.key(0), len(rows))
+    reply = generate.compiled_generate(model, prompts, POSITIONS[: len(rows)], keys, batch, max_new_tokens=6).ids
+    full = jnp.concatenate([prompts, reply], axis=1)[:, :-1]
+    at = jnp.tile(jnp.arange(full.shape[1]), (len(rows), 1))
+    out = model(full, at, intervention=batch.resolve(jnp.full(len(rows), T)))
+    np.testing.assert_array_equal(reply, jnp.argmax(model.logits(out.resid), axis=-1)[:, T - 1 :])
+    assert len({tuple(row.tolist()) for row in reply}) == len(rows)
+
+
+def test_generated_positions_are_counted_from_the_prompts_end():
+    row = add_vector(VECTOR, 1, 1.0, n_layers=L, span="generated[2:18]") + self_amplify(1, 1.0, span=(0, 3), **SIZES)
+    resolved = stack_rows([row, row]).resolve(jnp.array([5, 9]))
+    np.testing.assert_array_equal(has(resolved, Add).during[:, 0], [[7, 23], [11, 27]])
+    np.testing.assert_array_equal(has(resolved, Amplify).during[:, 0], [[0, 3], [0, 3]])
+    assert not resolved.unresolved().any() and stack_rows([row]).unresolved().all()
+    with pytest.raises(ValueError, match=r"the spans of rows .0, 1. are"):
+        stack_rows([row, row]).check(2, L, D)
+
+
+def drawn(row: Intervention, key: int) -> np.ndarray:
+    """What is added at each position of layer 1, [T, D]."""
+    one = dataclasses.replace(row, key=generate.key_of(key))
+    return states([one])[1, 0] - states(None)[1, 0]
+
+
+def test_noise_in_a_subspace_and_outside_of_it():
+    basis = np.linalg.qr(np.asarray(OTHERS, np.float64).T)[0].T
+    within = drawn(noise_within(3 * OTHERS, 1, 2.0, n_layers=L), 1)
+    outside = drawn(noise_outside(OTHERS, 1, 2.0, n_layers=L), 1)
+    np.testing.assert_allclose(np.linalg.norm(within, axis=1), 2.0, rtol=1e-4)
+    np.testing.assert_allclose(within @ basis.T @ basis, within, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(outside, axis=1), 2.0, rtol=1e-4)
+    np.testing.assert_allclose(outside @ basis.T, 0, atol=1e-5)
+    for noise in (within, outside):
+        assert np.abs(noise[1:] - noise[:-1]).max(axis=1).min() > 0.01  # fresh at every position
+
+
+def test_a_part_of_noise_has_the_variance_that_isotropic_noise_has_there():
+    row = noise_part_within(VECTOR, 1, 3.0, n_layers=L)
+    unit = np.asarray(VECTOR / jnp.linalg.norm(VECTOR))
+    many = np.concatenate([drawn(row, key) for key in range(60)])
+    np.testing.assert_allclose(np.outer(many @ unit, unit), many, atol=1e-5)
+    scaled = many @ unit * np.sqrt(D) / 3.0
+    assert abs(scaled.std() - 1) < 4 / np.sqrt(2 * len(scaled)) and abs(scaled.mean()) < 4 / np.sqrt(len(scaled))
+    assert scipy.stats.kstest(scaled, "norm").pvalue > 1e-3
+
+
+def test_matched_noise_has_the_directions_of_its_covariance():
+    factor = np.stack([3 * np.eye(D)[0], np.eye(D)[1]]).astype(np.float32)
+    many = np.concatenate([drawn(matched_noise(jnp.asarray(factor), 1, 2.0, n_layers=L), key) for key in range(60)])
+    np.testing.assert_allclose(np.linalg.norm(many, axis=1), 2.0, rtol=1e-4)
+    assert np.abs(many[:, 2:]).max() < 1e-5
+    angle = np.arctan2(many[:, 1] / 1.0, many[:, 0] / 3.0)  # uniform if the covariance is the one asked for
+    assert scipy.stats.kstest((angle + np.pi) / (2 * np.pi), "uniform").pvalue > 1e-3
+
+
+def test_frozen_noise_is_one_direction_of_a_row():
+    frozen = drawn(frozen_noise(1, 2.0, **SIZES), 1)
+    np.testing.assert_allclose(frozen, np.tile(frozen[0], (T, 1)), atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(frozen, axis=1), 2.0, rtol=1e-4)
+    assert np.abs(frozen[0] - drawn(frozen_noise(1, 2.0, **SIZES), 2)[0]).max() > 0.1
+    both = stack_rows([frozen_noise(1, 2.0, **SIZES), gaussian_noise(1, 2.0, **SIZES)])
+    np.testing.assert_array_equal(has(both, Noise).frozen[:, 0], [True, False])
+
+
+@pytest.mark.parametrize("kind", NEW)
+def test_a_row_of_any_kind_is_the_same_in_any_batch(kind: str):
+    """Alone, and beside rows of every kind, of larger subspaces, with gates."""
+    row = NEW[kind](1.5)
+    alone = states([row])[:, 0]
+    among = states([row, noise_within(jnp.eye(D)[:7], 1, 2.0, n_layers=L), when_component(PLUS, VECTOR, 0.0)])[:, 0]
+    np.testing.assert_allclose(among, alone, atol=1e-6)
+    assert np.abs(alone[1] - states(None)[1, 0]).max() > 0.01
 
 
 def test_ablated_stream_has_no_component_left():
@@ -295,9 +442,6 @@ def test_noise_depends_on_key_layer_and_position_and_on_nothing_else():
     np.testing.assert_allclose(shifted[0, : T - 3], first[0, 3:], atol=1e-5)
 
 
-PLUS = add_vector(VECTOR, 1, 2.0, n_layers=L)
-
-
 @pytest.mark.parametrize(
     ("left", "right", "message"),
     [
@@ -306,11 +450,16 @@ PLUS = add_vector(VECTOR, 1, 2.0, n_layers=L)
             ablate(OTHERS[0], share=0.5, n_layers=L),
             "the operands ablate the shares 1 and 0.5 in layer 0",
         ),
-        (PLUS, self_amplify(1, 2.0, span=(2, 5), **SIZES), r"the operands have the spans .*\[2, 5\]"),
-        (NOTHING, add_vector(VECTOR, 1, 2.0, n_layers=L, span="generated"), r"the operands have the spans .*\[-1, "),
+        (
+            PLUS,
+            add_vector(VECTOR, 1, 2.0, n_layers=L, span=(2, 5)),
+            "both operands have a term Add, on different",
+        ),
+        (NOTHING, keeping_norm(PLUS), "an operand has a gate or keeps its norm; add rows first"),
+        (when_component(PLUS, VECTOR, 1.0), PLUS, "an operand has a gate or keeps its norm; add rows first"),
         (PLUS, gaussian_noise(1, 2.0, jax.random.key(1), **SIZES), r"expected the noise on the left, or the same key"),
     ],
-    ids=["ablations", "spans", "spans, nothing on the left", "noise"],
+    ids=["ablations", "spans", "norm", "gate", "noise"],
 )
 def test_a_sum_that_is_not_both_changes_is_refused(left, right, message):
     """Of rows, of batches of them, and where they are constants of a program."""
@@ -385,12 +534,15 @@ def test_a_new_term_is_a_class():
     there: dict[str, Any] = {}
     exec(compile(code[0], "term.md", "exec"), there)
     unit = VECTOR / jnp.linalg.norm(VECTOR)
-    row = there["clamp"](unit, 1, 7.0, n_layers=L)
+    row = there["cap"](unit, 1, -9.0, n_layers=L)
     steered = states([row, PLUS, row + PLUS])
-    np.testing.assert_allclose(steered[1, 0] @ unit, np.full(T, 7.0), rtol=1e-5)
+    plain = states(None)[1] @ unit
+    assert plain.min() > -9.0
+    np.testing.assert_allclose(steered[1, 0] @ unit, np.minimum(plain[0], -9.0), rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(steered[:, 1], states([NOTHING, PLUS])[:, 1])
-    np.testing.assert_allclose(steered[1, 2] @ unit, np.full(T, 7.0 + 2 * jnp.linalg.norm(VECTOR)), rtol=1e-5)
-    with pytest.raises(ValueError, match="both operands have a term Clamp, but a row can have only one"):
+    added = 2 * jnp.linalg.norm(VECTOR)
+    np.testing.assert_allclose(steered[1, 2] @ unit, np.minimum(plain[2], -9.0) + added, rtol=1e-5)
+    with pytest.raises(ValueError, match="both operands have a term Cap, but a row can have only one"):
         operator.add(row, row)
     model, ids, positions = models()[1], jnp.asarray(IDS[:2]), jnp.asarray(POSITIONS[:2])
     replies = [
@@ -534,11 +686,14 @@ STRENGTHS = {
     "share of an addition": lambda strength: dataclasses.replace(
         NOTHING, terms=(Add(strength * jnp.eye(L)[1], jnp.tile(VECTOR, (L, 1))),)
     ),
+    **{name: make for name, make in NEW.items() if name != "burst"},  # which has a span of its own
 }
 
 
-@pytest.mark.parametrize("span", ["all", (2, 5)])
-@pytest.mark.parametrize("kind", STRENGTHS)
+@pytest.mark.parametrize(
+    ("kind", "span"),
+    [(kind, span) for kind in STRENGTHS for span in ("all", (2, 5)) if span == "all" or kind not in NEW],
+)
 def test_a_strength_of_zero_has_a_derivative(kind, span):
     """Where gradients start: a vector that is optimised from zero, an effect that is attributed to first order."""
     model = models()[1]

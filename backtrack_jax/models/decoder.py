@@ -49,6 +49,10 @@ class Edit(Protocol):
         """[B] bool, rows that wait for a value without which they cannot be applied."""
         ...
 
+    def for_tokens(self, ids: jax.Array) -> "Edit":
+        """What is done in a pass over ids [B, T]."""
+        ...
+
     def at_layers(self) -> Any:
         """What differs between layers: a pytree of arrays that lead with an axis L."""
         ...
@@ -77,6 +81,7 @@ class BlockOutput(NamedTuple):
       resid_mid: [B, T, D] float32, resid_pre + attn_out.
       mlp_out: [B, T, D] float32, what the MLP adds.
       resid_post: [B, T, D] float32, resid_mid + mlp_out, after the edit: "layer l" of this package.
+      layer: int32 scalar, l, the block's number.
     """
 
     resid_pre: jax.Array
@@ -84,6 +89,7 @@ class BlockOutput(NamedTuple):
     resid_mid: jax.Array
     mlp_out: jax.Array
     resid_post: jax.Array
+    layer: jax.Array | int = -1
 
 
 Capture = Callable[[BlockOutput], Any]
@@ -236,6 +242,7 @@ class Decoder(nnx.Module):
             intervention.check(len(ids), self.config.n_layers, self.config.d_model)
             # Traced rows cannot be refused, and must not be left out silently.
             x = jnp.where(intervention.unresolved()[:, None, None], jnp.nan, x)
+            intervention = intervention.for_tokens(ids)
             at_layers = jax.tree.map(lambda leaf: leaf[:n_layers], intervention.at_layers())
         all_positions, cached, cached_positions, slot = positions, None, None, None
         if cache is not None:
@@ -255,7 +262,7 @@ class Decoder(nnx.Module):
 
             layer_cache = None if cached_mask is None else LayerCache(cached[0], cached[1], cached_mask, slot)
             out, keys_values = block(x, rope, mask, layer_cache, edit)
-            return out.resid_post, (keys_values, capture(out))
+            return out.resid_post, (keys_values, capture(out._replace(layer=layer)))
 
         kinds = np.array(self.config.kind_of_layer[:n_layers], np.int32)
         others = (jnp.arange(n_layers), kinds, cached, at_layers)
