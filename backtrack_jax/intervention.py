@@ -688,11 +688,10 @@ def _basis(directions: jax.Array) -> jax.Array:
     """Orthonormal [R, D] of concrete directions [D] or [R, D]; ValueError if one is zero or traced."""
     if isinstance(directions, Tracer):
         raise ValueError("the directions are traced, expected concrete ones: they are orthonormalised on the host")
-    directions = _checked_vector(directions, 1, 2)
-    directions = directions.reshape(-1, directions.shape[-1])
-    if not np.all(np.any(np.asarray(directions), axis=-1)):
+    vectors = np.asarray(_checked_vector(directions, 1, 2))
+    if not np.all(np.any(vectors, axis=-1)):
         raise ValueError("the direction is zero, expected one along which something can be done")
-    return jnp.asarray(orthonormal(np.asarray(directions)))
+    return jnp.asarray(orthonormal(vectors.reshape(-1, vectors.shape[-1])))
 
 
 def _are_traced(*rows: Intervention) -> bool:
