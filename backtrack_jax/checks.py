@@ -254,7 +254,8 @@ def _steering_faults(e: Experiment) -> list[str]:
     for field, entries in (("steering.kinds", s.kinds), ("steering.baselines", s.baselines)):
         faults += [*kind_faults(field, entries, labels), *_repeated(field, entries)]
     faults += _not_one_of("steering.unit", s.unit, UNITS)
-    faults += _not_one_of("steering.span", s.span, ("all", "prompt", "generated"))
+    if s.span != "all" and not kinds.is_span(s.span):
+        faults.append(_fault("steering.span", s.span, "all, prompt, generated, or some of these as in generated[2:18]"))
     if not s.kind_layers or not _integers(s.kind_layers) or min(s.kind_layers) < 0:
         faults.append(_fault("steering.layer", s.layer, "a block number >= 0, or several"))
     faults += _repeated("steering.layer", s.kind_layers)
@@ -298,8 +299,8 @@ def kind_faults(field: str, entries: Sequence[object], labels: Sequence[str] | N
             faults.append(f"{field}: {error}")
             continue
         files = f"a file ({', '.join(kinds.VECTOR_SUFFIXES)})"
-        for name in names:
-            if labels and name not in (*labels, *kinds.DIRECTIONS) and not kinds.is_vector_file(name):
+        for name in (label for each in names for label in kinds.labels_of(each)):
+            if labels and name not in labels:
                 operations = kinds.forms() if name == entry else ()
                 accepted = f"one of {', '.join((*labels, *kinds.DIRECTIONS, *operations, files))}"
                 faults.append(_fault(field, entry, accepted if name == entry else f"in place of {name!r} {accepted}"))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import operator
 import pkgutil
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,9 +16,17 @@ from backtrack_jax.analysis.base import Wanted, asked
 from backtrack_jax.analysis.registry import ANALYSES
 from backtrack_jax.config import Experiment
 from backtrack_jax.data.records import UNSTEERED, Condition, window_name
+from backtrack_jax.directions import Place, Sections
 from backtrack_jax.generate import noise_key
-from backtrack_jax.intervention import Intervention, Span, no_intervention
-from backtrack_jax.kinds import DIRECTIONS, is_vector_file, parse
+from backtrack_jax.intervention import (
+    Intervention,
+    Span,
+    keeping_norm,
+    no_intervention,
+    when_component,
+    when_token,
+)
+from backtrack_jax.kinds import Edit, arguments_of, direction_of, is_vector_file, labels_of, parse
 from backtrack_jax.vectors import SteeringVector
 
 
@@ -30,12 +39,14 @@ class Readings:
       mean_norm: role -> [L] mean norm of the residual stream over reply tokens.
       offsets: (role, window name) -> vector of the experiment's label at another window than the experiment's.
       files: path, as in the config -> vector.
+      sections: role -> what else was read of that model; for directions that are made of it (`directions`).
     """
 
     vectors: Mapping[tuple[str, str], SteeringVector]
     mean_norm: Mapping[str, np.ndarray]
     offsets: Mapping[tuple[str, str], SteeringVector] = dataclasses.field(default_factory=dict)
     files: Mapping[str, SteeringVector] = dataclasses.field(default_factory=dict)
+    sections: Callable[[str], Sections] | None = None
 
     def vector(self, source: str, kind: str, window: str = "") -> SteeringVector:
         """The vector of a role, kind and window (empty: the experiment's); ValueError names what there is."""
@@ -128,7 +139,8 @@ def _scale(
     experiment: Experiment, readings: Readings, target: str, kind: str, source: str, layer: int, window: str
 ) -> float:
     """Length of magnitude 1. What has no source takes the target's own vector as its measure."""
-    if parse(kind).what.strength == "share":
+    what = parse(kind).what
+    if what.strength == "share":
         return 1.0
     if experiment.steering.unit == "relative":
         return float(readings.mean_norm[target][layer])
@@ -141,12 +153,21 @@ def _scale(
 class Interventions:
     """Builds the intervention of a row; what rows of a condition share is built once."""
 
-    def __init__(self, readings: Readings, n_layers: int, d_model: int, span: Span):
-        """Prepares for a model of L layers and width D."""
+    def __init__(
+        self,
+        readings: Readings,
+        n_layers: int,
+        d_model: int,
+        span: Span,
+        token_texts: Callable[[], Sequence[str]] = tuple,
+    ):
+        """Prepares for a model of L layers and width D; `token_texts` gives the text of every id, for token gates."""
         self._readings = readings
         self._n_layers, self._d_model = n_layers, d_model
         self._span: Span = span
+        self._token_texts = functools.cache(token_texts)
         self._built: dict[Condition, Intervention] = {}
+        self._made: dict[tuple[str, str, int], np.ndarray] = {}
 
     def row(self, condition: Condition, key: jax.Array) -> Intervention:
         """The intervention of one row under `condition`; `key` is the row's key, from which all that is drawn comes."""
@@ -157,26 +178,48 @@ class Interventions:
     def _build(self, c: Condition, key: jax.Array) -> Intervention:
         if c.kind == UNSTEERED:
             return no_intervention(self._n_layers, self._d_model, self._span)
-        what = parse(c.kind).what
-        make = pkgutil.resolve_name(what.make)
-        if what.directed:
-            return make(jnp.asarray(self._unit(c, key)), c.layer, c.length, n_layers=self._n_layers, span=self._span)
-        return make(c.layer, c.length, n_layers=self._n_layers, d_model=self._d_model, span=self._span)
+        kind = parse(c.kind)
+        row = functools.reduce(operator.add, [self._edit(c, edit, key) for edit in kind.edits])
+        if kind.gate is not None and kind.gate.tokens:
+            texts = self._token_texts()
+            row = when_token(row, token_set(kind.gate.tokens, texts), len(texts))
+        if kind.gate is not None and kind.gate.name:
+            norm = float(self._readings.mean_norm[c.target][c.layer])
+            direction = self._unit_of(c, key, kind.gate.name)
+            row = when_component(row, jnp.asarray(direction, jnp.float32), kind.gate.above * norm)
+        return keeping_norm(row) if kind.keeps_norm else row
+
+    def _edit(self, c: Condition, edit: Edit, key: jax.Array) -> Intervention:
+        """One change of an entry."""
+        what = edit.what
+        by_magnitude = what.strength != "share" or parse(c.kind).what.strength == "share"
+        strength = c.length * edit.weight if by_magnitude else edit.weight
+        make, span = pkgutil.resolve_name(what.make), edit.during or self._span
+        if not what.directed:
+            return make(c.layer, strength, n_layers=self._n_layers, d_model=self._d_model, span=span)
+        direction = jnp.asarray(self._unit(c, edit, key), jnp.float32)
+        return make(direction, c.layer, strength, n_layers=self._n_layers, span=span)
 
     def vector_hash(self, c: Condition, key: jax.Array) -> str:
-        """Hash of the float32 direction of a row at the condition's layer, empty where there is none.
+        """Hash of the float32 directions of a row at the condition's layer, empty where there is none.
 
         A single direction is hashed as its file holds it, a sum at norm 1.
         """
-        if c.kind == UNSTEERED or not parse(c.kind).what.directed:
-            return ""
-        names = parse(c.kind).names
-        direction = self._direction(c, key, names[0]) if len(names) == 1 else self._unit(c, key)
-        return hashlib.sha256(np.ascontiguousarray(direction, "<f4").tobytes()).hexdigest()[:16]
+        edits = [] if c.kind == UNSTEERED else [edit for edit in parse(c.kind).edits if edit.parts]
+        found = hashlib.sha256()
+        for edit in edits:
+            names = [name for _, name in edit.parts]
+            direction = self._direction(c, key, names[0]) if len(names) == 1 else self._unit(c, edit, key)
+            found.update(np.ascontiguousarray(direction, "<f4").tobytes())
+        return found.hexdigest()[:16] if edits else ""
 
-    def _unit(self, c: Condition, key: jax.Array) -> np.ndarray:
-        """The direction [D] float32 of a condition that has one, scaled to norm 1; ValueError if there is none."""
-        units = [(weight, self._unit_of(c, key, name)) for weight, name in parse(c.kind).parts]
+    def _unit(self, c: Condition, edit: Edit, key: jax.Array) -> np.ndarray:
+        """The direction [D] float32 of an edit that has one, scaled to norm 1, or several [R, D] as they are.
+
+        Raises:
+          ValueError: it is zero.
+        """
+        units = [(weight, self._unit_of(c, key, name)) for weight, name in edit.parts]
         if len(units) == 1:
             return units[0][1]
         summed = np.sum([weight * unit.astype(np.float64) for weight, unit in units], axis=0)
@@ -186,15 +229,55 @@ class Interventions:
         return (summed / norm).astype(np.float32)
 
     def _unit_of(self, c: Condition, key: jax.Array, name: str) -> np.ndarray:
-        if name in DIRECTIONS and DIRECTIONS[name].draw:
-            return self._direction(c, key, name)
-        return self._readings.vector(c.source, name, c.window).unit(c.layer)
+        found = direction_of(name)
+        if found is None or not (found.draw or found.make):
+            return self._readings.vector(c.source, name, c.window).unit(c.layer)
+        direction = self._direction(c, key, name)
+        return direction if found.subspace else (direction / np.linalg.norm(direction)).astype(np.float32)
 
     def _direction(self, c: Condition, key: jax.Array, name: str) -> np.ndarray:
-        """The direction [D] float32 of one name, as it was found."""
-        if name in DIRECTIONS and (draw := DIRECTIONS[name].draw):
-            return pkgutil.resolve_name(draw)(key, name, self._d_model)
+        """The direction [D] float32 of one name, as it was found, or several [R, D]."""
+        found = direction_of(name)
+        if found is not None and found.draw:
+            return pkgutil.resolve_name(found.draw)(key, name, self._d_model)
+        if found is not None and found.make:
+            place = (name, c.source, c.layer)
+            if place not in self._made:
+                self._made[place] = self._make(c, name, found.make)
+            return self._made[place]
         return self._readings.vector(c.source, name, c.window).at(c.layer)
+
+    def _make(self, c: Condition, name: str, make: str) -> np.ndarray:
+        def read() -> Sections:
+            if self._readings.sections is None:
+                raise ValueError(f"steering.kinds={c.kind!r}: nothing was read of which {name!r} could be made")
+            return self._readings.sections(c.source)
+
+        try:
+            found = pkgutil.resolve_name(make)(Place(c.layer, self._d_model, read), *arguments_of(name))
+        except ValueError as error:
+            raise ValueError(f"steering.kinds={c.kind!r}, at layer {c.layer}: {error}") from error
+        return np.asarray(found, np.float32)
+
+
+def token_set(names: Sequence[str], texts: Sequence[str]) -> list[int]:
+    """Ids whose text is one of the names, whatever its case and the white space around it, or belongs to a `GATES` set.
+
+    Raises:
+      ValueError: a name is no token's text.
+    """
+    tests: dict[str, Callable[[str], bool]] = {
+        "sentence-ends": lambda text: text.rstrip().endswith((".", "!", "?")),
+        "paragraph-breaks": lambda text: "\n\n" in text,
+    }
+    found: set[int] = set()
+    for name in names:
+        test = tests.get(name, lambda text, name=name: text.strip().casefold() == name.casefold())
+        ids = [i for i, text in enumerate(texts) if test(text)]
+        if not ids:
+            raise ValueError(f"no token of the vocabulary is {name!r}, by which an entry of steering.kinds is gated")
+        found.update(ids)
+    return sorted(found)
 
 
 def random_direction(key: jax.Array, name: str, d_model: int) -> np.ndarray:
@@ -210,7 +293,8 @@ def random_direction(key: jax.Array, name: str, d_model: int) -> np.ndarray:
 def needed_vectors(experiment: Experiment) -> set[str]:
     """Names of the vectors that the sweep takes from stage 3."""
     raw = {experiment.vectors.label} if experiment.steering.unit == "raw" else set()
-    read = {name for name in names(experiment) if name in DIRECTIONS and not DIRECTIONS[name].draw}
+    found = {name: direction_of(name) for name in names(experiment)}
+    read = {name for name, d in found.items() if d is not None and not (d.draw or d.make)}
     return needed_labels(experiment) | raw | read
 
 
@@ -218,4 +302,4 @@ def needed_labels(experiment: Experiment) -> set[str]:
     """Labels whose vectors the sweeps need."""
     s = experiment.steering
     swept = {experiment.vectors.label} if s.offsets or s.layers else set()
-    return swept | {name for name in names(experiment) if name not in DIRECTIONS and not is_vector_file(name)}
+    return swept | {label for name in names(experiment) for label in labels_of(name)}

@@ -407,8 +407,8 @@ def matched_noise(
     """Adds a direction of norm `length` drawn with a covariance, fresh at every position and step.
 
     Args:
-      factor: [R, D], U of the covariance U^T U, of which only the shape matters; e.g. the rows of centred activations'
-        singular vectors, each times its singular value.
+      factor: [D] or [R, D], U of the covariance U^T U, of which only the shape matters; e.g. the singular vectors of
+        centred activations, each times its singular value.
       layer: see `add_vector`.
       length: norm of what is added.
       key: see `gaussian_noise`.
@@ -421,7 +421,8 @@ def matched_noise(
     Raises:
       ValueError: the factor is zero or not finite.
     """
-    factor = _checked_vector(factor, 2)
+    factor = _checked_vector(factor, 1, 2)
+    factor = factor.reshape(-1, factor.shape[-1])
     if not np.any(np.asarray(factor)):
         raise ValueError("the factor is zero, expected a covariance with which something can be drawn")
     return _within_rows(factor / jnp.max(jnp.abs(factor)), True, layer, length, key, n_layers, span)

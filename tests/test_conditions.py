@@ -17,6 +17,8 @@ from backtrack_jax import checks, conditions, kinds
 from backtrack_jax.conditions import Interventions, Readings
 from backtrack_jax.config import UNITS, Experiment
 from backtrack_jax.data.records import LABELS, UNSTEERED, Condition
+from backtrack_jax.directions import Sections
+from backtrack_jax.extract import WindowPlan, WindowSums
 from backtrack_jax.generate import noise_key, row_key
 from backtrack_jax.intervention import Intervention
 from backtrack_jax.kinds import parse
@@ -378,12 +380,46 @@ def test_hash_of_a_sum_is_that_of_its_direction(readings: Readings) -> None:
     np.testing.assert_allclose(added, unit(units[0] + units[1]), rtol=1e-5)
 
 
+def sections(readings: Readings, role: str) -> Sections:
+    """Sections of five traces at every layer, four of which have the experiment's label."""
+    rng = np.random.default_rng(3)
+    n, ids = 20, [f"t{i}" for i in range(5)]
+    plan = WindowPlan(
+        ("backtracking", "deduction"),
+        {"backtracking": ("backtracking",), "all": ("backtracking", "deduction")},
+        ((-5, -2),),
+        tuple(range(L)),
+    )
+    sums = dataclasses.replace(
+        WindowSums.zeros(plan, L, D),
+        trace_ids=ids,
+        section_means=rng.standard_normal((n, L, D)).astype(np.float32),
+        section_traces=np.repeat(np.arange(5), 4),
+        section_labels=np.tile([0, 1, 1, 0], 5),
+        section_starts=np.tile([0, 5, 10, 15], 5),
+        section_positions=np.full(n, 4),
+    )
+    found = {name: vector for (of, name), vector in readings.vectors.items() if of == role and name[0] in "bd"}
+    return Sections("backtracking", "all", found, sums, [f"p{i}" for i in range(5)])
+
+
 def test_every_direction_and_operation_can_be_done(readings: Readings) -> None:
     """One row for each line of the tables of `kinds`, with a hash where there is a direction."""
     directed, alone = [], []
     for name, operation in kinds.OPERATIONS.items():
         (directed if operation.directed else alone).append(name)
-    entries = [f"{operation}{name}" for name in kinds.DIRECTIONS for operation in ("", *(f"{o}:" for o in directed))]
+    examples = {"label": "deduction", "number": "2"}
+    named = {
+        f"{name}({', '.join(examples[kind] for kind in d.takes)})" if d.takes else name: d
+        for name, d in kinds.DIRECTIONS.items()
+    }
+    entries = [
+        f"{operation}:{name}" if operation else name
+        for name, d in named.items()
+        for operation in ("", *directed)
+        if not d.subspace or (operation and kinds.OPERATIONS[operation].subspace)
+    ]
+    readings = dataclasses.replace(readings, sections=lambda role: sections(readings, role))
     built = Interventions(readings, L, D, "all")
     for c in conditions.make(experiment(kinds=(*entries, *alone), magnitudes=(1.0,)), readings):
         assert len(built.row(c, KEY).terms) == 1
@@ -395,23 +431,23 @@ def test_a_new_term_takes_one_line_to_be_in_a_config(
 ) -> None:
     """As docs/howto says; with the strength that its line asks for."""
     code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "howto" / "term.md").read_text(), re.DOTALL)
-    (tmp_path / "clamp_of_the_docs.py").write_text(code[0])
+    (tmp_path / "cap_of_the_docs.py").write_text(code[0])
     monkeypatch.syspath_prepend(tmp_path)
-    line = code[1].replace("backtrack_jax.intervention", "clamp_of_the_docs")
+    line = code[1].replace("backtrack_jax.intervention", "cap_of_the_docs")
     monkeypatch.setattr(kinds, "OPERATIONS", kinds.OPERATIONS | eval(f"{{{line}}}", {"Operation": kinds.Operation}))
     kinds.parse.cache_clear()
-    e = experiment(kinds=("clamp:backtracking - deduction",), magnitudes=(2.0,), unit="relative")
+    e = experiment(kinds=("cap:backtracking - deduction",), magnitudes=(2.0,), unit="relative")
     assert not checks.kind_faults("steering.kinds", e.steering.kinds, LABELS)
     made = {c for c in conditions.make(e, readings) if c.target == "base"}
     assert {c.length for c in made} == {2 * 5.0}
     built = Interventions(readings, L, D, "all")
     for c in made:
-        clamp: Any = built.row(c, KEY).terms[0]
-        np.testing.assert_allclose(clamp.value, [0, 2 * 5.0, 0])
+        cap: Any = built.row(c, KEY).terms[0]
+        np.testing.assert_allclose(cap.value, [0, 2 * 5.0, 0])
         parts = [readings.vector(c.source, kind).unit(1) for kind in ("backtracking", "deduction")]
-        np.testing.assert_allclose(clamp.direction[1], unit(parts[0] - parts[1]), rtol=1e-5)
-    (fault,) = checks.kind_faults("steering.kinds", ("clmp:backtracking",), LABELS)
-    assert "ablate:..., noise, self-amplification, " in fault and ", clamp:..., " in fault
+        np.testing.assert_allclose(cap.direction[1], unit(parts[0] - parts[1]), rtol=1e-5)
+    (fault,) = checks.kind_faults("steering.kinds", ("crp:backtracking",), LABELS)
+    assert "ablate:..., clamp:..., " in fault and ", self-amplification, cap:..., " in fault
 
 
 def test_needed_vectors() -> None:

@@ -16,7 +16,10 @@ from backtrack_jax.report.stage import read_results
 @pytest.mark.parametrize(
     ("entry", "parts"),
     [
-        *((name, ((1.0, name),)) for name in (*LABELS, *kinds.DIRECTIONS)),
+        *(
+            (name, ((1.0, name),))
+            for name in (*LABELS, "overall-mean", "random", "shuffled", "own(deduction)", "pc(3)")
+        ),
         ("vectors/my file.npz", ((1.0, "vectors/my file.npz"),)),
         ("a+b", ((1.0, "a+b"),)),  # a label of somebody's, as long as no spaces are around the sign
         ("backtracking + deduction", ((1.0, "backtracking"), (1.0, "deduction"))),
@@ -28,13 +31,14 @@ from backtrack_jax.report.stage import read_results
     ],
 )
 def test_what_an_entry_says(entry: str, parts: tuple[tuple[float, str], ...]) -> None:
-    assert kinds.parse(entry) == kinds.Kind(parts)
+    assert kinds.parse(entry) == kinds.Kind((kinds.Edit(parts),))
     assert kinds.parse(entry).names == tuple(name for _, name in parts)
-    assert kinds.parse(f"ablate:{entry}") == kinds.parse(f"ablate: {entry}") == kinds.Kind(parts, "ablate")
+    expected = kinds.Kind((kinds.Edit(parts, "ablate"),))
+    assert kinds.parse(f"ablate:{entry}") == kinds.parse(f"ablate: {entry}") == expected
 
 
 def test_an_operation_without_a_direction() -> None:
-    assert kinds.parse("noise") == kinds.Kind((), "noise") and not kinds.parse("noise").read
+    assert kinds.parse("noise") == kinds.Kind((kinds.Edit((), "noise"),)) and not kinds.parse("noise").read
     assert kinds.parse("ablate:random").what.strength == "share" and not kinds.parse("ablate:random").read
     assert kinds.parse("backtracking").what is kinds.ADD and kinds.parse("backtracking").read
 
@@ -70,10 +74,89 @@ def test_an_entry_that_says_nothing(entry: str, message: str) -> None:
         kinds.parse(entry)
 
 
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        (
+            "backtracking & ablate:labels(3)",
+            kinds.Kind((kinds.Edit(((1.0, "backtracking"),)), kinds.Edit(((1.0, "labels(3)"),), "ablate"))),
+        ),
+        (
+            "0.5 * backtracking during generated[0:16] & 2*noise during prompt",
+            kinds.Kind(
+                (
+                    kinds.Edit(((1.0, "backtracking"),), "", 0.5, "generated[0:16]"),
+                    kinds.Edit((), "noise", 2.0, "prompt"),
+                )
+            ),
+        ),
+        (
+            "backtracking - 0.5 * deduction & -0.25 * ablate:random",
+            kinds.Kind(
+                (
+                    kinds.Edit(((1.0, "backtracking"), (-0.5, "deduction"))),
+                    kinds.Edit(((1.0, "random"),), "ablate", -0.25),
+                )
+            ),
+        ),
+        (
+            "noise-outside:labels(2) during generated when sentence-ends keeping norm",
+            kinds.Kind(
+                (kinds.Edit(((1.0, "labels(2)"),), "noise-outside", 1.0, "generated"),),
+                kinds.Gate(("sentence-ends",)),
+                True,
+            ),
+        ),
+        (
+            "backtracking when tokens .|Wait",
+            kinds.Kind((kinds.Edit(((1.0, "backtracking"),)),), kinds.Gate((".", "Wait"))),
+        ),
+        (
+            "clamp:own(deduction) when pc(2) > -0.5",
+            kinds.Kind((kinds.Edit(((1.0, "own(deduction)"),), "clamp"),), kinds.Gate((), "pc(2)", -0.5)),
+        ),
+    ],
+)
+def test_what_an_entry_of_several_edits_says(entry: str, expected: kinds.Kind) -> None:
+    assert kinds.parse(entry) == expected
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("backtracking & ", "'' is not a name"),
+        ("backtracking during reply", "'reply' is no span, expected prompt, generated or generated[2:18]"),
+        ("0 * noise & backtracking", "has the weight 0, expected a finite number other than 0"),
+        ("backtracking when never", "'never' is no gate, expected sentence-ends, paragraph-breaks"),
+        ("backtracking when tokens a||b", "is no gate"),
+        ("backtracking when labels(2) > 0.1", "is no gate"),
+        ("backtracking keeping norm & noise", "goes on after 'keeping norm'"),
+        ("labels(2)", "'labels(2)' is several directions at once, expected it alone behind ablate, matched-noise, "),
+        ("clamp:labels(2)", "'labels(2)' is several directions at once"),
+        ("ablate:labels(2) + deduction", "'labels(2)' is several directions at once"),
+        ("own", "'own': expected own(a label)"),
+        ("own()", "'own()': expected own(a label)"),
+        ("pc(first)", "'pc(first)': expected pc(a number)"),
+        ("ablate:subspace(3)", "'subspace(3)': expected subspace(a number, a number)"),
+        ("random(3)", "'random(3)': expected 'random' alone"),
+    ],
+)
+def test_an_entry_of_several_edits_that_says_nothing(entry: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        kinds.parse(entry)
+
+
+def test_what_a_magnitude_of_several_edits_is() -> None:
+    assert kinds.parse("ablate:deduction & backtracking").what.strength == "length"
+    assert kinds.by_share("ablate:deduction & ablate:backtracking") and not kinds.by_share("ablate:deduction & noise")
+    assert kinds.parse("fixed(3) & noise").read is False and kinds.parse("fixed(3) & own(deduction)").read is True
+    assert kinds.parse("noise when backtracking > 1").read and kinds.parse("noise when random > 1").drawn
+
+
 def test_what_makes_and_draws_can_be_found() -> None:
     """They are named by their import paths, since configs are read without JAX."""
     paths = [operation.make for operation in (kinds.ADD, *kinds.OPERATIONS.values())]
-    paths += [direction.draw for direction in kinds.DIRECTIONS.values() if direction.draw]
+    paths += [path for direction in kinds.DIRECTIONS.values() for path in (direction.draw, direction.make) if path]
     assert all(callable(pkgutil.resolve_name(path)) for path in paths) and len(paths) >= 5
     with pytest.raises(ValueError, match="strength='factor', expected one of length, value, share"):
         kinds.Operation("a:b", strength="factor")

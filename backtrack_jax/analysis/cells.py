@@ -152,7 +152,7 @@ def unit_of_layers(r: Results, kinds: Sequence[str] = ()) -> str:
 
 
 def _with_shares(label: str, kinds: Sequence[str]) -> str:
-    shares = [parse(kind).operation for kind in kinds if parse(kind).what.strength == "share"]
+    shares = [parse(kind).edits[0].operation for kind in kinds if parse(kind).what.strength == "share"]
     if not shares:
         return label
     return "magnitude = share" if len(shares) == len(kinds) else f"{label}\n{', '.join(dict.fromkeys(shares))}: share"

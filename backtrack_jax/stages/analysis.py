@@ -274,7 +274,8 @@ def intervention_of(context: Context) -> Callable[[records.Condition, str], Inte
     @functools.cache
     def built(role: str) -> conditions.Interventions:
         config = context.architecture(role)
-        return conditions.Interventions(readings(), config.n_layers, config.d_model, e.steering.span)
+        span = e.steering.span
+        return conditions.Interventions(readings(), config.n_layers, config.d_model, span, context.token_texts)
 
     return functools.cache(lambda condition, problem: built(condition.target).row(condition, key_of(problem)))
 

@@ -69,6 +69,10 @@ class Context:
         prompts.check_tokenizer(tokenizer)
         return tokenizer
 
+    def token_texts(self) -> list[str]:
+        """Text of every id of the tokenizer."""
+        return [self.tokenizer.decode([i]) for i in range(self.tokenizer.vocab_size)]
+
     @functools.cached_property
     def mesh(self) -> Mesh | None:
         """The devices of the run; None for the default one alone.

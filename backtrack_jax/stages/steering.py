@@ -4,6 +4,7 @@ generations.jsonl   one line per steered reply, see `data.records.Reply`
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from backtrack_jax import conditions, generate, inputs, kinds, vectors
+from backtrack_jax import conditions, directions, generate, inputs, kinds, vectors
 from backtrack_jax.config import Experiment
 from backtrack_jax.data import records
 from backtrack_jax.files import store
@@ -93,7 +94,8 @@ def _steer_model(
     """Replies of one model under all its conditions."""
     e, spec = context.experiment, context.experiment.steering
     config = context.architecture(target)
-    built = conditions.Interventions(readings, config.n_layers, config.d_model, spec.span)
+    texts = context.token_texts
+    built = conditions.Interventions(readings, config.n_layers, config.d_model, spec.span, texts)
     todo = [
         (condition, trace, sample)
         for condition, limit in conditions.make(e, readings).items()
@@ -155,7 +157,19 @@ def load_readings(context: Context) -> conditions.Readings:
         if store.file_hash(inputs.data_path(file)) != expected:
             raise ValueError(f"{file} has changed since this run began; run it again")
     files = inputs.vector_files(e, max(n_layers for n_layers, _ in shapes.values()))
-    return conditions.Readings(found, norms, _offset_vectors(context, folder), files)
+    sections = functools.cache(functools.partial(_sections, context, folder))
+    return conditions.Readings(found, norms, _offset_vectors(context, folder), files, sections)
+
+
+def _sections(context: Context, folder: Path, role: str) -> directions.Sections:
+    """All that stage 3 read of a model."""
+    spec = context.experiment.vectors
+    labels = VECTORS.read_summary(folder)["labels"]
+    found = {label: VECTORS.load(folder, role, label) for label in labels if VECTORS.has(folder, role, label)}
+    sums = VECTORS.read_sums(folder, role)
+    problem_of = {trace.id: trace.problem_id for trace in TRACES.read(context.folder(TRACES))}
+    problems = [problem_of[trace_id] for trace_id in sums.trace_ids]
+    return directions.Sections(spec.label, spec.contrast, found, sums, problems)
 
 
 def _offset_vectors(context: Context, folder: Path) -> dict[tuple[str, str], vectors.SteeringVector]:
