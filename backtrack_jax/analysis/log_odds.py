@@ -326,7 +326,8 @@ def by_magnitude(r: Results) -> Plot | None:
     """Change of the log-odds against magnitude: vectors of either model, and controls, on each model and text."""
     found = [line for line in r.tables["log_odds"] if line["kind"] != UNSTEERED and line["layer"] == r.layer]
     kinds = [(r.label, source, f"{source}-derived vector") for source in r.roles]
-    without_source = {line["kind"] for line in found if not line["source"]} - {EXAMPLES}
+    asked = set(r.experiment.steering.all_kinds)  # what questions ask for has figures of its own
+    without_source = {line["kind"] for line in found if not line["source"]} & asked
     kinds += [(kind, "", kind) for kind in sorted(without_source)]
     shown: Table = []
     panels = []
