@@ -37,10 +37,16 @@ from .intervention import (
     Intervention as Intervention,
     ablate as ablate,
     add_vector as add_vector,
+    clamp as clamp,
     gaussian_noise as gaussian_noise,
+    keeping_norm as keeping_norm,
     no_intervention as no_intervention,
+    noise_outside as noise_outside,
+    noise_within as noise_within,
     self_amplify as self_amplify,
     stack_rows as stack_rows,
+    when_component as when_component,
+    when_token as when_token,
 )
 
 # Generate under it.

@@ -215,10 +215,10 @@ class SteeringSpec:
         reply), `shuffled` (D+ drawn at random from all sections, as many as there are of `vectors.label`), or a vector
         file that `vectors.load` reads, by its path. `backtracking + 0.5 * deduction` adds a sum: each direction is
         scaled to norm 1, weighted and summed, and the sum is scaled to norm 1 again (signs stand between spaces, since
-        labels have hyphens). `ablate:` before either of them removes the component along the direction that would be
-        added; see `magnitudes`. Each is done to every model, with directions from every model's activations (Fig. 3).
-        At one magnitude all that come from one model's activations are equally long, whatever the kind, and so are
-        files, but for the unit `raw`.
+        labels have hyphens). `docs/howto/steer.md` has the rest of the language: several edits, gates, subspaces.
+        `ablate:` before either of them removes the component along the direction that would be added; see `magnitudes`.
+        Each is done to every model, with directions from every model's activations (Fig. 3). At one magnitude all that
+        come from one model's activations are equally long, whatever the kind, and so are files, but for the unit `raw`.
       layer: output of which block (0-based) is changed, and where the direction was read. An ablation changes the
         outputs of the later blocks as well, which would otherwise restore the component. Give several to have all of
         `kinds` at each of them; `baselines` and `offsets` are at the first, and figures, lens and probe are about it. A

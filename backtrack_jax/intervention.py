@@ -729,15 +729,19 @@ def _same_spans(left: Intervention, right: Intervention) -> bool:
 @jax.ensure_compile_time_eval()
 def _on_own_span(row: Intervention) -> Intervention:
     """The same row, whose terms have the span that it had; it covers all positions."""
-    if any(term.during is not None for term in row.terms):
-        raise ValueError("an operand is a sum of terms on different spans already; add those of one span first")
+    everywhere = jnp.broadcast_to(jnp.asarray(_span_bounds("all"), jnp.int32), row.span.shape)
+    if any(term.during is not None for term in row.terms) and jnp.any(row.span != everywhere):
+        raise ValueError(
+            "an operand has a span and terms with spans of their own, expected the span `all` beside those"
+        )
     over = [
         dataclasses.replace(
             term, during=jnp.broadcast_to(row.span[..., None, :], (*term.strength.shape, 2)).astype(jnp.int32)
         )
+        if term.during is None
+        else term
         for term in row.terms
     ]
-    everywhere = jnp.broadcast_to(jnp.asarray(_span_bounds("all"), jnp.int32), row.span.shape)
     return dataclasses.replace(row, span=everywhere, terms=tuple(over))
 
 

@@ -19,7 +19,8 @@ def ordered(vectors: ArrayLike) -> np.ndarray:
     vectors = _rows(vectors)
     found: list[np.ndarray] = []
     for number, vector in enumerate(vectors):
-        found.append(_unit(_without(vector, found), f"vector {number} lies in the span of those before it"))
+        left = _without(_unit(vector, f"vector {number} is zero"), found)
+        found.append(_unit(left, f"vector {number} lies in the span of those before it"))
     return np.stack(found)
 
 
@@ -45,9 +46,9 @@ def own(vectors: ArrayLike, number: int) -> np.ndarray:
       ValueError: nothing is left.
     """
     vectors = _rows(vectors)
-    others = [vector for other, vector in enumerate(vectors) if other != number]
-    left = _without(vectors[number], orthonormal(np.stack(others)).astype(np.float64) if others else [])
-    _unit(left, f"vector {number} lies in the span of the others")
+    _, singular, vt = np.linalg.svd(np.delete(vectors, number, axis=0), full_matrices=False)
+    left = _without(vectors[number], vt[singular > 1e-10 * singular.max(initial=0)])
+    _unit(left / np.linalg.norm(vectors[number]), f"vector {number} lies in the span of the others")
     return left
 
 

@@ -426,6 +426,66 @@ def test_every_direction_and_operation_can_be_done(readings: Readings) -> None:
         assert bool(c.source) == parse(c.kind).read and bool(built.vector_hash(c, KEY)) == (c.kind not in alone)
 
 
+def test_directions_are_made_of_what_was_read(readings: Readings) -> None:
+    """Each by its definition, at the layer of the condition, from the source's activations."""
+    readings = dataclasses.replace(readings, sections=lambda role: sections(readings, role))
+    read = sections(readings, "base")
+    v, w = (read.vectors[name].directions[1].astype(np.float64) for name in ("backtracking", "deduction"))
+    means = read.sums.section_means[:, 1].astype(np.float64)
+    own = means[read.sums.section_labels == 0]
+    principal = np.linalg.svd(own - own.mean(0))[2]
+    everything = np.linalg.svd(means - means.mean(0))[2]
+    expected = {
+        "own(deduction)": unit(w - v * (v @ w) / (v @ v)),
+        "ordered(deduction)": unit(w - v * (v @ w) / (v @ v)),
+        "ordered(backtracking)": unit(v),
+        "pc(2)": principal[1],
+        "ablate:labels(1)": unit(v)[None],
+        "ablate:pcs(3)": everything[:3],
+        "ablate:last-pcs(2)": everything[-2:],
+    }
+    built = Interventions(readings, L, D, "all")
+    for c in conditions.make(experiment(kinds=tuple(expected), magnitudes=(1.0,), layer=(1,)), readings):
+        if c.source != "base":
+            continue
+        (term,) = built.row(c, KEY).terms
+        found = np.asarray(term.vector[1][None] if isinstance(term, Add) else term.directions[1], np.float64)
+        wanted = np.atleast_2d(expected[c.kind])
+        np.testing.assert_allclose(found.T @ found, wanted.T @ wanted, atol=1e-5, err_msg=c.kind)
+
+
+def test_several_edits_are_one_row(readings: Readings) -> None:
+    """Each with its weight, operation and span; the gate and the norm are those of the row."""
+    kind = "backtracking & 0.5 * ablate:deduction during generated[1:3] & 2 * noise when tokens so|Wait keeping norm"
+    e = experiment(kinds=(kind, "backtracking when deduction > 0.25"), magnitudes=(4.0,))
+    texts = (" wait", " hmm", " so", "x", "Wait ")
+    built = Interventions(readings, L, D, "generated", lambda: texts)
+    both, gated = (
+        next(c for c in conditions.make(e, readings) if (c.kind, c.source, c.target) == (k, "base", "reasoning"))
+        for k in e.steering.kinds
+    )
+    row = built.row(both, KEY)
+    found: dict[str, Any] = {type(term).__name__: term for term in row.terms}
+    assert list(found) == ["Ablate", "Add", "Noise"]
+    vector = readings.vector("base", "backtracking").unit(1)
+    np.testing.assert_allclose(found["Add"].vector[1], 4 * vector, rtol=1e-5)
+    np.testing.assert_allclose(found["Ablate"].strength, [0, 0.5, 0.5])
+    np.testing.assert_allclose(found["Noise"].strength, [0, 8, 0])
+    spans = {name: term.during[1].tolist() for name, term in found.items()}
+    assert spans == {"Ablate": [-2, -4], "Add": [-1, np.iinfo(np.int32).max], "Noise": [-1, np.iinfo(np.int32).max]}
+    np.testing.assert_array_equal(row.token_gate.tokens, [True, False, True, False, True])
+    assert bool(row.keeps_norm) and row.component_gate is None
+    row = built.row(gated, KEY)
+    assert row.token_gate is None and row.keeps_norm is None
+    np.testing.assert_allclose(row.component_gate.threshold, 0.25 * 11.0)
+    np.testing.assert_allclose(row.component_gate.direction[1], readings.vector("base", "deduction").unit(1), rtol=1e-5)
+    with pytest.raises(ValueError, match="no token of the vocabulary is 'never'"):
+        conditions.token_set(["never"], texts)
+    ends = [". ", "e.g", "!\n\n", "\n\n", "a"]
+    assert conditions.token_set(["sentence-ends"], ends) == [0, 2]
+    assert conditions.token_set(["paragraph-breaks"], ends) == [2, 3]
+
+
 def test_a_new_term_takes_one_line_to_be_in_a_config(
     readings: Readings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

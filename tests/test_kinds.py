@@ -10,6 +10,7 @@ import tiny
 
 from backtrack_jax import kinds, pipeline
 from backtrack_jax.data.records import LABELS
+from backtrack_jax.generate import compiled_generate
 from backtrack_jax.report.stage import read_results
 
 
@@ -193,6 +194,39 @@ def test_a_run_of_sums_and_ablations_at_two_layers(finished: Path) -> None:
     ]
     assert {row["layer"] for row in read.tables["rates"] if row["kind"] == e.steering.kinds[2]} == {1, 2}
     assert e.steering.kinds[1] in (finished / "6-report" / "fig4_baselines.csv").read_text()
+
+
+def test_a_run_of_everything_that_an_entry_can_say(finished: Path) -> None:
+    """All in one sweep: other replies for each, and one program for all kinds of terms and gates together."""
+    e = tiny.get_config()
+    e.steering.kinds = (
+        "backtracking & ablate:own(deduction)",
+        "noise during generated[0:2]",
+        "backtracking when tokens wait|so|the",
+        "backtracking when deduction > 0.0",
+        "self-amplification keeping norm",
+        "clamp:symmetric(deduction)",
+        "noise-outside:labels(2)",
+        "noise-within:pcs(3)",
+        "noise-part-within:backtracking",
+        "matched-noise:covariance",
+        "frozen-noise",
+        "fixed(1) + pc(1)",
+    )
+    e.steering.layer, e.steering.magnitudes, e.steering.unit = (1,), (0.0, 1.0), "relative"
+    e.steering.limit, e.steering.samples = 2, 1
+    e.steering.baselines, e.steering.offsets, e.steering.layers = (), (), ()
+    before = compiled_generate._cache_size()
+    pipeline.Run(e).run()
+    lines = [json.loads(line) for line in (finished / "4-steering" / "generations.jsonl").read_text().splitlines()]
+    found = {
+        kind: [line["ids"] for line in lines if (line["kind"], line["target"]) == (kind, "reasoning")]
+        for kind in ("unsteered", *e.steering.kinds)
+    }
+    assert all(found.values()) and len({json.dumps(replies) for replies in found.values()}) > 8
+    shapes = {(len(line["problem"].split()), line["target"]) for line in lines}
+    assert compiled_generate._cache_size() - before <= len(shapes)  # not one for each kind
+    assert len(read_results(e, finished).tables["log_odds"]) > len(e.steering.kinds)
 
 
 def test_what_is_drawn_for_a_reply_and_what_is_read_off_a_model() -> None:
