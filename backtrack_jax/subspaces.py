@@ -73,11 +73,10 @@ def principal_components(x: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     return vt[:rank], singular[:rank] ** 2 / (len(x) - 1)
 
 
-def energy(basis: ArrayLike, x: ArrayLike) -> float:
+def energy(basis: np.ndarray, x: np.ndarray) -> float:
     """Share of the variance of x [n, D] that lies in the span of orthonormal rows [R, D]."""
-    x = np.asarray(x, np.float64)
-    x = x - x.mean(0)
-    return float(np.sum((x @ np.asarray(basis, np.float64).T) ** 2) / np.sum(x**2))
+    centred = x.astype(np.float64) - x.mean(0)
+    return float(np.sum((centred @ basis.T) ** 2) / np.sum(centred**2))
 
 
 def random_subspace(rng: np.random.Generator, rank: int, d_model: int) -> np.ndarray:

@@ -448,8 +448,8 @@ def test_directions_are_made_of_what_was_read(readings: Readings) -> None:
     for c in conditions.make(experiment(kinds=tuple(expected), magnitudes=(1.0,), layer=(1,)), readings):
         if c.source != "base":
             continue
-        (term,) = built.row(c, KEY).terms
-        found = np.asarray(term.vector[1][None] if isinstance(term, Add) else term.directions[1], np.float64)
+        one: Any = built.row(c, KEY).terms[0]
+        found = np.asarray(one.vector[1][None] if isinstance(one, Add) else one.directions[1], np.float64)
         wanted = np.atleast_2d(expected[c.kind])
         np.testing.assert_allclose(found.T @ found, wanted.T @ wanted, atol=1e-5, err_msg=c.kind)
 
@@ -464,7 +464,7 @@ def test_several_edits_are_one_row(readings: Readings) -> None:
         next(c for c in conditions.make(e, readings) if (c.kind, c.source, c.target) == (k, "base", "reasoning"))
         for k in e.steering.kinds
     )
-    row = built.row(both, KEY)
+    row: Any = built.row(both, KEY)
     found: dict[str, Any] = {type(term).__name__: term for term in row.terms}
     assert list(found) == ["Ablate", "Add", "Noise"]
     vector = readings.vector("base", "backtracking").unit(1)
