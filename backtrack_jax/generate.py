@@ -18,6 +18,7 @@ from backtrack_jax.intervention import Intervention, key_of, stack_rows, with_sa
 from backtrack_jax.models.attention import PAD, KVCache
 from backtrack_jax.models.batching import batches, check_ids, left_pad
 from backtrack_jax.models.decoder import Decoder
+from backtrack_jax.models.prompts import PromptFormat, prompt_ids
 from backtrack_jax.models.sharding import place_rows
 from backtrack_jax.models.tokenizer import Tokenizer
 from backtrack_jax.sampling import GREEDY, Sampling, sample
@@ -249,8 +250,8 @@ def generate_rows(
 def generate_text(
     model: Decoder,
     tokenizer: Tokenizer,
-    prompts: Sequence[Sequence[int]],
-    interventions: Sequence[Intervention],
+    prompts: str | Sequence[int] | Sequence[str | Sequence[int]],
+    interventions: Intervention | Sequence[Intervention],
     *,
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
@@ -262,9 +263,10 @@ def generate_text(
     Args:
       model: the model.
       tokenizer: its tokenizer.
-      prompts: token ids (`models.prompts.prompt_ids`).
-      interventions: single rows; `no_intervention` for a reply as it is. Noise differs between prompts; it is drawn
-        from `seed` and the noise's own key.
+      prompts: token ids (`models.prompts.prompt_ids` puts a problem into a chat format), or plain texts, which get one
+        BOS and no format. One prompt alone is a list of one.
+      interventions: single rows, or one alone; `no_intervention` for a reply as it is. Noise differs between prompts;
+        it is drawn from `seed` and the noise's own key.
       max_new_tokens: limit of a reply.
       sampling: temperature, top-p and top-k; greedy by default.
       seed: of the random numbers. A prompt's replies use the same ones under every intervention.
@@ -276,10 +278,16 @@ def generate_text(
     Raises:
       As `generate_rows`.
     """
-    keys = [row_key(seed, str(number), 0) for number in range(len(prompts))]
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int | np.integer)):
+        prompts = [prompts]  # pyright: ignore[reportAssignmentType]
+    if isinstance(interventions, Intervention):
+        interventions = [interventions]
+    plain = PromptFormat("plain")
+    encoded = [prompt_ids(tokenizer, text, plain) if isinstance(text, str) else text for text in prompts]
+    keys = [row_key(seed, str(number), 0) for number in range(len(encoded))]
     rows = [
-        Row(prompt, key, _with_noise_of(key, intervention), f"prompt {number}")
-        for number, (prompt, key) in enumerate(zip(prompts, keys, strict=True))
+        Row(prompt, key, _with_noise_of(key, intervention), f"prompt {number}")  # pyright: ignore[reportArgumentType]
+        for number, (prompt, key) in enumerate(zip(encoded, keys, strict=True))
         for intervention in interventions
     ]
     replies = dict(
@@ -297,7 +305,7 @@ def generate_text(
     )
     texts = [tokenizer.decode([i for i in replies[n].ids if i not in tokenizer.stop_ids]) for n in range(len(rows))]
     width = len(interventions)
-    return [texts[number * width : (number + 1) * width] for number in range(len(prompts))]
+    return [texts[number * width : (number + 1) * width] for number in range(len(encoded))]
 
 
 def _with_noise_of(row: jax.Array, intervention: Intervention) -> Intervention:

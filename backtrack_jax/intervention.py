@@ -98,10 +98,10 @@ class Intervention:
     key: jax.Array
     n_layers: int = dataclasses.field(metadata={"static": True})
     d_model: int = dataclasses.field(metadata={"static": True})
-    token_gate: TokenGate | None = None
-    component_gate: ComponentGate | None = None
-    keeps_norm: jax.Array | None = None
-    open: jax.Array | None = None
+    token_gate: TokenGate | None = dataclasses.field(default=None, kw_only=True)
+    component_gate: ComponentGate | None = dataclasses.field(default=None, kw_only=True)
+    keeps_norm: jax.Array | None = dataclasses.field(default=None, kw_only=True)
+    open: jax.Array | None = dataclasses.field(default=None, kw_only=True)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -57,13 +57,20 @@ class Run:
       context: what the stages share.
     """
 
-    def __init__(self, experiment: Experiment, wanted: Sequence[str] = (), stages: Sequence[Stage] = STAGES):
+    def __init__(
+        self,
+        experiment: Experiment,
+        wanted: Sequence[str] = (),
+        stages: Sequence[Stage] = STAGES,
+        redo: Sequence[str] = (),
+    ):
         """Finds every input and reads the small ones; nothing is computed or written yet.
 
         Args:
           experiment: what is run.
           wanted: names of stages, as `stage_names` gives them; empty for all.
           stages: all that there are.
+          redo: names of stages that are computed anew, with the wanted ones after them, though they are done.
 
         Raises:
           ValueError, FileNotFoundError: name what is missing or wrong.
@@ -80,6 +87,12 @@ class Run:
         self.context = Context(experiment, workdir, self.wanted[-1].name)
         compatibility.check_planned(experiment)
         self.context.inputs = self._find_inputs()
+        if redo:
+            names = [stage.name for stage in self.stages]
+            first = min(map(names.index, redo))
+            self.context.redone = {stage.name for stage in self.wanted if names.index(stage.name) >= first}
+            if absent := set(redo) - self.context.redone:
+                raise ValueError(f"--redo={min(absent)} is not among the stages that are run; add it to --stages")
 
     @property
     def workdir(self) -> Path:
@@ -149,6 +162,13 @@ class Run:
         return self.stages[: self.stages.index(last) + 1]
 
     def _run_stage(self, stage: Stage) -> None:
+        own = (self.workdir, stage.name, self.inputs[stage.name])
+        if stage.name in self.context.redone:
+            self.context.redone.remove(stage.name)
+            if kept := store.set_aside_for_good(*own):
+                say(f"{stage.name}: is redone; the results so far are in {kept.relative_to(self.workdir)}")
+        elif found := store.adopt(*own):
+            say(f"{stage.name}: taken over from {found.relative_to(self.workdir.parent)}")
         folder = store.StageFolder(self.workdir, stage.name, self.inputs[stage.name])
         if folder.done:
             say(f"{stage.name}: done before")
@@ -231,8 +251,25 @@ class Run:
             described |= {"earlier": earlier} if earlier else {}
         store.write_text(path, json.dumps(described, indent=1) + "\n")
 
+    def reason(self, stage: Stage) -> str:
+        """Why a stage is to be done, and what happens to results that are there; or where they are taken from."""
+        own = (self.workdir, stage.name, self.inputs[stage.name])
+        folder = self.context.folder(stage)
+        if self.done(stage):
+            beside = None if store.peek(*own) else store.peek_beside(*own)
+            return f"taken over from {beside.relative_to(self.workdir.parent)}" if beside else ""
+        if stage.name in self.context.redone:
+            return "--redo; results so far are kept in superseded/"
+        if (before := store.read_inputs(folder)) is None:
+            return ""
+        if changed := [name for name in store.changes(before, own[2]) if name != _EARLIER]:
+            return f"{', '.join(changed)} changed; the results that are there go to superseded/"
+        if store.fingerprint(before) != store.fingerprint(own[2]):
+            return "an earlier stage changed; the results that are there go to superseded/"
+        return "unfinished or damaged; it resumes where it left off"
+
     def done(self, stage: Stage) -> bool:
-        """Whether a stage is complete under the present inputs."""
+        """Whether a stage is complete under the present inputs, here or in a run beside this one."""
         return self.context.finished(stage) is not None
 
     def _check_models(self, to_do: Sequence[Stage]) -> None:

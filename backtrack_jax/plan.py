@@ -8,7 +8,8 @@ def describe(run: Run) -> str:
     lines = [f"plan of {run.experiment.name}, results in {run.workdir}"]
     for stage in run.stages:
         state = "done" if run.done(stage) else "to do" if stage in run.wanted else "not asked for"
-        lines.append(f"{stage.name:<14} {state}")
+        reason = run.reason(stage) if state != "not asked for" else ""
+        lines.append(f"{stage.name:<14} {state}" + (f": {reason}" if reason else ""))
         if state == "to do":
             lines += [f"  {line}" for line in stage.plan(run.context)]
     return "\n".join(lines)

@@ -42,6 +42,7 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, for i
 _STAGES = flags.DEFINE_list(
     "stages", [], f"Run only these stages: {', '.join(pipeline.stage_names([]))} (names or numbers)."
 )
+_REDO = flags.DEFINE_list("redo", [], "Compute these stages anew, and those after them, though they are done.")
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder for results, in place of the config's.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")
 
@@ -66,7 +67,8 @@ def main(argv: Sequence[str]) -> None:
             experiment.workdir = WORKDIR.value
         check(experiment)
         divide_cpu(experiment.data_parallel * experiment.model_parallel)
-        run = pipeline.Run(experiment, pipeline.stage_names(_STAGES.value))
+        redo = pipeline.stage_names(_REDO.value) if _REDO.value else ()
+        run = pipeline.Run(experiment, pipeline.stage_names(_STAGES.value), redo=redo)
         run.needed()
         if not (_DRY_RUN.value and run.workdir.is_dir()):  # a plan of results on a read-only disk writes nothing
             _check_workdir(run.workdir)
@@ -99,12 +101,26 @@ def _check_workdir(workdir: Path) -> None:
 def parse_flags(argv: Sequence[str]) -> Sequence[str]:
     """Parses the command line; a wrong override ends the program with a message that names it."""
     try:
+        argv = [_with_config_file(argument) for argument in argv]
         check_overrides(argv[1:])
         return app.parse_flags_with_usage(list(argv))
     except SyntaxError as error:
         sys.exit(f"error: --config: {error.filename}, line {error.lineno}, is not valid Python ({error.msg})")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+def _with_config_file(argument: str) -> str:
+    """`--config=paper` with the file of that name that comes with the package; other arguments as they are."""
+    flag, is_given, name = argument.partition("=")
+    if flag.lstrip("-") != "config" or not is_given or not name.isidentifier() or Path(name).exists():
+        return argument
+    package = Path(__file__).parent
+    folders = [folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()]
+    found = {path.stem: path for folder in reversed(folders) for path in folder.glob("*.py") if path.stem[0] != "_"}
+    if name not in found:
+        raise ValueError(f"--config={name}, expected a file, or one of {', '.join(sorted(found))}")
+    return f"{flag}={found[name]}"
 
 
 def console() -> None:

@@ -37,7 +37,6 @@ from backtrack_jax.intervention import (
     Add,
     Intervention,
     Span,
-    Term,
     ablate,
     add_vector,
     gaussian_noise,
@@ -133,7 +132,7 @@ class Recorded(Intervention):
 
     seen: Seen = dataclasses.field(metadata={"static": True})
 
-    def apply(self, x: jax.Array, at_layer: tuple[Term, ...], layer: jax.Array, positions: jax.Array) -> jax.Array:
+    def apply(self, x: jax.Array, at_layer: Any, layer: jax.Array, positions: jax.Array) -> jax.Array:
         after = super().apply(x, at_layer, layer, positions)
         jax.debug.callback(self.seen, layer, positions, x, after)
         return after
@@ -834,6 +833,13 @@ def test_texts_are_the_replies_of_every_prompt_under_every_intervention() -> Non
     expected = [tokenizer.decode([i for i in ids[number] if i not in tokenizer.stop_ids]) for number in range(4)]
     assert texts == [expected[:2], expected[2:]]
     assert len(set(expected)) > 2
+    text = "two of the lamps"
+    bare = generate_text(model, tokenizer, text, interventions[0], max_new_tokens=8)
+    encoded = tokenizer.encode(text)
+    ids = encoded if encoded[0] == tokenizer.bos_id else [tokenizer.bos_id, *encoded]
+    assert bare == generate_text(model, tokenizer, [ids], interventions[:1], max_new_tokens=8)
+    assert bare == generate_text(model, tokenizer, ids, interventions[:1], max_new_tokens=8)
+    assert np.shape(bare) == (1, 1) and bare != [[""]]
 
 
 def test_a_row_is_the_same_where_numbers_are_64_bit_by_default() -> None:

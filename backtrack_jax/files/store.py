@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -107,6 +108,51 @@ class StageFolder:
                 path.replace(path.with_name(path.name + _DAMAGED))
         if self.misfits:
             (self.path / "DONE").unlink(missing_ok=True)
+
+
+def peek_beside(workdir: Path, name: str, inputs: Mapping[str, Any]) -> Path | None:
+    """Folder of a stage that a run of another name beside this one has completed under these inputs."""
+    beside = sorted(path for path in workdir.parent.glob("*") if path != workdir and (path / name).is_dir())
+    return next((found for path in beside if (found := peek(path, name, inputs)) is not None), None)
+
+
+def adopt(workdir: Path, name: str, inputs: Mapping[str, Any]) -> Path | None:
+    """Takes over what a run of another name has completed under these inputs, where this one has not; its folder."""
+    if peek(workdir, name, inputs) is not None or (found := peek_beside(workdir, name, inputs)) is None:
+        return None
+    aside = _aside(workdir, name, fingerprint(inputs))
+    if aside.exists():
+        return None
+    made = aside.with_name(f".{aside.name}.tmp")
+    shutil.rmtree(made, ignore_errors=True)
+    made.parent.mkdir(parents=True, exist_ok=True)
+    # Linked where that can be: finished files are replaced, never written to.
+    shutil.copytree(found, made, copy_function=_linked, ignore=shutil.ignore_patterns(STALE, f"*{_DAMAGED}", ".*"))
+    made.replace(aside)
+    return found
+
+
+def _linked(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copy2(source, target)
+
+
+def set_aside_for_good(workdir: Path, name: str, inputs: Mapping[str, Any]) -> Path | None:
+    """Moves results of a stage under these inputs to where no run takes them from; that folder, None if there are none.
+
+    They are kept, to look at.
+    """
+    moved = None
+    for path in (workdir / name, _aside(workdir, name, fingerprint(inputs))):
+        if (own := read_inputs(path)) is None or fingerprint(own) != fingerprint(inputs):
+            continue
+        aside = _aside(workdir, name, fingerprint(inputs))
+        aside.parent.mkdir(exist_ok=True)
+        names = (aside.with_name(f"{aside.name}-redone-{number}") for number in itertools.count(1))
+        moved = path.replace(next(path for path in names if not path.exists()))
+    return moved
 
 
 @contextlib.contextmanager

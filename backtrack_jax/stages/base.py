@@ -40,6 +40,7 @@ class Context:
       workdir: folder of the run's results.
       inputs: name of a stage -> its inputs, those of the stages before it included; set by the pipeline.
       last: name of the last stage that was asked for.
+      redone: names of the stages whose finished results do not count, as they are to be computed anew.
       prompt: how problems are put to the models.
     """
 
@@ -48,6 +49,7 @@ class Context:
         e = self.experiment = experiment
         self.workdir, self.last = workdir, last
         self.inputs: dict[str, dict[str, Any]] = {}
+        self.redone: set[str] = set()
         arguments = json.loads(e.prompt.template_arguments or "{}")
         self.prompt = prompts.PromptFormat(e.prompt.format, e.prompt.think, e.prompt.system or None, arguments)
         self._models: dict[tuple[str, str, str], Decoder] = {}
@@ -57,8 +59,11 @@ class Context:
         return stage.path(self.workdir)
 
     def finished(self, stage: "Stage") -> Path | None:
-        """Folder of a stage that is complete under the present inputs, in place or aside; None if it is not."""
-        return store.peek(self.workdir, stage.name, self.inputs[stage.name])
+        """Folder of a stage that is complete under the present inputs, here or in a run beside this; None if not."""
+        own = (self.workdir, stage.name, self.inputs[stage.name])
+        if stage.name in self.redone:
+            return None
+        return store.peek(*own) or store.peek_beside(*own)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

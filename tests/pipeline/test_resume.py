@@ -12,7 +12,7 @@ import tiny
 import toys
 from runs import CELL, ROLES, STAGES, contents, done, lines_of, run, set_at
 
-from backtrack_jax import inputs, pipeline
+from backtrack_jax import inputs, pipeline, plan
 from backtrack_jax.config import Experiment
 from backtrack_jax.files import store
 from backtrack_jax.models import checkpoint
@@ -401,3 +401,55 @@ def test_a_changed_sweep_alone_marks_analysis_and_page(finished: Path, capsys: p
     run(tiny.get_config(), "4")
     assert "stale" not in capsys.readouterr().err
     assert {name: content for name, content in contents(finished).items() if name[0] in "123456"} == before
+
+
+def test_a_run_of_another_name_takes_over_what_is_the_same(
+    finished: Path, loaded: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stages 1 to 3 of a run with another sweep, though the sweep alone is asked for."""
+    e = tiny.get_config()
+    e.name, e.steering.magnitudes = "other", (0.0, 5.0)
+    before = contents(finished)
+    made = pipeline.Run(e, STAGES[3:])
+    assert done(made) == list(STAGES[:3])
+    text = plan.describe(made)
+    for stage in STAGES[:3]:
+        assert f"{stage:<14} done: taken over from {finished.name}/{stage}\n" in text
+    made.run()
+    said = capsys.readouterr().err
+    assert said.count("taken over from") >= 3 and said.count("done before") == 3
+    other = finished.parent / "other"
+    for stage in STAGES[:3]:
+        assert contents(other / stage) == contents(finished / stage)
+    assert contents(finished) == before
+    (other / STAGES[0] / "traces.jsonl").unlink(missing_ok=True)
+    assert contents(finished) == before
+
+
+def test_what_is_redone_is_computed_again_and_what_was_there_is_kept(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(finished)
+    made = pipeline.Run(tiny.get_config(), redo=["4-steering"])
+    assert done(made) == list(STAGES[:3])
+    assert "4-steering     to do: --redo; results so far are kept in superseded/" in plan.describe(made)
+    made.run()
+    assert capsys.readouterr().err.count("is redone; the results so far are in superseded/") == 3
+    after = contents(finished)
+    kept = {name: data for name, data in after.items() if "-redone-1/" in name}
+    assert len({name.split("/")[1] for name in kept}) == 3
+    assert {name: data for name, data in after.items() if name not in kept} == before
+    assert done(pipeline.Run(tiny.get_config())) == list(STAGES)
+    with pytest.raises(ValueError, match="--redo=1-traces is not among the stages that are run; add it to --stages"):
+        pipeline.Run(tiny.get_config(), STAGES[3:], redo=["1-traces"])
+
+
+def test_a_plan_says_why_a_stage_is_to_be_done(finished: Path) -> None:
+    e = tiny.get_config()
+    e.steering.top_k = 3
+    text = plan.describe(pipeline.Run(e))
+    assert "4-steering     to do: steering.top_k changed; the results that are there go to superseded/" in text
+    assert "5-analysis     to do: an earlier stage changed; the results that are there go to superseded/" in text
+    (finished / "6-report" / "report.html").unlink()
+    text = plan.describe(pipeline.Run(tiny.get_config()))
+    assert "6-report       to do: unfinished or damaged; it resumes where it left off" in text
