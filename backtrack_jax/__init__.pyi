@@ -57,6 +57,7 @@ from .generate import Row as Row, generate_rows as generate_rows, generate_text 
 from .config import Experiment as Experiment
 from .checks import check as check
 from .pipeline import Run as Run
+from .finished import FinishedRun as FinishedRun, load_run as load_run
 
 __all__: list[str]
 __version__: str

@@ -28,8 +28,8 @@ FLOORS = (  # from the ground up; names of folders, and of files in none
     ("checks", "compatibility", "conditions", "directions", "inputs", "labelling"),
     ("stages",),
     ("report",),
-    ("pipeline", "plan"),
-    ("run", "selfcheck", "show", "training"),  # of these, training is a wing: only scripts import it
+    ("finished", "pipeline", "plan"),
+    ("compare", "run", "selfcheck", "show", "training"),  # of these, training is a wing: only scripts import it
 )
 
 
