@@ -256,6 +256,12 @@ class Intervention:
         """[B] bool, whether a row's span waits for the prompt's length."""
         return jnp.any(self.span == PROMPT_END, axis=-1)
 
+    def changes_before(self, position: jax.Array | int) -> jax.Array:
+        """[B] bool, whether a row, its span resolved, may change anything before a position ([B] int32 or one)."""
+        strengths = [jnp.any(term.strength != 0, axis=-1) for term in self.terms]
+        something = functools.reduce(operator.or_, strengths, jnp.zeros(self.span.shape[:-1], bool))
+        return something & (self.span[..., 0] < position)
+
     def at_layers(self) -> tuple[Term, ...]:
         """The terms with the layer axis first, to be scanned over beside the model's blocks."""
         return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), self.terms)
