@@ -124,7 +124,7 @@ class Stability(Question):
             return []
         values = differences(r.tables["stability_effects"], 0)
         ends = log_odds.interval(values, LEVEL)
-        region, p = Region(low=0), null["p"] if null else NAN
+        region, p = Region(low=0), line["p_value"]
         decided = [statistics.verdict(*ends, region, len(values)), "holds" if p <= _CHANCE else "undecided"]
         note = f"p = {p:.2g} among {null['draws']} random fifths of the same thirds of traces" if null else ""
         return [
@@ -189,20 +189,19 @@ def shares(lines: Table) -> Table:
 
 def _share(lines: Table) -> dict[str, Any]:
     problems = np.array([line["problem_id"] for line in lines])
-    counted = np.array([line["counted"] > 0 for line in lines])
-    p = np.array([line["hits"] / line["counted"] if line["counted"] else NAN for line in lines])
-    stable = np.where(counted, p >= STABLE, 0.0)
-    n = _by_problem(counted.astype(float), problems)
-    low, high = statistics.mean_interval(_by_problem(np.where(counted, p, 0.0), problems), n)
+    hits, draws = (np.array([line[name] for line in lines], np.float64) for name in ("hits", "counted"))
+    counted = draws > 0
+    stable = counted & (hits >= STABLE * draws)
+    n = _by_problem(counted, problems)
+    p_low, p_high = statistics.rate_interval(_by_problem(hits, problems), _by_problem(draws, problems))
     stable_low, stable_high = statistics.rate_interval(_by_problem(stable, problems), n)
-    keyword = [line["keyword_hits"] / line["draws"] for line in lines]
     return {
         "boundaries": len(lines),
         "problems": len(set(problems.tolist())),
-        "p": float(np.mean(p[counted])) if counted.any() else NAN,
-        "p_low": low,
-        "p_high": high,
-        "keyword_p": float(np.mean(keyword)),
+        "p": float(hits.sum() / draws.sum()) if counted.any() else NAN,
+        "p_low": p_low,
+        "p_high": p_high,
+        "keyword_p": float(np.mean([line["keyword_hits"] / line["draws"] for line in lines])),
         "next_token": float(np.mean([line["next_token"] for line in lines])),
         "stable": float(stable.sum() / counted.sum()) if counted.any() else NAN,
         "stable_low": stable_low,
@@ -276,8 +275,8 @@ def plot(r: Results) -> Plot | None:
         "the fitted beta-binomial expects. One half of the draws sorts boundaries into fifths, the other gives their "
         "p. Effects: change of the log-odds of wait or hmm at sentence starts of given text, at magnitude "
         f"{magnitude(r.experiment):g} ({r.experiment.steering.unit}) and layer {r.layer}, on {own['problems']} "
-        "problems that the vectors were not read from. Intervals of 95 % over problems; of what is at random, drawn within "
-        f"thirds of the traces, the middle 95 % of {q.random} draws."
+        "problems that the vectors were not read from. Intervals of 95 % over problems; of what is at random, drawn "
+        f"within thirds of the traces, the middle 95 % of {q.random} draws."
     )
     return Plot("stability", "Boundaries that recur, and their vectors", caption, panels, shown, place=7.4)
 
@@ -293,7 +292,7 @@ def _counts_panel(r: Results) -> Panel:
         own = [line for line in r.tables["stability_counts"] if line["group"] == group]
         n, x, name = sum(line["observed"] for line in own), [line["hits"] for line in own], _group_name(r, group)
         if n:
-            look = {"colour": COLOURS[i], "marker": "os"[i]}
+            look: dict[str, Any] = {"colour": COLOURS[i], "marker": "os"[i]}
             observed, expected = ([100 * line[of] / n for line in own] for of in ("observed", "expected"))
             series.append(Series(name, x, observed, style="", **look))
             series.append(Series(f"expected, {name}", x, expected, style=("-", "--")[i], **look))
