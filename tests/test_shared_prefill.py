@@ -1,6 +1,5 @@
 """Rows that continue one prompt, which is prefilled once: token for token what each gives with a prompt of its own."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,7 +90,7 @@ def test_a_prompt_is_prefilled_once_for_as_many_rows_as_a_batch_has_room_for(
 
     monkeypatch.setattr(Decoder, "__call__", noting)
     monkeypatch.setattr(generate_module, "compiled_generate", shaped)
-    longer = [dataclasses.replace(row, prompt=[*row.prompt, *range(60)]) for row in ROWS[:REPEATS]]
+    longer = [Row([*row.prompt, *range(60)], row.key, NOTHING) for row in ROWS[:REPEATS]]
     found = sampled([*ROWS, *longer], Sampling(1.0), batch_size=batch_size, repeats=REPEATS)
     assert sorted(found) == list(range(len(ROWS) + REPEATS))
     assert shapes == {(prefilled, 64), (prefilled, 128), (prefilled * together, 1)}

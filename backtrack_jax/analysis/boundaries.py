@@ -250,10 +250,10 @@ def hits(
             shown = dataclasses.replace(place.trace, id=name, text=whole, token_ids=None, finish_reason=None)
             asked.setdefault(key, (shown, len(before) + start))
             members.append((i, draw, key))
-    if material.judge is None or not asked:
+    if material.judge is None:
         return keyword, np.full_like(judged, math.nan), complete
     label = material.experiment.vectors.label
-    answers = material.judge([trace for trace, _ in asked.values()])
+    answers = material.judge([trace for trace, _ in asked.values()]) if asked else []
     found_at = {
         key: _backtracks(annotation, at, label)
         for (key, (_, at)), annotation in zip(asked.items(), answers, strict=True)

@@ -46,7 +46,9 @@ from backtrack_jax.analysis.results import Results
 from backtrack_jax.analysis.statistics import NAN, Region
 from backtrack_jax.files import tables
 from backtrack_jax.files.tables import Table
+from backtrack_jax.models.batching import bucket
 from backtrack_jax.models.config import ModelConfig
+from backtrack_jax.models.quantized import activation_dtype
 
 STABLE = 0.8
 """Share of the continuations that must backtrack for a boundary to be called stable, as in arXiv 2604.02113."""
@@ -101,12 +103,10 @@ class Stability(Question):
         if LABELLED not in of_group:
             return []
         own, draws = of_group[LABELLED], r.experiment.questions.stability.draws
-        text = (
-            f"Of {own['boundaries']} boundaries before {r.label}, {100 * own['stable']:.1f} % backtrack again in at "
-            f"least {math.ceil(STABLE * draws)} of {draws} continuations of the same prefix"
-        )
+        text = f"At {100 * own['stable']:.1f} % of {own['boundaries']} boundaries before {r.label}"
         if REFERENCE in of_group:
             text += f" ({100 * of_group[REFERENCE]['stable']:.1f} % of other boundaries)"
+        text += f", at least {math.ceil(STABLE * draws)} of {draws} continuations of the same prefix backtrack"
         line, null = _difference(r)
         if line:
             text += (
@@ -160,11 +160,12 @@ class Stability(Question):
     def memory(self, planned: Planned, config: ModelConfig) -> dict[str, int]:
         """Keys and values of a batch of continuations, and the logits of some positions of a batch of texts."""
         e = planned.experiment
-        longest = max(planned.trace_tokens, default=0) + e.questions.stability.tokens
-        cache = 2 * config.n_layers * config.n_kv_heads * config.head_dim * longest * e.steering.batch_size
-        logits = logits_at_once(e.analysis.batch_size, config.vocab_size)
+        longest = bucket(max(planned.trace_tokens, default=0)) + e.questions.stability.tokens
+        of_token = 2 * config.n_layers * config.n_kv_heads * config.head_dim
+        cache = of_token * longest * e.steering.batch_size * activation_dtype(e.model(e.author).dtype).itemsize
+        logits = 4 * logits_at_once(e.analysis.batch_size, config.vocab_size)
         devices = e.data_parallel * e.model_parallel
-        return {"cache of continuations": 4 * cache // devices, "logits after texts": 4 * logits // devices}
+        return {"cache of continuations": cache // devices, "logits after texts": logits // devices}
 
 
 STABILITY = Stability()

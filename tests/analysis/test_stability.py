@@ -629,4 +629,4 @@ def test_a_run_that_asks_has_its_tables_figure_and_sentence(finished: Path) -> N
     }
     assert (finished / "6-report" / "stability.png").exists()
     for shown in ("summary.md", "report.html"):
-        assert "boundaries before backtracking, " in (finished / "6-report" / shown).read_text()
+        assert "boundaries before backtracking (" in (finished / "6-report" / shown).read_text()
