@@ -86,7 +86,7 @@ def weightings(lines: Table, n_random: int, seed: int) -> dict[tuple[str, int], 
     """(name, 0) -> weights of the labelled boundaries; (name, r) -> the same weights in the r-th random order.
 
     What is drawn changes places within a third of the traces only, so that its weights are the same numbers, of one
-    effective sample size, and no further back in the traces than the sorted ones.
+    effective sample size, and no more of them early or late in the traces than of the sorted ones.
     """
     own = [line for line in lines if line["group"] == LABELLED]
     fifths = np.array([line["fifth"] for line in own])
@@ -114,18 +114,17 @@ def effects(material: Material, role: str, lines: Table, partial: Path) -> Table
     """
     e, q = material.experiment, material.experiment.questions.stability
     own = windows(material, role, lines)
-    vectors = {
-        name: own.sums(weights)
-        for name, weights in weightings(lines, q.random, e.seed).items()
-        if not (name[0] == WEIGHTED and name[1])
-    }
+    given = weightings(lines, q.random, e.seed)
+    given = {name: weights for name, weights in given.items() if not (name[0] == WEIGHTED and name[1])}
     names = np.unique(np.asarray(own.problems, str)).tolist()
     fold_of = dict(zip(names, np.random.default_rng(e.seed).permutation(len(names)) % e.analysis.folds, strict=True))
+    kept = [np.array([fold_of[problem] != fold for problem in names]) for fold in range(e.analysis.folds)]
     added = {
         (name, fold): row
-        for fold in range(e.analysis.folds)
-        for name, sums in vectors.items()
-        if (row := _added(material, role, sums, np.array([fold_of[problem] != fold for problem in names]))) is not None
+        for name, weights in given.items()
+        for sums in [own.sums(weights)]
+        for fold, of_fold in enumerate(kept)
+        if (row := _added(material, role, sums, of_fold)) is not None
     }
     _, n_layers, _, _, d_model = material.sums[role].sums.shape
     nothing = no_intervention(n_layers, d_model, e.steering.span)
@@ -135,7 +134,7 @@ def effects(material: Material, role: str, lines: Table, partial: Path) -> Table
     for trace in spread(traces, e.analysis.forced_texts) if e.analysis.forced_texts else []:
         ids, prompt_length, starts = log_odds.given_text(material, role, trace, sentence_spans(trace)[1:])
         fold = fold_of.get(trace.problem_id, 0)
-        under = {None: nothing} | {name: added[name, fold] for name in vectors if (name, fold) in added}
+        under = {None: nothing} | {name: added[name, fold] for name in given if (name, fold) in added}
         for name, row in under.items():
             read.append((trace.problem_id, name))
             rows.append(Forced(ids, prompt_length, starts, row))
