@@ -15,6 +15,7 @@ from backtrack_jax import kinds, labelling
 from backtrack_jax.config import (
     CONTRASTS,
     ESTIMATORS,
+    FILTERS,
     ROLES,
     UNITS,
     Experiment,
@@ -37,6 +38,7 @@ def check(experiment: Experiment) -> None:
     faults = [*_model_faults(e), *_source_faults(e), *_vector_faults(e), *_steering_faults(e), *_analysis_faults(e)]
     faults += [fault for name in e.questions.ask for fault in _not_one_of("questions.ask", name, e.questions.known)]
     faults += _repeated("questions.ask", e.questions.ask)
+    faults += _stability_faults(e) if "stability" in e.questions.ask else []
     if not re.fullmatch(r"[^/\\\s.][^/\\]*", e.name):
         faults.append(_fault("name", e.name, "the name of a folder"))
     if not (isinstance(e.seed, int) and 0 <= e.seed < 2**32):
@@ -321,3 +323,27 @@ def _analysis_faults(e: Experiment) -> list[str]:
         if value < least:
             faults.append(_fault(f"analysis.{field}", value, f"at least {least}"))
     return faults
+
+
+def _stability_faults(e: Experiment) -> list[str]:
+    q, name = e.questions.stability, "questions.stability"
+    faults = _not_one_of(f"{name}.filter_by", q.filter_by, FILTERS)
+    for field, least in (("boundaries", 0), ("tokens", 1), ("random", 0)):
+        if (value := getattr(q, field)) < least:
+            faults.append(_fault(f"{name}.{field}", value, f"at least {least}"))
+    if q.draws < 2 or q.draws % 2:
+        faults.append(_fault(f"{name}.draws", q.draws, "an even number, at least 2: half of them sort, half score"))
+    if not _finite(q.magnitude) or q.magnitude < 0 or not (q.magnitude or _positive(e)):
+        accepted = "a number above 0, or 0 for the smallest positive one of steering.magnitudes"
+        faults.append(_fault(f"{name}.magnitude", q.magnitude, accepted))
+    if e.traces.temperature == 0:
+        accepted = "above 0 where questions.ask has 'stability': else all continuations of a prefix are the same"
+        faults.append(_fault("traces.temperature", e.traces.temperature, accepted))
+    if _integers(e.steering.kind_layers) and e.steering.kind_layers and e.steering.main_layer not in e.vectors.layers:
+        accepted = f"steering.layer={e.steering.main_layer} among them, for questions.ask={e.questions.ask!r}"
+        faults.append(_fault("vectors.layers", e.vectors.layers, accepted))
+    return faults
+
+
+def _positive(e: Experiment) -> list[float]:
+    return [magnitude for magnitude in e.steering.magnitudes if _finite(magnitude) and magnitude > 0]

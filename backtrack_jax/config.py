@@ -14,6 +14,7 @@ ROLES = ("base", "reasoning")
 ESTIMATORS = ("trace_mean", "token_mean")
 CONTRASTS = ("all", "rest", "trace")
 UNITS = ("absolute", "relative", "raw")
+FILTERS = ("boundary", "question")
 
 
 @dataclasses.dataclass
@@ -321,14 +322,40 @@ class AnalysisSpec:
 
 
 @dataclasses.dataclass
+class StabilitySpec:
+    """Which boundaries recur when the model that writes the traces goes on from the same prefix once more.
+
+    Attributes:
+      boundaries: sections of `vectors.label` whose prefixes are continued, at most, spread over problems; as many of
+        other labels beside them. 0 takes all of the label.
+      draws: continuations of each prefix, an even number: one half sorts boundaries, the other half scores them.
+      tokens: limit of a continuation, of which the first sentence counts.
+      filter_by: `boundary`: each by its own draws; `question`: by those of all boundaries of its problem.
+      random: how often the boundaries are sorted at random, among those of the same third of a trace, for comparison;
+        below 19, no difference can be told from chance.
+      magnitude: of the vectors whose effects are compared, in `steering.unit`; 0 takes the smallest positive one of
+        `steering.magnitudes`.
+    """
+
+    boundaries: int = 120
+    draws: int = 10
+    tokens: int = 24
+    filter_by: str = "boundary"
+    random: int = 19
+    magnitude: float = 0.0
+
+
+@dataclasses.dataclass
 class QuestionsSpec:
     """The open questions: analyses that run where they are asked for. Each has a field with its settings.
 
     Attributes:
       ask: names of the questions, each the name of another field here; empty for none.
+      stability: which boundaries recur from the same prefix, and what their vectors do.
     """
 
     ask: tuple[str, ...] = ()
+    stability: StabilitySpec = dataclasses.field(default_factory=StabilitySpec)
 
     @property
     def known(self) -> tuple[str, ...]:

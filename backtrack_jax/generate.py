@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from backtrack_jax.intervention import Intervention, key_of, stack_rows, with_same_terms
 from backtrack_jax.models.attention import PAD, KVCache
@@ -23,6 +24,7 @@ from backtrack_jax.models.sharding import place_rows
 from backtrack_jax.models.tokenizer import Tokenizer
 from backtrack_jax.sampling import GREEDY, Sampling, sample
 
+_SHARED = "something inside the prompt that it shares with other rows, expected the span `generated`, or repeats=1"
 _NOISE_STREAM = np.uint32(0xFFFFFFFF)  # sampling step numbers never get here
 
 
@@ -77,16 +79,17 @@ def generate(
     *,
     max_new_tokens: int,
     vocab_size: int | None = None,
+    repeats: int = 1,
 ) -> Generated:
-    """Samples up to `max_new_tokens` tokens for B prompts.
+    """Samples up to `max_new_tokens` tokens for B prompts, or for B / `repeats` prompts `repeats` times each.
 
     Generated position j is the forward pass whose *input* is generated token j. The intervention acts in prefill and in
     every decode step through the same code, on the positions of its span.
 
     Args:
       model: the model.
-      ids: [B, T] int32 prompts, padded on either side (`models.batching.left_pad`).
-      positions: [B, T] int32, PAD at padding.
+      ids: [B / repeats, T] int32 prompts, padded on either side (`models.batching.left_pad`).
+      positions: [B / repeats, T] int32, PAD at padding.
       keys: [B] typed PRNG keys. A row's text depends on its own key, prompt and intervention, not on its batch.
       intervention: B rows, or None.
       sampling: temperature, top-p and top-k.
@@ -94,26 +97,35 @@ def generate(
       max_new_tokens: G, static.
       vocab_size: number of ids that the tokenizer has, static; None for as many as the model embeds. Rows of an
         embedding beyond it are padding, and are never sampled.
+      repeats: how many rows after each other continue one prompt, static. It is prefilled once for all of them, so none
+        of them may change anything inside it.
 
     Returns:
       The replies.
 
     Raises:
-      ValueError: if `max_new_tokens` or `vocab_size` is below 1, the sampling is invalid, or keys or intervention have
-        other shapes than these rows and this model.
+      ValueError: if `max_new_tokens`, `vocab_size` or `repeats` is below 1, the sampling is invalid, keys or
+        intervention have other shapes than these rows and this model, or a row of several that share a prompt changes
+        something inside it. Where that is traced, the row's logits are NaN.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}, expected at least 1")
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats}, expected at least 1")
     if vocab_size is not None and vocab_size < 1:
         raise ValueError(f"vocab_size={vocab_size}, expected at least 1, or None")
     sampling.check()
-    if jnp.shape(keys) != (len(ids),):
-        raise ValueError(f"keys have shape {jnp.shape(keys)}, expected one for each of {len(ids)} rows (`row_key`)")
+    B = len(ids) * repeats
+    if jnp.shape(keys) != (B,):
+        raise ValueError(f"keys have shape {jnp.shape(keys)}, expected one for each of {B} rows (`row_key`)")
     stop_ids = jnp.asarray(stop_ids, jnp.int32).reshape(-1)
-    prompt_length = jnp.max(positions, axis=1) + 1
+    prompt_length = jnp.repeat(jnp.max(positions, axis=1) + 1, repeats)
+    in_prompt = intervention
     if intervention is not None:
-        intervention.check_shape(len(ids), model.config.n_layers, model.config.d_model)
-        intervention = intervention.resolve(prompt_length)
+        intervention.check_shape(B, model.config.n_layers, model.config.d_model)
+        in_prompt = intervention = intervention.resolve(prompt_length)
+    if repeats > 1:
+        in_prompt = None
 
     def record(state: DecodeState, resid: jax.Array) -> DecodeState:
         """Samples from the last position's residual stream [B, 1, D] and writes the tokens at `state.step`."""
@@ -141,18 +153,31 @@ def generate(
     def unfinished(state: DecodeState) -> jax.Array:
         return (state.step < max_new_tokens) & ~jnp.all(state.stopped)
 
-    B = len(ids)
-    out = model(ids, positions, intervention=intervention)
-    decoder, cache = model.for_decoding(out.cache.extended(max_new_tokens))
+    out = model(ids, positions, intervention=in_prompt)
+    at_last = jnp.argmax(positions, axis=1)[:, None, None]  # not the last column where padding stands behind
+    resid, cache = jnp.take_along_axis(out.resid, at_last, axis=1), out.cache
+    if repeats > 1:
+        resid, cache = jnp.repeat(resid, repeats, axis=0), cache.repeated(repeats)
+        if intervention is not None:
+            resid = jnp.where(_changes_prompt(intervention, prompt_length)[:, None, None], jnp.nan, resid)
+    decoder, cache = model.for_decoding(cache.extended(max_new_tokens))
     nothing = jnp.zeros((B, max_new_tokens), jnp.int32)
     zeros = jnp.zeros(B, jnp.int32)
     start = DecodeState(cache, nothing, jnp.zeros((), jnp.int32), zeros > 0, zeros, zeros == 0)
-    at_last = jnp.argmax(positions, axis=1)[:, None, None]  # not the last column where padding stands behind
-    last = lax.while_loop(unfinished, decode_step, record(start, jnp.take_along_axis(out.resid, at_last, axis=1)))
+    last = lax.while_loop(unfinished, decode_step, record(start, resid))
     return Generated(last.ids, last.lengths, last.stopped, last.finite)
 
 
-compiled_generate = jax.jit(generate, static_argnames=("max_new_tokens", "vocab_size"))
+compiled_generate = jax.jit(generate, static_argnames=("max_new_tokens", "vocab_size", "repeats"))
+
+
+def _changes_prompt(intervention: Intervention, prompt_length: jax.Array) -> jax.Array:
+    """[B] bool, rows that change something inside their prompt; ValueError where that is known before it is run."""
+    changes = intervention.changes_before(prompt_length)
+    if not isinstance(changes, Tracer) and np.any(changes):
+        row = np.flatnonzero(changes)[0]
+        raise ValueError(f"row {row} changes {_SHARED}")
+    return changes
 
 
 def row_key(seed: int, problem_id: str, sample_id: int) -> jax.Array:
@@ -201,6 +226,7 @@ def generate_rows(
     batch_size: int,
     vocab_size: int | None = None,
     done: Container[int] = (),
+    repeats: int = 1,
 ) -> Iterator[list[tuple[int, Completion]]]:
     """Samples all rows and yields, batch by batch, (row number, reply) pairs.
 
@@ -209,10 +235,13 @@ def generate_rows(
     left out; the others are composed as if nothing were done, so that an interrupted run repeats the very computation
     of an uninterrupted one.
 
-    `vocab_size` is as in `generate`: the number of ids that the tokenizer has.
+    `vocab_size` is as in `generate`: the number of ids that the tokenizer has. With `repeats`, as many rows after each
+    other have one prompt, none of them changes anything inside it, and it is prefilled once for as many of them as a
+    batch has room for.
 
     Raises:
-      ValueError: names the row whose prompt is invalid for this model, or the invalid value of the sampling.
+      ValueError: names the row whose prompt is invalid for this model, that does not share its prompt or changes what
+        it shares, or the invalid value of the sampling.
       FloatingPointError: names the row whose logits are not finite.
     """
     sampling.check()
@@ -221,12 +250,15 @@ def generate_rows(
             raise ValueError(f"{field} has shape {jnp.shape(value)}, expected one number for all rows")
     for number, row in enumerate(rows):
         check_ids(row.prompt, model.config.vocab_size, row.name or f"row {number}")
+    _check_shared(rows, repeats)
+    together = max(n for n in range(1, max(1, min(repeats, batch_size)) + 1) if repeats % n == 0)
     interventions = with_same_terms([row.intervention for row in rows]) if rows else []
-    for padded, members in batches([len(row.prompt) for row in rows], batch_size):
+    for padded, sets in batches([len(row.prompt) for row in rows[::together]], batch_size // together):
+        members = [together * n + i for n in sets for i in range(together)]
         if all(row in done for row in members):
             continue
-        filled = [*members, *[members[-1]] * (batch_size - len(members))]
-        ids, positions = left_pad([rows[i].prompt for i in filled], padded)
+        filled = [*members, *members[-together:] * (batch_size // together - len(sets))]
+        ids, positions = left_pad([rows[i].prompt for i in filled[::together]], padded)
         keys, stacked = jnp.stack([rows[i].key for i in filled]), stack_rows([interventions[i] for i in filled])
         out = compiled_generate(
             model,
@@ -235,6 +267,7 @@ def generate_rows(
             np.array(stop_ids, np.int32),
             max_new_tokens=max_new_tokens,
             vocab_size=vocab_size,
+            repeats=together,
         )
         ids, lengths, stopped, finite = jax.device_get((out.ids, out.lengths, out.stopped, out.finite))
         for i, row in enumerate(members):
@@ -245,6 +278,19 @@ def generate_rows(
             (row, Completion(tuple(ids[i, : lengths[i]].tolist()), "stop" if stopped[i] else "length"))
             for i, row in enumerate(members)
         ]
+
+
+def _check_shared(rows: Sequence[Row], repeats: int) -> None:
+    """ValueError if rows cannot be prefilled together."""
+    if repeats < 1 or len(rows) % repeats:
+        raise ValueError(f"repeats={repeats}, expected a number that divides {len(rows)} rows")
+    for number, row in enumerate(rows) if repeats > 1 else ():
+        name, first = row.name or f"row {number}", number - number % repeats
+        if tuple(row.prompt) != tuple(rows[first].prompt):
+            raise ValueError(f"{name} has another prompt than row {first}, expected the same in {repeats} rows")
+        length = jnp.asarray(len(row.prompt), jnp.int32)
+        if row.intervention.terms and row.intervention.resolve(length).changes_before(length):
+            raise ValueError(f"{name} changes {_SHARED}")
 
 
 def generate_text(

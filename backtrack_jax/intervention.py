@@ -201,6 +201,15 @@ class Intervention:
         of_terms = [jnp.any(term.during < 0, axis=(-2, -1)) for term in self.terms if term.during is not None]
         return functools.reduce(operator.or_, of_terms, jnp.any(self.span < 0, axis=-1))
 
+    def changes_before(self, position: jax.Array | int) -> jax.Array:
+        """[B] bool, whether a row, its spans resolved, may change anything before a position ([B] int32 or one)."""
+        found = jnp.zeros(self.span.shape[:-1], bool)
+        for term in self.terms:
+            starts = self.span[..., :1] if term.during is None else jnp.maximum(self.span[..., :1], term.during[..., 0])
+            before = starts < jnp.asarray(position)[..., None]
+            found |= jnp.any((term.strength != 0) & before, axis=-1)
+        return found
+
     def at_layers(self) -> tuple[tuple[Term, ...], ComponentGate | None]:
         """Terms and gate with the layer axis first, to be scanned over beside the model's blocks."""
         return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), (self.terms, self.component_gate))

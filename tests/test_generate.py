@@ -758,9 +758,10 @@ def test_generate_rows_keeps_shapes_few_and_rows_in_their_place(monkeypatch: pyt
         *,
         max_new_tokens: int,
         vocab_size: int | None,
+        repeats: int,
     ) -> Generated:
         shapes.append(ids.shape)
-        assert positions.shape == ids.shape
+        assert positions.shape == ids.shape and repeats == 1
         assert keys.shape == intervention.shape[:1] == ids.shape[:1]
         lengths = positions.max(1) + 1
         replies = np.stack([lengths, ids[:, -1], jax.random.key_data(keys)[:, -1] % 1000], axis=1)

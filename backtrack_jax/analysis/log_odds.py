@@ -145,6 +145,7 @@ def keyword_log_odds(
     *,
     batch_size: int,
     done: Container[int] = (),
+    temperature: float = 1.0,
 ) -> Iterator[list[tuple[int, float]]]:
     """Mean log-odds of keywords at the sentence starts of texts.
 
@@ -154,6 +155,7 @@ def keyword_log_odds(
       keyword_ids: ids of the tokens that are a keyword.
       batch_size: rows of a batch; rows of similar length share one.
       done: row numbers; batches of which all rows are in it are left out.
+      temperature: at which the next token would be drawn, > 0.
 
     Yields:
       After every batch, (row number, mean over its sentence starts, in nats); nan for a row without any.
@@ -176,7 +178,7 @@ def keyword_log_odds(
             of_batch = [own[member] for member in members]
             if all(row in done for row in of_batch):
                 continue
-            yield _measured_batch(model, keyword, rows, edits, of_batch, (batch_size, padded, width))
+            yield _measured_batch(model, keyword, rows, edits, of_batch, (batch_size, padded, width), temperature)
 
 
 def _measured_batch(
@@ -186,6 +188,7 @@ def _measured_batch(
     edits: Mapping[int, Intervention],
     members: Sequence[int],
     shape: tuple[int, int, int],
+    temperature: float,
 ) -> list[tuple[int, float]]:
     """Mean log-odds of some rows as one batch of a shape: rows, tokens, starts."""
     batch_size, padded, width = shape
@@ -199,7 +202,7 @@ def _measured_batch(
     prompts = np.array([rows[row].prompt_length for row in filled], np.int32)
     intervention = stack_rows([edits[row] for row in filled]).resolve(jnp.asarray(prompts))
     placed = place_rows(model, (ids, positions, at, counted, intervention))
-    sums = np.asarray(_sums(model, keyword, *placed), np.float64)[: len(members)]
+    sums = np.asarray(_sums(model, keyword, *placed, np.float32(temperature)), np.float64)[: len(members)]
     if bad := [row for row, value in zip(members, sums, strict=True) if not math.isfinite(value)]:
         raise FloatingPointError(f"logits of row {bad[0]} are not finite")
     n_starts = np.array([len(rows[row].starts) for row in members])
@@ -216,13 +219,14 @@ def _sums(
     at: jax.Array,  # [B, P] positions of the tokens before the starts
     counted: jax.Array,  # [B, P] bool
     intervention: Intervention,
+    temperature: jax.Array,
 ) -> jax.Array:
     """Sum of the log-odds of a keyword after the counted positions, [B] float32."""
     resid = model(ids, positions, intervention=intervention).resid
     x = jnp.take_along_axis(resid, at[..., None], axis=1)
 
     def of_position(x: jax.Array) -> jax.Array:
-        logits = model.logits(x)
+        logits = model.logits(x) / temperature
         yes, no = (jax.nn.logsumexp(logits, axis=-1, where=where) for where in (keyword, ~keyword))
         return yes - no
 
@@ -247,13 +251,10 @@ def forced_rows(material: Material, role: str) -> tuple[Table, list[Forced]]:
 
     def add(trace: Trace, source: str, spans: Sequence[tuple[int, int]], under: Mapping[Condition, str]) -> None:
         """A text with the sentences that count, under conditions, whose kinds are named anew."""
-        annotation = Annotation(trace.id, "", tuple(Section("", *span) for span in spans))
-        read = material.token_trace(role, trace, annotation)
-        starts = sorted({at for _, at in read.starts})[: material.experiment.analysis.forced_sentences or None]
-        ids = read.ids[: max(starts, default=read.reply_start)]  # what comes later changes nothing
+        ids, prompt_length, starts = given_text(material, role, trace, spans)
         for condition, kind in under.items():
             row = material.intervention(condition, trace.problem_id)
-            rows.append(Forced(ids, read.reply_start, starts, row))
+            rows.append(Forced(ids, prompt_length, starts, row))
             line = dataclasses.asdict(condition) | {"kind": kind, "text": source, "problem_id": trace.problem_id}
             lines.append(line | {"n_starts": len(starts)})
 
@@ -271,6 +272,17 @@ def forced_rows(material: Material, role: str) -> tuple[Table, list[Forced]]:
                 moved = [(start + len(shown) + 1, stop + len(shown) + 1) for start, stop in spans]
                 add(dataclasses.replace(trace, text=longer, token_ids=None), source, moved, plain)
     return lines, rows
+
+
+def given_text(
+    material: Material, role: str, trace: Trace, spans: Sequence[tuple[int, int]]
+) -> tuple[Sequence[int], int, list[int]]:
+    """The first fields of `Forced` for a text as the model of a role reads it, with sentences at some characters."""
+    annotation = Annotation(trace.id, "", tuple(Section("", *span) for span in spans))
+    read = material.token_trace(role, trace, annotation)
+    starts = sorted({at for _, at in read.starts})[: material.experiment.analysis.forced_sentences or None]
+    ids = read.ids[: max(starts, default=read.reply_start)]  # what comes later changes nothing
+    return ids, read.reply_start, starts
 
 
 def texts_of(material: Material) -> dict[str, list[Trace]]:

@@ -1,4 +1,8 @@
-"""The problems that ship with the package: 300 in the ten categories of the paper, written for this project."""
+"""The problems that ship with the package, written for this project.
+
+300 in the ten categories of the paper, and 180 with known answers: 60 each of mathematics, deduction and planning, 20
+at each of three difficulties (`scripts/graded_problems.py` computes every answer).
+"""
 
 from collections.abc import Sequence
 from importlib import resources
@@ -29,6 +33,21 @@ CATEGORIES = (
 def problems_at(path: str) -> list[Problem]:
     """The problems of a file, those that ship with the package if none is named; errors of `read_problems`."""
     return read_problems(data_path(path)) if path else shipped_problems()
+
+
+GRADED = ("mathematics", "deduction", "planning")
+"""The categories of the graded problems."""
+
+
+def graded_problems() -> list[Problem]:
+    """Reads `graded.jsonl` beside this module, `package:backtrack_jax/data/graded.jsonl` in a config.
+
+    Returns:
+        The 180 problems with `answer` and `difficulty`, by category and difficulty; ids run from
+        `<category>_<difficulty>_00` to `_19`.
+    """
+    with resources.as_file(resources.files("backtrack_jax.data") / "graded.jsonl") as path:
+        return read_problems(path)
 
 
 def shipped_problems() -> list[Problem]:

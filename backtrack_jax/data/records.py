@@ -40,11 +40,15 @@ class Problem:
         id: unique in its file.
         category: kind of problem, e.g. `math_logic`.
         problem: the text that is put to the model.
+        answer: what is right, a number or a choice (`data.answers`); empty where it is not known.
+        difficulty: from 1 up; 0 where it is not known.
     """
 
     id: str
     category: str
     problem: str
+    answer: str = ""
+    difficulty: int = 0
 
 
 @dataclass(frozen=True)
@@ -292,7 +296,8 @@ def read_problems(path: Path | str) -> list[Problem]:
     """Reads problems from a JSON list or a JSONL file; the released `*_tasks.json` load unchanged.
 
     Args:
-        path: `.json` or `.jsonl`; every entry has the strings `id`, `category` and `problem`, other keys are ignored.
+        path: `.json` or `.jsonl`; every entry has the strings `id`, `category` and `problem`, and may have `answer` and
+            `difficulty`; other keys are ignored.
 
     Returns:
         The problems, in the order of the file.
@@ -302,9 +307,16 @@ def read_problems(path: Path | str) -> list[Problem]:
         ValueError: a fault, named by file, line or entry, and field; or an id that occurs twice.
     """
     path = Path(path)
-    names = ("id", "category", "problem")
-    problems = [Problem(*(fields.require(*names).text(name) for name in names)) for fields in jsonl.read_objects(path)]
-    return _unique(problems, path)
+    return _unique([_problem(fields) for fields in jsonl.read_objects(path)], path)
+
+
+def _problem(fields: Fields) -> Problem:
+    names, given = ("id", "category", "problem"), fields.value
+    return Problem(
+        *(fields.require(*names).text(name) for name in names),
+        answer=fields.text("answer", empty=True) if "answer" in given else "",
+        difficulty=fields.natural("difficulty") if "difficulty" in given else 0,
+    )
 
 
 def read_traces(path: Path | str) -> list[Trace]:

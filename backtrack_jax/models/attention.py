@@ -54,6 +54,15 @@ class KVCache:
             self.length,
         )
 
+    def repeated(self, times: int) -> "KVCache":
+        """The cache of `times` rows after each other in place of every row."""
+        return KVCache(
+            jnp.repeat(self.k, times, axis=1),
+            jnp.repeat(self.v, times, axis=1),
+            jnp.repeat(self.positions, times, axis=0),
+            self.length,
+        )
+
     def unstacked(self) -> "KVCache":
         """The same cache as one array per layer, to go with `Decoder.unstacked`."""
         return dataclasses.replace(self, k=tuple(self.k), v=tuple(self.v))

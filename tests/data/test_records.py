@@ -163,8 +163,8 @@ def test_a_reader_of_the_old_file_is_not_disturbed_by_a_new_one(tmp_path: Path) 
 
 
 def test_problems_are_read_from_json_and_jsonl_and_may_hold_other_keys(tmp_path: Path) -> None:
-    entries = [PROBLEM | {"difficulty": 3}, PROBLEM | {"id": "logic_2"}]
-    expected = [Problem("logic_1", "logic", "Is 7 prime?"), Problem("logic_2", "logic", "Is 7 prime?")]
+    entries = [PROBLEM | {"difficulty": 3, "answer": "yes", "source": "ours"}, PROBLEM | {"id": "logic_2"}]
+    expected = [Problem("logic_1", "logic", "Is 7 prime?", "yes", 3), Problem("logic_2", "logic", "Is 7 prime?")]
     assert read_problems(write(tmp_path / "a.json", entries)) == expected
     lines = "\n".join(json.dumps(entry) for entry in entries)
     assert read_problems(write(tmp_path / "a.jsonl", "\ufeff" + lines + "\n\n")) == expected
