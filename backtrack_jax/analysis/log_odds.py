@@ -247,13 +247,10 @@ def forced_rows(material: Material, role: str) -> tuple[Table, list[Forced]]:
 
     def add(trace: Trace, source: str, spans: Sequence[tuple[int, int]], under: Mapping[Condition, str]) -> None:
         """A text with the sentences that count, under conditions, whose kinds are named anew."""
-        annotation = Annotation(trace.id, "", tuple(Section("", *span) for span in spans))
-        read = material.token_trace(role, trace, annotation)
-        starts = sorted({at for _, at in read.starts})[: material.experiment.analysis.forced_sentences or None]
-        ids = read.ids[: max(starts, default=read.reply_start)]  # what comes later changes nothing
+        ids, prompt_length, starts = given_text(material, role, trace, spans)
         for condition, kind in under.items():
             row = material.intervention(condition, trace.problem_id)
-            rows.append(Forced(ids, read.reply_start, starts, row))
+            rows.append(Forced(ids, prompt_length, starts, row))
             line = dataclasses.asdict(condition) | {"kind": kind, "text": source, "problem_id": trace.problem_id}
             lines.append(line | {"n_starts": len(starts)})
 
@@ -271,6 +268,17 @@ def forced_rows(material: Material, role: str) -> tuple[Table, list[Forced]]:
                 moved = [(start + len(shown) + 1, stop + len(shown) + 1) for start, stop in spans]
                 add(dataclasses.replace(trace, text=longer, token_ids=None), source, moved, plain)
     return lines, rows
+
+
+def given_text(
+    material: Material, role: str, trace: Trace, spans: Sequence[tuple[int, int]]
+) -> tuple[Sequence[int], int, list[int]]:
+    """The first fields of `Forced` for a text as the model of a role reads it, with sentences at some characters."""
+    annotation = Annotation(trace.id, "", tuple(Section("", *span) for span in spans))
+    read = material.token_trace(role, trace, annotation)
+    starts = sorted({at for _, at in read.starts})[: material.experiment.analysis.forced_sentences or None]
+    ids = read.ids[: max(starts, default=read.reply_start)]  # what comes later changes nothing
+    return ids, read.reply_start, starts
 
 
 def texts_of(material: Material) -> dict[str, list[Trace]]:

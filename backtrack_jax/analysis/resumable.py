@@ -1,7 +1,8 @@
-"""Numbers of many rows, kept on disk batch by batch, so that a killed run does not measure them again."""
+"""What was measured of many rows, kept on disk batch by batch, so that a killed run does not measure it again."""
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from backtrack_jax.files import store
 from backtrack_jax.files.console import Progress
@@ -29,12 +30,27 @@ def values(
     Returns:
       One value a row, in their order.
     """
-    found = {line["row"]: line[column] for line in store.recover_lines(partial)}
+
+    def named(done: Container[int]) -> Iterator[list[tuple[int, dict[str, float]]]]:
+        for batch in measure(done):
+            yield [(row, {column: value}) for row, value in batch]
+
+    return [line[column] for line in lines(partial, title, tokens, named)]
+
+
+def lines(
+    partial: Path,
+    title: str,
+    tokens: list[int],
+    measure: Callable[[Container[int]], Iterable[list[tuple[int, dict[str, Any]]]]],
+) -> list[dict[str, Any]]:
+    """As `values`, of rows that have several values each, by name; `row` is taken."""
+    found = {line["row"]: line for line in store.recover_lines(partial)}
     if len(found) < len(tokens):
         with Progress(title, len(tokens), len(found)) as progress:
             for batch in measure(frozenset(found)):
-                new = [(row, value) for row, value in batch if row not in found]
-                store.append_lines(partial, [{"row": row, column: value} for row, value in new])
-                found |= dict(new)
-                progress.update(len(new), sum(tokens[row] for row, _ in new))
+                new = {row: {"row": row} | line for row, line in batch if row not in found}
+                store.append_lines(partial, new.values())
+                found |= new
+                progress.update(len(new), sum(tokens[row] for row in new))
     return [found[row] for row in range(len(tokens))]
