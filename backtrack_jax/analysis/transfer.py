@@ -67,7 +67,8 @@ class Transfer(Question):
 
     def check(self, e: Experiment) -> None:
         """The other model and its tokenizer: that they are there, can be read, and fit each other."""
-        config, reader, q = tv.other_config(e), tv.other_reader(e), e.questions.transfer
+        q, reader = e.questions.transfer, tv.other_reader(e)  # first: a tokenizer is small
+        config = tv.other_config(e)
         not_read = reader.not_read
         read = [i for i in range(reader.tokenizer.vocab_size - 1, -1, -1) if i not in not_read]
         if read and read[0] >= config.vocab_size:
@@ -343,11 +344,11 @@ def plot(r: Results) -> Plot | None:
     caption = (
         f"The {r.label} vector of {q.model.path} (block {layer}), mapped into the {r.author} model (block {r.layer}) "
         f"by maps that were fitted at {at:,} ends of words, beside own vectors and controls; all of them are read from "
-        f"{100 * (1 - q.held_out):.0f} % of the problems. Shares: change of the log-odds of wait or hmm where a sentence "
-        f"begins on given text of {n} other problems, at magnitude {tv.magnitude(e):g} ({e.steering.unit}), over that "
-        f"under the own vector, {_changed(lines)} nats; 95 % intervals over problems (Fieller's). Cosines: 95 %, of the "
-        f"maps by a jackknife over {tv.N_GROUPS} groups of problems with everything fitted anew; of controls the middle "
-        f"95 % of {tv.N_DRAWS} draws. Rates: over problems."
+        f"{100 * (1 - q.held_out):.0f} % of the problems. Shares: change of the log-odds of wait or hmm where a "
+        f"sentence begins on given text of {n} other problems, at magnitude {tv.magnitude(e):g} ({e.steering.unit}), "
+        f"over that under the own vector, {_changed(lines)} nats; 95 % intervals over problems (Fieller's). Cosines: "
+        f"95 %, of the maps by a jackknife over {tv.N_GROUPS} groups of problems with everything fitted anew; of "
+        f"controls the middle 95 % of {tv.N_DRAWS} draws. Rates: over problems."
     )
     return Plot("transfer", "A vector of another family", caption, panels, r.tables["transfer"], place=7.3)
 

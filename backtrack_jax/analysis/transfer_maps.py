@@ -5,8 +5,8 @@ matrix W [D, E]: a direction v of the first model, which is a difference, become
 
     ridge        W = (Xc'Xc + a I)^-1 Xc'Yc, both centred; a by cross-validation, with folds of problems
     orthogonal   W = P R Q', principal components P and Q of either model, R the rotation of Procrustes between them
-    anchors      W = A' (B+)', rows of A and B the centred states at n anchors, of norm 1: what has the products A v with
-                 the anchors of one model is sought among those of the other (relative representations, arXiv 2209.15430)
+    anchors      W = A' (B+)', rows of A and B the centred states at n anchors, of norm 1: that direction of the second
+                 model whose products with its anchors are those of v with the first one's (arXiv 2209.15430)
 """
 
 import dataclasses

@@ -226,6 +226,11 @@ def _directions(fit: Material, role: str, layer: int, width: int, both: tuple[_P
     e, q = fit.experiment, fit.experiment.questions.transfer
     label, main_layer = e.vectors.label, e.steering.main_layer
     own, other = by_problem.of_label(fit, role, label, main_layer), by_problem.of_label(fit, _OTHER, label, layer)
+    if (n := min(own.n_problems, other.n_problems)) < 2:
+        raise ValueError(
+            f"{n} of the problems that vectors are read from have a window of {label!r} for both models; expected at "
+            "least 2: more problems, a smaller questions.transfer.held_out, or vectors.into_prompt=True"
+        )
     (x, y, problems), _ = both
     strengths = [transfer_maps.choose_strength(*pairs, e.analysis.folds) for pairs in both]
     names = sorted({trace.problem_id for trace in fit.traces})
@@ -264,7 +269,7 @@ def _directions(fit: Material, role: str, layer: int, width: int, both: tuple[_P
     means = fit.means_by_trace(role, ids, label, main_layer)
     of_traces = [trace.problem_id for trace in fit.traces]
     halves = reliability.split_half(*means[:2], of_traces, weights=means[2], seed=e.seed)
-    found[HALF] = _vector(own, np.random.default_rng(e.seed).permutation(len(names)) < len(names) // 2)[None]
+    found[HALF] = _vector(own, _half(own, e.seed))[None]
     lines.append(_line(HALF, halves.cosine, (halves.low, halves.high)) | {"problems": own.n_problems // 2})
 
     for name in (name for name in MAPS if name in found):
@@ -279,9 +284,8 @@ def _directions(fit: Material, role: str, layer: int, width: int, both: tuple[_P
 
     v = _vector(other, np.ones(len(names), bool))
     strength = strengths[0].value
-    drawn = shuffles.shuffle(
-        {name: fit.sums[name] for name in (role, _OTHER)}, ids, label, n_draws=N_DRAWS, seed=e.seed
-    )
+    # Of the other model's sections alone: those of a role hold the sections of a control a second time.
+    drawn = shuffles.shuffle({_OTHER: fit.sums[_OTHER]}, ids, label, n_draws=N_DRAWS, seed=e.seed)
     together = np.zeros(len(ids), int)
     of_labels = shuffles.shuffled_sums(drawn, fit, _OTHER, ids, label, layer, together).vectors(np.array([True]))
     rng = np.random.default_rng(e.seed)
@@ -312,6 +316,14 @@ def _vector(sums: ProblemSums, kept: np.ndarray) -> np.ndarray:
     parts = ((sums.positive, sums.n_positive), (sums.contrast, sums.n_contrast))
     means = [x[kept].sum(0) / n[kept].sum() if n[kept].sum() else np.full(x.shape[1], np.nan) for x, n in parts]
     return means[0] - means[1]
+
+
+def _half(sums: ProblemSums, seed: int) -> np.ndarray:
+    """One half of the problems, [P] bool, and of those that have a window of D+."""
+    kept, rng = np.zeros(len(sums.n_positive), bool), np.random.default_rng(seed)
+    for members in (np.flatnonzero(sums.n_positive > 0), np.flatnonzero(sums.n_positive == 0)):
+        kept[rng.permutation(members)[: -(-len(members) // 2)]] = True
+    return kept
 
 
 def _without(pairs: _Pairs, left_out: list[str]) -> _Pairs:

@@ -70,7 +70,7 @@ class AnalysisStage(Stage):
     def inputs(self, e: Experiment) -> dict[str, Any]:
         """Which analyses there are, what they measure, and what a judge of replies depends on."""
         judge = labelling.judge_of_replies(e)
-        questions = {a.name: a.inputs(e) for a in asked(self.analyses, e) if isinstance(a, Question)}
+        questions = {a.name: _own_inputs(a, e) for a in asked(self.analyses, e) if isinstance(a, Question)}
         return {
             "analyses": {analysis.name: analysis.version for analysis in asked(self.analyses, e)},
             "analysis": spec_values(e.analysis, "batch_size"),
@@ -214,6 +214,11 @@ class AnalysisStage(Stage):
 ANALYSIS = AnalysisStage()
 
 _LAST_READ: dict[bool, Stage] = {True: STEERING, False: VECTORS}  # whether an analysis reads replies -> stage
+
+
+def _own_inputs(question: Question, e: Experiment) -> dict[str, Any]:
+    """What a question depends on besides settings that other stages or analyses have too."""
+    return {name: value for name, value in question.inputs(e).items() if name not in question.settings}
 
 
 def _files(analysis: Analysis, e: Experiment) -> list[str]:
