@@ -15,7 +15,7 @@ MIXED = RNG.standard_normal((D, D))
 X = (RNG.standard_normal((N, D)) @ MIXED + 3).astype(np.float32)
 Y = (X @ RNG.standard_normal((D, E)) + RNG.standard_normal((N, E)) - 1).astype(np.float32)
 PROBLEMS = np.repeat([f"p{i}" for i in range(N // 20)], 20)
-ROTATION = linalg.qr(RNG.standard_normal((D, D)))[0]
+ROTATION = np.linalg.qr(RNG.standard_normal((D, D)))[0]
 V = RNG.standard_normal(D)
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import tiny
 from runs import run
-from scipy import special
 
 from backtrack_jax import extract, pipeline, plan
 from backtrack_jax.analysis import log_odds, transfer
@@ -130,7 +129,7 @@ def _check_effect(material: Any, effects: list[dict[str, Any]], own: np.ndarray)
         out = model(jnp.asarray([list(ids)]), jnp.arange(len(ids))[None], intervention=stacked)
         logits = np.asarray(model.logits(out.resid)[0], np.float64)[np.array(starts) - 1]
         others = np.delete(logits, words, axis=1)
-        found.append(np.mean(special.logsumexp(logits[:, words], axis=1) - special.logsumexp(others, axis=1)))
+        found.append(np.mean(np.logaddexp.reduce(logits[:, words], axis=1) - np.logaddexp.reduce(others, axis=1)))
     assert line["change"] == pytest.approx(found[0] - found[1], rel=1e-3, abs=1e-4)
 
 
