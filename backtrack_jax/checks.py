@@ -19,6 +19,7 @@ from backtrack_jax.config import (
     ROLES,
     UNITS,
     Experiment,
+    ModelSpec,
     PromptSpec,
     SteeringSpec,
     TraceSpec,
@@ -38,7 +39,8 @@ def check(experiment: Experiment) -> None:
     faults = [*_model_faults(e), *_source_faults(e), *_vector_faults(e), *_steering_faults(e), *_analysis_faults(e)]
     faults += [fault for name in e.questions.ask for fault in _not_one_of("questions.ask", name, e.questions.known)]
     faults += _repeated("questions.ask", e.questions.ask)
-    faults += _stability_faults(e) if "stability" in e.questions.ask else []
+    for name in e.questions.ask:
+        faults += _OF_QUESTION.get(name, lambda e: [])(e)
     if not re.fullmatch(r"[^/\\\s.][^/\\]*", e.name):
         faults.append(_fault("name", e.name, "the name of a folder"))
     if not (isinstance(e.seed, int) and 0 <= e.seed < 2**32):
@@ -142,21 +144,27 @@ def _model_faults(e: Experiment) -> list[str]:
     if not e.roles or any(role not in ROLES for role in e.roles):
         faults.append(_fault("roles", e.roles, f"some of {', '.join(ROLES)}"))
     for role in (role for role in ROLES if role in e.roles):
-        model = e.model(role)
-        if not model.path:
-            faults.append(_fault(f"{role}.path", "", "a folder, hub id, .gguf file or package:module/file"))
-        faults += _not_one_of(f"{role}.dtype", model.dtype, ("bfloat16", "float16", "float32", "int8"))
-        faults += _not_one_of(f"{role}.markers", model.markers, ("keep", "replace", "drop"))
-        if bool(model.marker_replacement) != (model.markers == "replace"):
-            accepted = "the text of a token, such as ' ####', for markers='replace', '' otherwise"
-            faults.append(_fault(f"{role}.marker_replacement", model.marker_replacement, accepted))
-        if model.markers != "keep" and e.prompt.format == "plain":
-            faults.append(_fault(f"{role}.markers", model.markers, "'keep': prompt.format='plain' has no markers"))
+        faults += _spec_faults(role, e.model(role), "prompt.format", e.prompt.format)
     there = [role for role in ROLES if role in e.roles]
     in_8_bits = [role for role in there if e.model(role).dtype == "int8"]
     if 0 < len(in_8_bits) < len(there):
         accepted = "both models in 8 bits or neither, since their tables stand side by side"
         faults.append(_fault(f"{in_8_bits[0]}.dtype", "int8", accepted))
+    return faults
+
+
+def _spec_faults(name: str, model: ModelSpec, field: str, prompt: str) -> list[str]:
+    """Of one model, named so, whose prompt format stands in a field."""
+    faults = []
+    if not model.path:
+        faults.append(_fault(f"{name}.path", "", "a folder, hub id, .gguf file or package:module/file"))
+    faults += _not_one_of(f"{name}.dtype", model.dtype, ("bfloat16", "float16", "float32", "int8"))
+    faults += _not_one_of(f"{name}.markers", model.markers, ("keep", "replace", "drop"))
+    if bool(model.marker_replacement) != (model.markers == "replace"):
+        accepted = "the text of a token, such as ' ####', for markers='replace', '' otherwise"
+        faults.append(_fault(f"{name}.marker_replacement", model.marker_replacement, accepted))
+    if model.markers != "keep" and prompt == "plain":
+        faults.append(_fault(f"{name}.markers", model.markers, f"'keep': {field}='plain' has no markers"))
     return faults
 
 
@@ -333,17 +341,46 @@ def _stability_faults(e: Experiment) -> list[str]:
             faults.append(_fault(f"{name}.{field}", value, f"at least {least}"))
     if q.draws < 2 or q.draws % 2:
         faults.append(_fault(f"{name}.draws", q.draws, "an even number, at least 2: half of them sort, half score"))
-    if not _finite(q.magnitude) or q.magnitude < 0 or not (q.magnitude or _positive(e)):
-        accepted = "a number above 0, or 0 for the smallest positive one of steering.magnitudes"
-        faults.append(_fault(f"{name}.magnitude", q.magnitude, accepted))
+    faults += _dose_faults(name, q.magnitude, e)
     if e.traces.temperature == 0:
         accepted = "above 0 where questions.ask has 'stability': else all continuations of a prefix are the same"
         faults.append(_fault("traces.temperature", e.traces.temperature, accepted))
-    if _integers(e.steering.kind_layers) and e.steering.kind_layers and e.steering.main_layer not in e.vectors.layers:
-        accepted = f"steering.layer={e.steering.main_layer} among them, for questions.ask={e.questions.ask!r}"
-        faults.append(_fault("vectors.layers", e.vectors.layers, accepted))
-    return faults
+    return faults + _kept_layer_faults(e)
 
 
-def _positive(e: Experiment) -> list[float]:
-    return [magnitude for magnitude in e.steering.magnitudes if _finite(magnitude) and magnitude > 0]
+def _dose_faults(name: str, magnitude: float, e: Experiment) -> list[str]:
+    """Of the magnitude of a question, 0 for the smallest positive one of the sweep."""
+    positive = any(_finite(other) and other > 0 for other in e.steering.magnitudes)
+    if _finite(magnitude) and magnitude >= 0 and (magnitude or positive):
+        return []
+    accepted = "a number above 0, or 0 for the smallest positive one of steering.magnitudes"
+    return [_fault(f"{name}.magnitude", magnitude, accepted)]
+
+
+def _kept_layer_faults(e: Experiment) -> list[str]:
+    """Of questions that need the means of sections at the steered layer."""
+    layers = e.steering.kind_layers
+    if not layers or not _integers(layers) or e.steering.main_layer in e.vectors.layers:
+        return []
+    accepted = f"steering.layer={e.steering.main_layer} among them, for questions.ask={e.questions.ask!r}"
+    return [_fault("vectors.layers", e.vectors.layers, accepted)]
+
+
+def _transfer_faults(e: Experiment) -> list[str]:
+    q, name = e.questions.transfer, "questions.transfer"
+    faults = _spec_faults(f"{name}.model", q.model, f"{name}.prompt", q.prompt)
+    faults += _not_one_of(f"{name}.prompt", q.prompt, ("plain", "chat", "r1"))
+    if not 0 < q.held_out < 1:
+        faults.append(_fault(f"{name}.held_out", q.held_out, "a share of the problems, between 0 and 1"))
+    for field, least in (("layer", -1), ("positions", 2), ("rank", 1), ("anchors", 1), ("replies", 0)):
+        if (value := getattr(q, field)) < least:
+            faults.append(_fault(f"{name}.{field}", value, f"at least {least}"))
+    if q.anchors > q.positions:
+        faults.append(_fault(f"{name}.anchors", q.anchors, f"at most {name}.positions={q.positions}"))
+    faults += _dose_faults(name, q.magnitude, e)
+    if e.analysis.folds < 2:
+        faults.append(_fault("analysis.folds", e.analysis.folds, "at least 2, for questions.ask='transfer'"))
+    return faults + _kept_layer_faults(e)
+
+
+_OF_QUESTION = {"stability": _stability_faults, "transfer": _transfer_faults}

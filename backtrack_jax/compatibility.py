@@ -69,6 +69,8 @@ def check_planned(e: Experiment) -> None:
       FileNotFoundError, ValueError: names the field and its value.
     """
     paths = {f"{role}.path": e.model(role).path for role in e.roles} | {"tokenizer": e.tokenizer_path}
+    if "transfer" in e.questions.ask:
+        paths["questions.transfer.model.path"] = e.questions.transfer.model.path
     for field, path in paths.items():
         if not (local_path(path).exists() or checkpoint.is_hub_id(path)):
             raise FileNotFoundError(

@@ -346,16 +346,47 @@ class StabilitySpec:
 
 
 @dataclasses.dataclass
+class TransferSpec:
+    """Whether a vector of another family's base model, mapped into the model that writes the traces, acts there.
+
+    Attributes:
+      model: the other base model, of any width, which reads the same texts through its own tokenizer.
+      tokenizer: where its tokenizer is; empty for the model's own path.
+      prompt: how problems are put to it: `plain`, `chat` (its own template) or `r1`.
+      layer: block (0-based) of it that is read; -1 takes that at the depth of `steering.layer`.
+      held_out: share of the problems on which effects are measured; vectors and maps are of the others.
+      positions: ends of words at which states of both models are paired, at most.
+      rank: number of principal components that the orthogonal map and the anchors have left.
+      anchors: paired positions whose states are the coordinates of the anchor map.
+      replies: problems that are answered under the own vector, the best map's and that of shuffled pairs; 0 for none.
+      magnitude: of all vectors, in `steering.unit`; 0 takes the smallest positive one of `steering.magnitudes`.
+    """
+
+    model: ModelSpec = dataclasses.field(default_factory=ModelSpec)
+    tokenizer: str = ""
+    prompt: str = "plain"
+    layer: int = -1
+    held_out: float = 1 / 3
+    positions: int = 5000
+    rank: int = 32
+    anchors: int = 256
+    replies: int = 80
+    magnitude: float = 0.0
+
+
+@dataclasses.dataclass
 class QuestionsSpec:
     """The open questions: analyses that run where they are asked for. Each has a field with its settings.
 
     Attributes:
       ask: names of the questions, each the name of another field here; empty for none.
       stability: which boundaries recur from the same prefix, and what their vectors do.
+      transfer: whether a vector of another family's base model acts, mapped into this one.
     """
 
     ask: tuple[str, ...] = ()
     stability: StabilitySpec = dataclasses.field(default_factory=StabilitySpec)
+    transfer: TransferSpec = dataclasses.field(default_factory=TransferSpec)
 
     @property
     def known(self) -> tuple[str, ...]:

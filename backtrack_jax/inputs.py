@@ -13,12 +13,6 @@ from backtrack_jax.models import checkpoint, families
 from backtrack_jax.models.config import ModelConfig
 
 
-def weights_id(path: str) -> str:
-    """What tells one checkpoint from another: content of a local one, else the hub id (the config has its revision)."""
-    local = local_path(path)
-    return store.weights_hash(local) if local.exists() else path
-
-
 def architecture(path: str) -> ModelConfig | None:
     """Architecture of a checkpoint on this machine, or of a well-known one on the hub; None where it is not known yet.
 
@@ -54,7 +48,7 @@ def model_inputs(e: Experiment, role: str) -> dict[str, Any]:
     fields = dataclasses.asdict(e.model(role))
     del fields["path"]
     fields["marker_replacement"] = fields["marker_replacement"] or -1  # as it was while it was an id
-    return fields | {"weights": weights_id(e.model(role).path)}
+    return fields | {"weights": store.weights_id(e.model(role).path)}
 
 
 def prompt_inputs(e: Experiment) -> dict[str, Any]:
@@ -62,4 +56,4 @@ def prompt_inputs(e: Experiment) -> dict[str, Any]:
     fields = dataclasses.asdict(e.prompt)
     if not fields["template_arguments"]:
         del fields["template_arguments"]  # which earlier results know nothing of
-    return fields | {"tokenizer": weights_id(e.tokenizer_path)}
+    return fields | {"tokenizer": store.weights_id(e.tokenizer_path)}

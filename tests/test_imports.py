@@ -21,7 +21,7 @@ FLOORS = (  # from the ground up; names of folders, and of files in none
     ("config", "files", "kinds", "protocol"),
     ("models",),
     ("data",),
-    ("extract", "generate", "intervention", "sampling", "subspaces", "terms", "vector_files", "vectors"),
+    ("extract", "generate", "intervention", "readers", "sampling", "subspaces", "terms", "vector_files", "vectors"),
     ("judges",),
     ("analysis",),
     ("organism",),

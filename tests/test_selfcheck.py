@@ -24,6 +24,7 @@ from backtrack_jax.config import AnnotationSpec, Experiment, ModelSpec, PromptSp
 from backtrack_jax.intervention import Intervention
 from backtrack_jax.models import checkpoint, decoder, families
 from backtrack_jax.models.config import LayerKind, ModelConfig, YarnRopeScaling
+from backtrack_jax.readers import Reader
 from backtrack_jax.stages.base import Context
 
 CONFIG = f"--config={tiny.__file__}"
@@ -151,7 +152,7 @@ def test_a_second_bos(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_markers_that_a_model_was_not_to_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     e = alone("base", tokenizer="reasoning")
     assert results(e)["markers"] == "pass"
-    monkeypatch.setattr(Context, "for_role", lambda self, role, ids: (list(ids), np.arange(len(ids))))
+    monkeypatch.setattr(Reader, "for_model", lambda self, ids: (list(ids), np.arange(len(ids))))
     assert failed(e) == ["markers"]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from backtrack_jax.analysis.claims import Claim
 from backtrack_jax.analysis.plots import Plot
 from backtrack_jax.analysis.results import Results
-from backtrack_jax.config import Experiment
+from backtrack_jax.config import Experiment, ModelSpec
 from backtrack_jax.data.records import Annotation, Condition, Reply, Trace, pair_annotations
 from backtrack_jax.extract import TokenTrace, WindowSums
 from backtrack_jax.files.tables import Table
@@ -23,6 +23,7 @@ from backtrack_jax.intervention import Intervention
 from backtrack_jax.models.config import ModelConfig
 from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.models.tokenizer import Tokenizer
+from backtrack_jax.readers import Reader
 from backtrack_jax.vectors import SteeringVector
 
 
@@ -34,6 +35,8 @@ class Material:
       experiment: what was asked for.
       tokenizer: of both models.
       model: gives the model of a role. One is held at a time, so ask for it only in `Analysis.of_role`.
+      load: gives a model that plays no role, by its spec and a name for the user, in place of the one that is held.
+      reader: gives how the model of a role reads texts.
       prompt_ids: gives the prompt that the model of a role is given for a problem's text, token ids with BOS.
       token_trace: gives a trace with its annotation as the model of a role reads it.
       intervention: gives the row of a condition for the first reply to a problem, by its id.
@@ -49,6 +52,8 @@ class Material:
     experiment: Experiment
     tokenizer: Tokenizer
     model: Callable[[str], Decoder]
+    load: Callable[[ModelSpec, str], Decoder]
+    reader: Callable[[str], Reader]
     prompt_ids: Callable[[str, str], list[int]]
     token_trace: Callable[[str, Trace, Annotation], TokenTrace]
     intervention: Callable[[Condition, str], Intervention]
@@ -185,6 +190,10 @@ class Analysis:
         """Names of files that hold unfinished work on the model of a role; the stage deletes them at its end."""
         del role
         return []
+
+    def check(self, e: Experiment) -> None:
+        """Refuses, before the first stage runs, what it needs beside the models of the experiment and cannot use."""
+        del e
 
     def of_role(self, material: Material, role: str, folder: Path) -> dict[str, Table]:
         """Its tables of one role's model; the only place to ask for a model. Files other than tables it writes itself.

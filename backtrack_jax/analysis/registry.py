@@ -11,10 +11,12 @@ from backtrack_jax.analysis.rates import RATES
 from backtrack_jax.analysis.reliability import RELIABILITY
 from backtrack_jax.analysis.similarity import SIMILARITY
 from backtrack_jax.analysis.stability import STABILITY
+from backtrack_jax.analysis.transfer import TRANSFER
 from backtrack_jax.analysis.windows import WINDOWS
 
 ANALYSES: tuple[Analysis, ...] = (
     *(JUDGED, RATES, LOG_ODDS, GRIDS, SIMILARITY, LOGIT_LENS, PROBE, RELIABILITY, WINDOWS, AGREEMENT),
     STABILITY,
+    TRANSFER,
 )
 """All analyses; one may read the files of those before it. Their sentences stand in this order."""

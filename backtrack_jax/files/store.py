@@ -25,6 +25,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import safetensors.numpy
 
+from backtrack_jax.files.paths import local_path
+
 STALE = "STALE"
 """File in a stage's folder that says why its results are out of date."""
 RUN = "run.json"
@@ -255,6 +257,12 @@ def weights_hash(path: Path) -> str:
                 for start in range(0, length, 1 << 20):
                     digest.update(stream.read(min(1 << 20, length - start)))
     return digest.hexdigest()[:16]
+
+
+def weights_id(path: str) -> str:
+    """What tells one checkpoint from another: content of a local one, else the hub id (the config has its revision)."""
+    local = local_path(path)
+    return weights_hash(local) if local.exists() else path
 
 
 def _spread_pieces(stream: BinaryIO, size: int) -> list[tuple[int, int]]:

@@ -9,7 +9,6 @@ An analysis whose fingerprint is that of earlier results takes them over instead
 the list, or a setting of one, makes no other run again.
 """
 
-import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 
 from backtrack_jax import conditions, inputs, labelling
 from backtrack_jax.analysis import logit_lens
-from backtrack_jax.analysis.base import Analysis, Material, Planned, asked
+from backtrack_jax.analysis.base import Analysis, Material, Planned, Question, asked
 from backtrack_jax.analysis.judged import FILE as JUDGED_FILE
 from backtrack_jax.analysis.judged import JUDGED
 from backtrack_jax.analysis.registry import ANALYSES
@@ -71,7 +70,7 @@ class AnalysisStage(Stage):
     def inputs(self, e: Experiment) -> dict[str, Any]:
         """Which analyses there are, what they measure, and what a judge of replies depends on."""
         judge = labelling.judge_of_replies(e)
-        questions = {name: dataclasses.asdict(getattr(e.questions, name)) for name in e.questions.ask}
+        questions = {a.name: _own_inputs(a, e) for a in asked(self.analyses, e) if isinstance(a, Question)}
         return {
             "analyses": {analysis.name: analysis.version for analysis in asked(self.analyses, e)},
             "analysis": spec_values(e.analysis, "batch_size"),
@@ -93,12 +92,14 @@ class AnalysisStage(Stage):
             judge.prepare(context.experiment)
 
     def check(self, context: Context) -> None:
-        """Keywords that no token contains."""
+        """Keywords that no token contains, and what single analyses refuse."""
         keywords = context.experiment.analysis.keywords
         try:
             logit_lens.keyword_ids(context.tokenizer, keywords)
         except ValueError as error:
             raise ValueError(f"analysis.keywords={keywords}: {error}") from error
+        for analysis in asked(self.analyses, context.experiment):
+            analysis.check(context.experiment)
 
     def notes(self, context: Context) -> list[str]:
         """Says so where the steered layer has no probe and no reliability."""
@@ -215,6 +216,11 @@ ANALYSIS = AnalysisStage()
 _LAST_READ: dict[bool, Stage] = {True: STEERING, False: VECTORS}  # whether an analysis reads replies -> stage
 
 
+def _own_inputs(question: Question, e: Experiment) -> dict[str, Any]:
+    """What a question depends on besides settings that other stages or analyses have too."""
+    return {name: value for name, value in question.inputs(e).items() if name not in question.settings}
+
+
 def _files(analysis: Analysis, e: Experiment) -> list[str]:
     return [*(name for role in e.roles for name in analysis.role_files(role)), *analysis.files(e)]
 
@@ -247,6 +253,8 @@ def gather(context: Context) -> Material:
         experiment=e,
         tokenizer=context.tokenizer,
         model=context.model,
+        load=context.load,
+        reader=context.reader,
         prompt_ids=context.prompt_ids,
         token_trace=context.token_trace,
         intervention=intervention_of(context),

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from backtrack_jax.config import Experiment
+from backtrack_jax.config import Experiment, ModelSpec
 from backtrack_jax.data import records
 from backtrack_jax.extract import TokenTrace
 from backtrack_jax.files import store
@@ -27,9 +27,7 @@ from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.models.quantized import weight_bytes
 from backtrack_jax.models.sharding import make_mesh
 from backtrack_jax.models.tokenizer import Tokenizer
-
-SHUFFLED = "shuffled"
-"""Label of the sections that the control of this name takes as D+."""
+from backtrack_jax.readers import Reader
 
 
 class Context:
@@ -53,6 +51,7 @@ class Context:
         arguments = json.loads(e.prompt.template_arguments or "{}")
         self.prompt = prompts.PromptFormat(e.prompt.format, e.prompt.think, e.prompt.system or None, arguments)
         self._models: dict[tuple[str, str, str], Decoder] = {}
+        self._readers: dict[str, Reader] = {}
 
     def folder(self, stage: "Stage") -> Path:
         """Folder of a stage's results."""
@@ -96,13 +95,16 @@ class Context:
 
     def model(self, role: str) -> Decoder:
         """The model of a role; only one checkpoint is held at a time."""
-        spec = self.experiment.model(role)
+        return self.load(self.experiment.model(role), f"the {role} model")
+
+    def load(self, spec: ModelSpec, what: str) -> Decoder:
+        """Any model, in place of the one that is held, which is let go; `what` names it for the user."""
         key = (spec.path, spec.revision, spec.dtype)
         if key not in self._models:
             self._models.clear()
-            config = self.architecture(role)
+            config = checkpoint.read_config(checkpoint.resolve(spec.path, spec.revision or None))
             n, size = config.n_parameters, weight_bytes(config, spec.dtype) / 1e9
-            say(f"  loading the {role} model, {spec.path}: {n / 1e6:.4g} million weights, {spec.dtype}, {size:.2f} GB")
+            say(f"  loading {what}, {spec.path}: {n / 1e6:.4g} million weights, {spec.dtype}, {size:.2f} GB")
             revision = spec.revision or None
             self._models[key] = checkpoint.load(spec.path, revision=revision, dtype=spec.dtype, mesh=self.mesh)
         return self._models[key]
@@ -121,75 +123,26 @@ class Context:
         spec = self.experiment.model(role)
         return checkpoint.read_config(checkpoint.resolve(spec.path, spec.revision or None))
 
+    def reader(self, role: str) -> Reader:
+        """How the model of a role reads texts."""
+        if role not in self._readers:
+            spec = self.experiment.model(role)
+            self._readers[role] = Reader(self.tokenizer, self.prompt, spec.markers, spec.marker_replacement)
+        return self._readers[role]
+
     def for_role(self, role: str, ids: Sequence[int]) -> tuple[list[int], np.ndarray]:
         """Ids as the model of a role reads them, and where each old position went (-1: dropped)."""
-        spec = self.experiment.model(role)
-        if spec.markers == "keep":
-            return list(ids), np.arange(len(ids))
-        return prompts.map_markers(ids, self._markers, spec.markers, self._replacements[role])
-
-    @functools.cached_property
-    def _markers(self) -> tuple[int, ...]:
-        return prompts.marker_ids(self.tokenizer)
-
-    @functools.cached_property
-    def _replacements(self) -> dict[str, int | None]:
-        """Role -> id of the token that the model reads in place of markers; None if it reads none."""
-        texts = {role: self.experiment.model(role).marker_replacement for role in self.experiment.roles}
-        return {role: prompts.replacement_id(self.tokenizer, text) if text else None for role, text in texts.items()}
+        return self.reader(role).for_model(ids)
 
     def prompt_ids(self, role: str, problem: str) -> list[int]:
         """The prompt that the model of a role is given for a problem, token ids with BOS."""
-        return self.for_role(role, prompts.prompt_ids(self.tokenizer, problem, self.prompt))[0]
+        return self.reader(role).prompt_ids(problem)
 
     def token_trace(
         self, role: str, trace: records.Trace, annotation: records.Annotation, drawn: Collection[int] = ()
     ) -> TokenTrace:
-        """A trace as the model of a role reads it, with each section's first token.
-
-        Args:
-          role: of the model.
-          trace: the trace.
-          annotation: its sections.
-          drawn: numbers of the sections that have the label `SHUFFLED` as well.
-
-        Raises:
-          ValueError: names the trace that cannot be encoded, and why.
-        """
-        try:
-            encoded = prompts.encode_trace(
-                self.tokenizer,
-                trace.problem,
-                trace.text,
-                self.prompt,
-                token_ids=trace.token_ids,
-                end_marks=trace.end_marks,
-            )
-        except ValueError as error:
-            raise ValueError(f"trace {trace.id!r}: {error}") from error
-        ids, index = self.for_role(role, encoded.ids)
-        places = [_first_token(trace.text, encoded, index, section) for section in annotation.sections]
-        placed = [(section.label, at) for section, at in zip(annotation.sections, places, strict=True)]
-        placed += [(SHUFFLED, places[number]) for number in sorted(drawn)]
-        starts = [(label, at) for label, at in placed if at is not None]
-        reply_start = int(np.sum(index[: encoded.reply_start] >= 0))
-        return TokenTrace(trace.id, ids, reply_start, starts)
-
-
-def _first_token(text: str, encoded: prompts.EncodedTrace, index: np.ndarray, section: records.Section) -> int | None:
-    """Position of a section's first token among those that a model reads; None if it reads none of the section.
-
-    A section may start with a marker that this model is not shown; it then starts with what follows the marker.
-    """
-    at = encoded.position_of_char(section.start)
-    if at is None:
-        return None
-    for token, (start, stop) in enumerate(encoded.spans[at - encoded.reply_start :], at):
-        if start >= section.stop:
-            break
-        if index[token] >= 0 and text[start:stop].strip():
-            return int(index[token])
-    return None
+        """A trace as the model of a role reads it, with each section's first token; see `Reader.token_trace`."""
+        return self.reader(role).token_trace(trace, annotation, drawn)
 
 
 Settled = Callable[[Mapping[str, Any]], Path | None]

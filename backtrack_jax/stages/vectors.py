@@ -19,9 +19,10 @@ from backtrack_jax.data import records
 from backtrack_jax.files import store
 from backtrack_jax.files.console import Progress, say
 from backtrack_jax.models.batching import bucket
+from backtrack_jax.readers import SHUFFLED
 from backtrack_jax.stages import estimates
 from backtrack_jax.stages.annotations import read_pairs
-from backtrack_jax.stages.base import SHUFFLED, Context, Stage
+from backtrack_jax.stages.base import Context, Stage
 
 OVERALL_MEAN = "overall-mean"
 _SUMMARY = "summary.json"
