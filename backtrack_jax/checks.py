@@ -37,6 +37,7 @@ def check(experiment: Experiment) -> None:
     faults = [*_model_faults(e), *_source_faults(e), *_vector_faults(e), *_steering_faults(e), *_analysis_faults(e)]
     faults += [fault for name in e.questions.ask for fault in _not_one_of("questions.ask", name, e.questions.known)]
     faults += _repeated("questions.ask", e.questions.ask)
+    faults += _sae_faults(e) if "sae" in e.questions.ask else []
     if not re.fullmatch(r"[^/\\\s.][^/\\]*", e.name):
         faults.append(_fault("name", e.name, "the name of a folder"))
     if not (isinstance(e.seed, int) and 0 <= e.seed < 2**32):
@@ -297,7 +298,7 @@ def kind_faults(field: str, entries: Sequence[object], labels: Sequence[str] | N
         except ValueError as error:
             faults.append(f"{field}: {error}")
             continue
-        files = f"a file ({', '.join(kinds.VECTOR_SUFFIXES)})"
+        files = f"a file ({', '.join(kinds.VECTOR_SUFFIXES)}, or SAE#ROW)"
         for name in names:
             if labels and name not in (*labels, *kinds.DIRECTIONS) and not kinds.is_vector_file(name):
                 operations = kinds.forms() if name == entry else ()
@@ -319,4 +320,23 @@ def _analysis_faults(e: Experiment) -> list[str]:
         value = getattr(a, field)
         if value < least:
             faults.append(_fault(f"analysis.{field}", value, f"at least {least}"))
+    return faults
+
+
+def _sae_faults(e: Experiment) -> list[str]:
+    q, name = e.questions.sae, "questions.sae"
+    faults = []
+    if not q.path:
+        faults.append(_fault(f"{name}.path", q.path, "the folder of a sparse autoencoder of SAELens or Llama Scope"))
+    for field, least in (("top", 1), ("singles", 0), ("controls", 1), ("traces", 0), ("listed", 1)):
+        if (value := getattr(q, field)) < least:
+            faults.append(_fault(f"{name}.{field}", value, f"at least {least}"))
+    if q.singles > q.top:
+        faults.append(_fault(f"{name}.singles", q.singles, f"at most {name}.top={q.top}"))
+    largest = max((m for m in e.steering.magnitudes if _finite(m)), default=0)
+    if not _finite(q.magnitude) or q.magnitude < 0 or not (q.magnitude or largest > 0):
+        accepted = "a number above 0, or 0 for the largest of steering.magnitudes, where one is above 0"
+        faults.append(_fault(f"{name}.magnitude", q.magnitude, accepted))
+    if e.analysis.forced_texts < 1:
+        faults.append(_fault("analysis.forced_texts", e.analysis.forced_texts, "at least 1 where 'sae' is asked"))
     return faults

@@ -213,7 +213,8 @@ class SteeringSpec:
       kinds: what is done, one condition each. A label adds that label's vector (D+ of Eq. 3), and so does one of the
         controls: `overall-mean`, `noise`, `self-amplification`, `random` (a random direction, another one in every
         reply), `shuffled` (D+ drawn at random from all sections, as many as there are of `vectors.label`), or a vector
-        file that `vectors.load` reads, by its path. `backtracking + 0.5 * deduction` adds a sum: each direction is
+        file that `vectors.load` reads, by its path, or a row of the decoder of a sparse autoencoder, `folder#row`, at
+        its layer. `backtracking + 0.5 * deduction` adds a sum: each direction is
         scaled to norm 1, weighted and summed, and the sum is scaled to norm 1 again (signs stand between spaces, since
         labels have hyphens). `ablate:` before either of them removes the component along the direction that would be
         added; see `magnitudes`. Each is done to every model, with directions from every model's activations (Fig. 3).
@@ -321,14 +322,39 @@ class AnalysisSpec:
 
 
 @dataclasses.dataclass
+class SaeSpec:
+    """Which features of a sparse autoencoder the vector is made of, and whether they act as it does.
+
+    Attributes:
+      path: folder of the autoencoder, as SAELens or Llama Scope writes it; see `sae_files`.
+      top: rows of the decoder, those nearest to the vector by cosine, whose sum is compared with it.
+      singles: how many of them are added one by one as well, from the nearest on.
+      controls: sets of as many other rows, matched with them in keyword logit.
+      magnitude: of all that is added, in `steering.unit`; 0 takes the largest of `steering.magnitudes`.
+      traces: on which features' activations are read, spread over all; 0 takes all.
+      listed: rows in the table by each of the three rankings.
+    """
+
+    path: str = ""
+    top: int = 8
+    singles: int = 3
+    controls: int = 4
+    magnitude: float = 0.0
+    traces: int = 120
+    listed: int = 20
+
+
+@dataclasses.dataclass
 class QuestionsSpec:
     """The open questions: analyses that run where they are asked for. Each has a field with its settings.
 
     Attributes:
       ask: names of the questions, each the name of another field here; empty for none.
+      sae: which features of a sparse autoencoder the vector is made of.
     """
 
     ask: tuple[str, ...] = ()
+    sae: SaeSpec = dataclasses.field(default_factory=SaeSpec)
 
     @property
     def known(self) -> tuple[str, ...]:

@@ -4,7 +4,8 @@
     direction = part {(" + " | " - ") part}
     part      = [number "*"] name
 
-A name is a label, one of `DIRECTIONS` or the path of a vector file; a direction alone is added. Labels have hyphens in
+A name is a label, one of `DIRECTIONS`, the path of a vector file, or that of a sparse autoencoder with the number of
+a row of its decoder, `path/to/sae#123`; a direction alone is added. Labels have hyphens in
 them, so the signs of a sum stand between spaces: `adding-knowledge - 0.5 * deduction`. Nothing here imports JAX.
 """
 
@@ -153,8 +154,15 @@ def forms() -> tuple[str, ...]:
 
 
 def is_vector_file(name: str) -> bool:
-    """Whether a name, or an entry that is a name alone, is a file, by its suffix."""
-    return name.endswith(VECTOR_SUFFIXES) and not _operation(name) and len(_SIGN.split(name)) == 1
+    """Whether a name, or an entry that is a name alone, is a file, by its suffix, or a row of one, by its number."""
+    by_name = name.endswith(VECTOR_SUFFIXES) or sae_row(name) is not None
+    return by_name and not _operation(name) and len(_SIGN.split(name)) == 1
+
+
+def sae_row(name: str) -> tuple[str, int] | None:
+    """Folder of a sparse autoencoder and row of its decoder, where a name is `folder#row`; else None."""
+    found = re.fullmatch(r"(.+)#(\d+)", name)
+    return (found[1], int(found[2])) if found else None
 
 
 def _operation(text: str) -> str:

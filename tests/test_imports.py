@@ -21,7 +21,7 @@ FLOORS = (  # from the ground up; names of folders, and of files in none
     ("config", "files", "kinds", "protocol"),
     ("models",),
     ("data",),
-    ("extract", "generate", "intervention", "sampling", "vector_files", "vectors"),
+    ("extract", "generate", "intervention", "sae_files", "sampling", "vector_files", "vectors"),
     ("judges",),
     ("analysis",),
     ("organism",),
@@ -29,7 +29,13 @@ FLOORS = (  # from the ground up; names of folders, and of files in none
     ("stages",),
     ("report",),
     ("pipeline", "plan"),
-    ("run", "selfcheck", "show", "training"),  # of these, training is a wing: only scripts import it
+    (
+        "export_activations",
+        "run",
+        "selfcheck",
+        "show",
+        "training",
+    ),  # of these, training is a wing: only scripts import it
 )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from backtrack_jax import conditions, inputs, labelling
 from backtrack_jax.analysis import logit_lens
-from backtrack_jax.analysis.base import Analysis, Material, Planned, asked
+from backtrack_jax.analysis.base import Analysis, Material, Planned, Question, asked
 from backtrack_jax.analysis.judged import FILE as JUDGED_FILE
 from backtrack_jax.analysis.judged import JUDGED
 from backtrack_jax.analysis.registry import ANALYSES
@@ -72,6 +72,7 @@ class AnalysisStage(Stage):
         """Which analyses there are, what they measure, and what a judge of replies depends on."""
         judge = labelling.judge_of_replies(e)
         questions = {name: dataclasses.asdict(getattr(e.questions, name)) for name in e.questions.ask}
+        questions |= {a.name: a.inputs(e) for a in asked(self.analyses, e) if isinstance(a, Question)}  # files too
         return {
             "analyses": {analysis.name: analysis.version for analysis in asked(self.analyses, e)},
             "analysis": spec_values(e.analysis, "batch_size"),

@@ -133,6 +133,20 @@ class Context:
         """The prompt that the model of a role is given for a problem, token ids with BOS."""
         return self.for_role(role, prompts.prompt_ids(self.tokenizer, problem, self.prompt))[0]
 
+    def encoded(self, trace: records.Trace) -> prompts.EncodedTrace:
+        """A trace as token ids, before a role's markers are changed; ValueError names one that cannot be encoded."""
+        try:
+            return prompts.encode_trace(
+                self.tokenizer,
+                trace.problem,
+                trace.text,
+                self.prompt,
+                token_ids=trace.token_ids,
+                end_marks=trace.end_marks,
+            )
+        except ValueError as error:
+            raise ValueError(f"trace {trace.id!r}: {error}") from error
+
     def token_trace(
         self, role: str, trace: records.Trace, annotation: records.Annotation, drawn: Collection[int] = ()
     ) -> TokenTrace:
@@ -147,17 +161,7 @@ class Context:
         Raises:
           ValueError: names the trace that cannot be encoded, and why.
         """
-        try:
-            encoded = prompts.encode_trace(
-                self.tokenizer,
-                trace.problem,
-                trace.text,
-                self.prompt,
-                token_ids=trace.token_ids,
-                end_marks=trace.end_marks,
-            )
-        except ValueError as error:
-            raise ValueError(f"trace {trace.id!r}: {error}") from error
+        encoded = self.encoded(trace)
         ids, index = self.for_role(role, encoded.ids)
         places = [_first_token(trace.text, encoded, index, section) for section in annotation.sections]
         placed = [(section.label, at) for section, at in zip(annotation.sections, places, strict=True)]
