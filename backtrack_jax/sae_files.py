@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -366,7 +366,7 @@ def _refuse(name: str, value: object, accepted: tuple[object, ...]) -> None:
         raise ValueError(f"{name}={value!r} is not handled, expected {known}")
 
 
-def _is_positive(value: object) -> bool:
+def _is_positive(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 

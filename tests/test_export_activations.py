@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -52,7 +53,7 @@ def test_tokens_are_the_same_and_activations_the_decoders(finished: Path) -> Non
                 here = rows["trace"] == t
                 at = rows[f"position_{role}"][here]
                 assert at.min() > 0 and [read.ids[i] for i in at] == rows["token"][here].tolist()
-                ids, places = right_pad([read.ids], len(read.ids))
+                ids, places = map(jnp.asarray, right_pad([read.ids], len(read.ids)))
                 captured = model(ids, places, capture=lambda out: out.resid_post).captured
                 expected = np.moveaxis(np.asarray(captured)[LAYERS, 0][:, at], 0, 1)
                 np.testing.assert_allclose(values[here], expected, atol=1e-5)

@@ -64,7 +64,7 @@ def test_the_feature_that_is_the_vector_is_found(tmp_path: Path, monkeypatch: py
     rows = rng.standard_normal((F, D)).astype(np.float32)
     positive = rng.random(300) < 0.4
     unit = rows[5] / np.linalg.norm(rows[5])
-    tokens = (rng.standard_normal((300, 4, D)) + 3 * positive[:, None, None] * unit).astype(np.float32)
+    tokens = (rng.standard_normal((300, 4, D)) + positive[:, None, None] * unit).astype(np.float32)
     problems = np.array([f"p{i // 3}" for i in range(300)])
     loaded = sae_files.load(write(tmp_path / "sae", rows))
     read_out = rng.standard_normal(D).astype(np.float32)
@@ -162,7 +162,7 @@ def test_a_run_that_asks(finished: Path) -> None:
     read = material.token_trace("reasoning", trace, annotation)
     starts = sorted({at for _, at in read.starts})[: e.analysis.forced_sentences]
     row = sae.add_vector(jnp.asarray(summed), 1, 8.0, n_layers=3)
-    ids, positions = right_pad([read.ids], len(read.ids))
+    ids, positions = map(jnp.asarray, right_pad([read.ids], len(read.ids)))
     resid = model(ids, positions, intervention=stack_rows([row])).resid
     p = np.asarray(jnp.exp(jnp.asarray(model.logits(resid))[0].astype(jnp.float32)), np.float64)
     p /= p.sum(-1, keepdims=True)
@@ -209,11 +209,11 @@ def test_an_autoencoder_of_another_model_is_refused_before_anything_runs(finishe
     e.questions.sae.singles = 3
     check(e)
     rows = np.eye(20, dtype=np.float32)
-    for made, says in (
-        ((rows,), "base model: sae: reads activations of width 20, the model has 16"),
-        ((rows[:, :16], "blocks.7.hook_resid_post"), "reads block 7, the model has blocks 0..2"),
+    for part, hook, says in (
+        (rows, "blocks.1.hook_resid_post", "base model: sae: reads activations of width 20, the model has 16"),
+        (rows[:, :16], "blocks.7.hook_resid_post", "reads block 7, the model has blocks 0..2"),
     ):
-        write(finished / "sae", *made)
+        write(finished / "sae", part, hook)
         with pytest.raises(ValueError, match=r"questions\.sae\.path, .*") as error:
             check_planned(e)
         assert says in str(error.value)
