@@ -19,6 +19,14 @@ from backtrack_jax.stages.annotations import read_pairs
 LAYERS = [0, 2]
 
 
+@pytest.fixture
+def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the models and chains of the tiny experiment, nothing of it run."""
+    tiny.write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 def run() -> pipeline.Run:
     return pipeline.Run(tiny.get_config().for_vectors(), ("1-traces", "2-annotations"))
 
@@ -31,7 +39,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
-def test_tokens_are_the_same_and_activations_the_decoders(finished: Path) -> None:
+def test_tokens_are_the_same_and_activations_the_decoders(written: Path) -> None:
     """The base model reads no markers, so that positions of the two differ; row j is one token all the same."""
     export()
     index = json.loads(Path("out/index.json").read_text())
@@ -53,7 +61,7 @@ def test_tokens_are_the_same_and_activations_the_decoders(finished: Path) -> Non
                 here = rows["trace"] == t
                 at = rows[f"position_{role}"][here]
                 assert at.min() > 0 and [read.ids[i] for i in at] == rows["token"][here].tolist()
-                ids, places = map(jnp.asarray, right_pad([read.ids], len(read.ids)))
+                ids, places = map(jnp.asarray, right_pad([read.ids], 512))
                 captured = model(ids, places, capture=lambda out: out.resid_post).captured
                 expected = np.moveaxis(np.asarray(captured)[LAYERS, 0][:, at], 0, 1)
                 np.testing.assert_allclose(values[here], expected, atol=1e-5)
@@ -73,7 +81,7 @@ def test_tokens_are_the_same_and_activations_the_decoders(finished: Path) -> Non
     assert index["traces"] == [[t.id, t.problem_id, t.category] for t, _ in pairs]
 
 
-def test_a_killed_export_goes_on_to_the_same_bytes(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_export_goes_on_to_the_same_bytes(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export("whole")
     write, n = store.write_safetensors, 0
 
@@ -88,16 +96,16 @@ def test_a_killed_export_goes_on_to_the_same_bytes(finished: Path, monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         export("killed")
     assert not json.loads(Path("killed/index.json").read_text())["complete"]
-    kept = {name: data for name, data in contents(finished / "killed").items() if "activations-" in name}
+    kept = {name: data for name, data in contents(written / "killed").items() if "activations-" in name}
     assert len(kept) == 2
-    n, written = 10, []
-    monkeypatch.setattr(store, "write_safetensors", lambda path, *a: (written.append(path.name), write(path, *a)))
+    n, files = 10, []
+    monkeypatch.setattr(store, "write_safetensors", lambda path, *a: (files.append(path.name), write(path, *a)))
     export("killed")
-    assert contents(finished / "killed") == contents(finished / "whole")
-    assert sum("activations-" in name for name in written) == len(contents(finished / "whole")) // 3 * 2 - 2
+    assert contents(written / "killed") == contents(written / "whole")
+    assert sum("activations-" in name for name in files) == len(contents(written / "whole")) // 3 * 2 - 2
 
 
-def test_what_does_not_fit_is_refused(finished: Path) -> None:
+def test_what_does_not_fit_is_refused(written: Path) -> None:
     export()
     with pytest.raises(ValueError, match=r"out holds activations under other settings \(layers\); give another --out"):
         export(layers=[1])

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -30,6 +31,14 @@ X = (3 * RNG.standard_normal((50, D))).astype(np.float32)
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sae_files, "BLOCK", 7)  # of 40 features: the last block is a smaller one
+
+
+@pytest.fixture
+def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the models and chains of the tiny experiment, nothing of it run."""
+    tiny.write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def saelens(folder: Path, tensors: dict[str, np.ndarray] | None = None, **fields: Any) -> Path:
@@ -196,9 +205,9 @@ def test_names_of_hooks_are_translated() -> None:
     assert sae_files.layer_of("blocks.10.hook_resid_post") == sae_files.layer_of("blocks.11.hook_resid_pre") == 10
 
 
-def test_a_row_is_a_kind_and_steers(finished: Path) -> None:
+def test_a_row_is_a_kind_and_steers(written: Path) -> None:
     """Alone, in a sum and ablated, at the layer of the autoencoder alone; told apart by content."""
-    saelens(finished / "folder" / "sae")
+    saelens(written / "folder" / "sae")
     name = "folder/sae#23"
     assert kinds.is_vector_file(name) and kinds.sae_row(name) == ("folder/sae", 23) and not kinds.parse(name).read
     assert not any(map(kinds.is_vector_file, (f"ablate:{name}", f"{name} + deduction", "folder/sae#x", "sae#")))
@@ -210,16 +219,17 @@ def test_a_row_is_a_kind_and_steers(finished: Path) -> None:
     np.testing.assert_array_equal(loaded.at(1), W_DEC[23])
     made = conditions.Interventions(conditions.Readings({}, {}, {}, {name: loaded}), 3, D, "all")
     row = made.row(Condition("base", name, "", 1, "", 8.0, 8.0), row_key(0, "p", 0))
-    added = np.asarray(row.terms[0].delta(np.zeros((1, 1, D), np.float32), 1, np.zeros((1, 1), int), None))  # type: ignore[arg-type]
-    np.testing.assert_allclose(added.ravel()[:D], 8 * W_DEC[23] / np.linalg.norm(W_DEC[23]), rtol=1e-5)
+    (added,) = (leaf for leaf in jax.tree.leaves(row.terms) if leaf.shape == (3, D))
+    np.testing.assert_allclose(added[1], 8 * W_DEC[23] / np.linalg.norm(W_DEC[23]), rtol=1e-5)
+    assert not np.asarray(added)[[0, 2]].any()
     before = run.inputs[STEERING.name]
-    saelens(finished / "folder" / "sae", {"W_dec": 2 * W_DEC})
+    saelens(written / "folder" / "sae", {"W_dec": 2 * W_DEC})
     assert STEERING.inputs(e)["vector_files"] != before["vector_files"]
     e.steering.layer = (2,)
     with pytest.raises(
         ValueError, match=r"sae#23: the vector has no finite direction at layer 2, which is steering\.layer"
     ):
         check_planned(e)
-    shutil.rmtree(finished / "folder")
+    shutil.rmtree(written / "folder")
     with pytest.raises(FileNotFoundError, match="folder/sae: no such file or folder"):
         check_planned(e)

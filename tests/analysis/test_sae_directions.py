@@ -26,6 +26,14 @@ from backtrack_jax.stages.vectors import VECTORS
 D, F = 16, 64
 
 
+@pytest.fixture
+def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the models and chains of the tiny experiment, nothing of it run."""
+    tiny.write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 def write(folder: Path, rows: np.ndarray, hook: str = "blocks.1.hook_resid_post") -> Path:
     """An autoencoder whose encoder is its decoder."""
     folder.mkdir(exist_ok=True)
@@ -197,7 +205,7 @@ def test_a_run_that_asks(finished: Path) -> None:
     assert ANALYSIS.inputs(e) != before
 
 
-def test_an_autoencoder_of_another_model_is_refused_before_anything_runs(finished: Path) -> None:
+def test_an_autoencoder_of_another_model_is_refused_before_anything_runs(written: Path) -> None:
     e = tiny.get_config()
     e.questions.ask = ("sae",)
     with pytest.raises(ValueError, match=r"questions\.sae\.path=''"):
@@ -213,7 +221,7 @@ def test_an_autoencoder_of_another_model_is_refused_before_anything_runs(finishe
         (rows, "blocks.1.hook_resid_post", "base model: sae: reads activations of width 20, the model has 16"),
         (rows[:, :16], "blocks.7.hook_resid_post", "reads block 7, the model has blocks 0..2"),
     ):
-        write(finished / "sae", part, hook)
+        write(written / "sae", part, hook)
         with pytest.raises(ValueError, match=r"questions\.sae\.path, .*") as error:
             check_planned(e)
         assert says in str(error.value)
