@@ -308,7 +308,7 @@ def kind_faults(field: str, entries: Sequence[object], labels: Sequence[str] | N
         except ValueError as error:
             faults.append(f"{field}: {error}")
             continue
-        files = f"a file ({', '.join(kinds.VECTOR_SUFFIXES)})"
+        files = f"a file ({', '.join(kinds.VECTOR_SUFFIXES)}, or SAE#ROW)"
         for name in (label for each in names for label in kinds.labels_of(each)):
             if labels and name not in labels:
                 operations = kinds.forms() if name == entry else ()
@@ -383,4 +383,23 @@ def _transfer_faults(e: Experiment) -> list[str]:
     return faults + _kept_layer_faults(e)
 
 
-_OF_QUESTION = {"stability": _stability_faults, "transfer": _transfer_faults}
+def _sae_faults(e: Experiment) -> list[str]:
+    q, name = e.questions.sae, "questions.sae"
+    faults = []
+    if not q.path:
+        faults.append(_fault(f"{name}.path", q.path, "the folder of a sparse autoencoder of SAELens or Llama Scope"))
+    for field, least in (("top", 1), ("singles", 0), ("controls", 1), ("traces", 0), ("listed", 1)):
+        if (value := getattr(q, field)) < least:
+            faults.append(_fault(f"{name}.{field}", value, f"at least {least}"))
+    if q.singles > q.top:
+        faults.append(_fault(f"{name}.singles", q.singles, f"at most {name}.top={q.top}"))
+    largest = max((m for m in e.steering.magnitudes if _finite(m)), default=0)
+    if not _finite(q.magnitude) or q.magnitude < 0 or not (q.magnitude or largest > 0):
+        accepted = "a number above 0, or 0 for the largest of steering.magnitudes, where one is above 0"
+        faults.append(_fault(f"{name}.magnitude", q.magnitude, accepted))
+    if e.analysis.forced_texts < 1:
+        faults.append(_fault("analysis.forced_texts", e.analysis.forced_texts, "at least 1 where 'sae' is asked"))
+    return faults
+
+
+_OF_QUESTION = {"sae": _sae_faults, "stability": _stability_faults, "transfer": _transfer_faults}

@@ -2,10 +2,11 @@
 
 from collections.abc import Collection, Mapping, Sequence
 
+from backtrack_jax import sae_files
 from backtrack_jax.config import Experiment
 from backtrack_jax.files.paths import local_path
 from backtrack_jax.inputs import architecture, data_path, vector_files
-from backtrack_jax.kinds import parse
+from backtrack_jax.kinds import parse, sae_row
 from backtrack_jax.models import checkpoint, prompts
 from backtrack_jax.models.config import ModelConfig
 from backtrack_jax.models.sharding import check_parts
@@ -30,6 +31,7 @@ def check_architectures(e: Experiment, known: Mapping[str, ModelConfig]) -> None
                     f"it has blocks 0..{config.n_layers - 1}"
                 )
         _check_vector_files(e, role, config)
+        _check_sae(e, role, config)
         try:
             check_parts(config, e.model_parallel)
         except ValueError as error:
@@ -57,6 +59,15 @@ def _check_vector_files(e: Experiment, role: str, config: ModelConfig) -> None:
             raise ValueError(f"{file}: {error}, which is steering.layer") from error
 
 
+def _check_sae(e: Experiment, role: str, config: ModelConfig) -> None:
+    """Refuses an autoencoder that is not one of the model of a role."""
+    if "sae" in e.questions.ask:
+        try:
+            sae_files.load(data_path(e.questions.sae.path), d_model=config.d_model, n_layers=config.n_layers)
+        except ValueError as error:
+            raise ValueError(f"questions.sae.path, {role} model: {error}") from error
+
+
 def _layer_fields(e: Experiment) -> dict[str, tuple[int, ...]]:
     s = e.steering
     return {"steering.layer": s.kind_layers, "steering.layers": s.layers, "vectors.layers": e.vectors.layers}
@@ -77,7 +88,9 @@ def check_planned(e: Experiment) -> None:
                 f"{field}={path!r}, expected a folder or .gguf file that exists, or a hub id owner/name"
             )
     for file in e.steering.vector_files:
-        data_path(file)  # of models that are not here yet, nothing else can be checked
+        data_path(
+            row[0] if (row := sae_row(file)) else file
+        )  # of models that are not here yet, nothing else can be checked
     check_architectures(e, {role: config for role in e.roles if (config := architecture(e.model(role).path))})
 
 

@@ -214,12 +214,13 @@ class SteeringSpec:
       kinds: what is done, one condition each. A label adds that label's vector (D+ of Eq. 3), and so does one of the
         controls: `overall-mean`, `noise`, `self-amplification`, `random` (a random direction, another one in every
         reply), `shuffled` (D+ drawn at random from all sections, as many as there are of `vectors.label`), or a vector
-        file that `vectors.load` reads, by its path. `backtracking + 0.5 * deduction` adds a sum: each direction is
-        scaled to norm 1, weighted and summed, and the sum is scaled to norm 1 again (signs stand between spaces, since
-        labels have hyphens). `docs/howto/steer.md` has the rest of the language: several edits, gates, subspaces.
-        `ablate:` before either of them removes the component along the direction that would be added; see `magnitudes`.
-        Each is done to every model, with directions from every model's activations (Fig. 3). At one magnitude all that
-        come from one model's activations are equally long, whatever the kind, and so are files, but for the unit `raw`.
+        file that `vectors.load` reads, by its path, or a row of the decoder of a sparse autoencoder, `folder#row`, at
+        its layer. `backtracking + 0.5 * deduction` adds a sum: each direction is scaled to norm 1, weighted and summed,
+        and the sum is scaled to norm 1 again (signs stand between spaces, since labels have hyphens).
+        `docs/howto/steer.md` has the rest of the language: several edits, gates, subspaces. `ablate:` before either of
+        them removes the component along the direction that would be added; see `magnitudes`. Each is done to every
+        model, with directions from every model's activations (Fig. 3). At one magnitude all that come from one model's
+        activations are equally long, whatever the kind, and so are files, but for the unit `raw`.
       layer: output of which block (0-based) is changed, and where the direction was read. An ablation changes the
         outputs of the later blocks as well, which would otherwise restore the component. Give several to have all of
         `kinds` at each of them; `baselines` and `offsets` are at the first, and figures, lens and probe are about it. A
@@ -375,16 +376,41 @@ class TransferSpec:
 
 
 @dataclasses.dataclass
+class SaeSpec:
+    """Which features of a sparse autoencoder the vector is made of, and whether they act as it does.
+
+    Attributes:
+      path: folder of the autoencoder, as SAELens or Llama Scope writes it; see `sae_files`.
+      top: rows of the decoder, those nearest to the vector by cosine, whose sum is compared with it.
+      singles: how many of them are added one by one as well, from the nearest on.
+      controls: sets of as many other rows, matched with them in keyword logit.
+      magnitude: of all that is added, in `steering.unit`; 0 takes the largest of `steering.magnitudes`.
+      traces: on which features' activations are read, spread over all; 0 takes all.
+      listed: rows in the table by each of the three rankings.
+    """
+
+    path: str = ""
+    top: int = 8
+    singles: int = 3
+    controls: int = 4
+    magnitude: float = 0.0
+    traces: int = 120
+    listed: int = 20
+
+
+@dataclasses.dataclass
 class QuestionsSpec:
     """The open questions: analyses that run where they are asked for. Each has a field with its settings.
 
     Attributes:
       ask: names of the questions, each the name of another field here; empty for none.
+      sae: which features of a sparse autoencoder the vector is made of.
       stability: which boundaries recur from the same prefix, and what their vectors do.
       transfer: whether a vector of another family's base model acts, mapped into this one.
     """
 
     ask: tuple[str, ...] = ()
+    sae: SaeSpec = dataclasses.field(default_factory=SaeSpec)
     stability: StabilitySpec = dataclasses.field(default_factory=StabilitySpec)
     transfer: TransferSpec = dataclasses.field(default_factory=TransferSpec)
 

@@ -3,12 +3,15 @@
 import dataclasses
 from typing import Any
 
-from backtrack_jax import vectors
+import numpy as np
+
+from backtrack_jax import sae_files, vectors
 from backtrack_jax.config import Experiment
 from backtrack_jax.data import records
 from backtrack_jax.data.problems import problems_at, spread
 from backtrack_jax.files import store
 from backtrack_jax.files.paths import data_path, local_path
+from backtrack_jax.kinds import sae_row
 from backtrack_jax.models import checkpoint, families
 from backtrack_jax.models.config import ModelConfig
 
@@ -38,9 +41,32 @@ def vector_files(e: Experiment, n_layers: int) -> dict[str, vectors.SteeringVect
     """
     s = e.steering
     return {
-        file: vectors.load(data_path(file), label=e.vectors.label, layer=s.main_layer, n_layers=n_layers)
+        file: sae_vector(*row, n_layers)
+        if (row := sae_row(file))
+        else vectors.load(data_path(file), label=e.vectors.label, layer=s.main_layer, n_layers=n_layers)
         for file in s.vector_files
     }
+
+
+def sae_vector(folder: str, row: int, n_layers: int) -> vectors.SteeringVector:
+    """A row of the decoder of a sparse autoencoder, as a vector that has a direction at its layer alone.
+
+    Raises:
+      FileNotFoundError, ValueError: names the folder and what is wrong with it.
+    """
+    sae = sae_files.load(data_path(folder), n_layers=n_layers)
+    directions = np.full((n_layers, sae.d_model), np.nan, np.float32)
+    try:
+        directions[sae.layer] = sae.row(row)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    return vectors.SteeringVector(directions, {"sae": folder, "row": row})
+
+
+def vector_file_id(file: str) -> str:
+    """What tells one vector file from another: its content; of a row of an autoencoder, that of the autoencoder."""
+    row = sae_row(file)
+    return store.weights_hash(data_path(row[0])) if row else store.file_hash(data_path(file))
 
 
 def model_inputs(e: Experiment, role: str) -> dict[str, Any]:

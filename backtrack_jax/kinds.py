@@ -8,10 +8,11 @@
     span      = "prompt" | "generated" | "generated[2:18]"
     gate      = "sentence-ends" | "paragraph-breaks" | "tokens " text {"|" text} | name " > " number
 
-A name is a label, one of `DIRECTIONS` (some take arguments: `own(deduction)`, `pcs(16)`) or the path of a vector file.
-A direction alone is added. Labels have hyphens in them, so the signs of a sum stand between spaces:
-`adding-knowledge - 0.5 * deduction`. The number before one of several edits multiplies the magnitude, or, of an edit
-whose strength is a share, is the share. Nothing here imports JAX.
+A name is a label, one of `DIRECTIONS` (some take arguments: `own(deduction)`, `pcs(16)`), the path of a vector file, or
+that of a sparse autoencoder with the number of a row of its decoder, `path/to/sae#123`. A direction alone is added.
+Labels have hyphens in them, so the signs of a sum stand between spaces: `adding-knowledge - 0.5 * deduction`. The
+number before one of several edits multiplies the magnitude, or, of an edit whose strength is a share, is the share.
+Nothing here imports JAX.
 """
 
 import dataclasses
@@ -276,8 +277,15 @@ def forms() -> tuple[str, ...]:
 
 
 def is_vector_file(name: str) -> bool:
-    """Whether a name, or an entry that is a name alone, is a file, by its suffix."""
-    return name.endswith(VECTOR_SUFFIXES) and not _operation(name) and len(_SIGN.split(name)) == 1
+    """Whether a name, or an entry that is a name alone, is a file, by its suffix, or a row of one, by its number."""
+    by_name = name.endswith(VECTOR_SUFFIXES) or sae_row(name) is not None
+    return by_name and not _operation(name) and len(_SIGN.split(name)) == 1
+
+
+def sae_row(name: str) -> tuple[str, int] | None:
+    """Folder of a sparse autoencoder and row of its decoder, where a name is `folder#row`; else None."""
+    found = re.fullmatch(r"(.+)#(\d+)", name)
+    return (found[1], int(found[2])) if found else None
 
 
 def _operation(text: str) -> str:

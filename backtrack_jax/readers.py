@@ -115,10 +115,10 @@ class Reader:
         positions = [int(index[stops[end]]) if end in stops else -1 for end in ends]
         return TokenTrace(trace.id, ids, reply_start, ()), np.array(positions, np.int64)
 
-    def _encode(self, trace: records.Trace) -> tuple[prompts.EncodedTrace, list[int], np.ndarray, int]:
-        """The trace, its ids as the model reads them, where each position went, and the reply's first one."""
+    def encoded(self, trace: records.Trace) -> prompts.EncodedTrace:
+        """A trace as token ids, before markers are changed; ValueError names one that cannot be encoded."""
         try:
-            encoded = prompts.encode_trace(
+            return prompts.encode_trace(
                 self.tokenizer,
                 trace.problem,
                 trace.text,
@@ -128,6 +128,10 @@ class Reader:
             )
         except ValueError as error:
             raise ValueError(f"trace {trace.id!r}: {error}") from error
+
+    def _encode(self, trace: records.Trace) -> tuple[prompts.EncodedTrace, list[int], np.ndarray, int]:
+        """The trace, its ids as the model reads them, where each position went, and the reply's first one."""
+        encoded = self.encoded(trace)
         ids, index = self.for_model(encoded.ids)
         return encoded, ids, index, int(np.sum(index[: encoded.reply_start] >= 0))
 

@@ -21,7 +21,10 @@ FLOORS = (  # from the ground up; names of folders, and of files in none
     ("config", "files", "kinds", "protocol"),
     ("models",),
     ("data",),
-    ("extract", "generate", "intervention", "readers", "sampling", "subspaces", "terms", "vector_files", "vectors"),
+    (
+        *("extract", "generate", "intervention", "readers", "sae_files", "sampling", "subspaces", "terms"),
+        *("vector_files", "vectors"),
+    ),
     ("judges",),
     ("analysis",),
     ("organism",),
@@ -29,7 +32,8 @@ FLOORS = (  # from the ground up; names of folders, and of files in none
     ("stages",),
     ("report",),
     ("finished", "pipeline", "plan"),
-    ("compare", "run", "selfcheck", "show", "training"),  # of these, training is a wing: only scripts import it
+    # Of these, training is a wing: only scripts import it.
+    ("compare", "export_activations", "run", "selfcheck", "show", "training"),
 )
 
 

@@ -9,6 +9,7 @@ from backtrack_jax.analysis.logit_lens import LOGIT_LENS
 from backtrack_jax.analysis.probe import PROBE
 from backtrack_jax.analysis.rates import RATES
 from backtrack_jax.analysis.reliability import RELIABILITY
+from backtrack_jax.analysis.sae import SAE_DIRECTIONS
 from backtrack_jax.analysis.similarity import SIMILARITY
 from backtrack_jax.analysis.stability import STABILITY
 from backtrack_jax.analysis.transfer import TRANSFER
@@ -18,5 +19,6 @@ ANALYSES: tuple[Analysis, ...] = (
     *(JUDGED, RATES, LOG_ODDS, GRIDS, SIMILARITY, LOGIT_LENS, PROBE, RELIABILITY, WINDOWS, AGREEMENT),
     STABILITY,
     TRANSFER,
+    SAE_DIRECTIONS,
 )
 """All analyses; one may read the files of those before it. Their sentences stand in this order."""

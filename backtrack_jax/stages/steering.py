@@ -36,7 +36,7 @@ class SteeringStage(Stage):
         """The sweeps, vector files by content, and the seed. The size of a batch is left out, as in stage 1."""
         layers = e.steering.kind_layers
         steering = spec_values(e.steering, "batch_size") | {"layer": layers[0] if len(layers) == 1 else layers}
-        files = {file: store.file_hash(inputs.data_path(file)) for file in e.steering.vector_files}
+        files = {file: inputs.vector_file_id(file) for file in e.steering.vector_files}
         wanted = [list(dataclasses.astuple(wanted)) for wanted in conditions.wanted_conditions(e)]
         extra = {"wanted": wanted} if wanted else {}
         return {"steering": steering, "vector_files": files, "seed": e.seed} | extra
@@ -154,7 +154,7 @@ def load_readings(context: Context) -> conditions.Readings:
                     )
     norms = {role: np.array(summary[role]["mean_norm"]) for role in e.roles}
     for file, expected in context.inputs[SteeringStage.name]["vector_files"].items():
-        if store.file_hash(inputs.data_path(file)) != expected:
+        if inputs.vector_file_id(file) != expected:
             raise ValueError(f"{file} has changed since this run began; run it again")
     files = inputs.vector_files(e, max(n_layers for n_layers, _ in shapes.values()))
     sections = functools.cache(functools.partial(_sections, context, folder))

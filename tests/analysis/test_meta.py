@@ -1,5 +1,7 @@
 """The mean over pairs against formulas written out here, and what its intervals cover."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy import optimize, stats
@@ -19,20 +21,19 @@ def restricted(tau2: float, y: np.ndarray, s: np.ndarray) -> float:
     k = len(y)
     contrasts = np.eye(k)[:-1] - np.eye(k)[1:]
     covariance = contrasts @ np.diag(s**2 + tau2) @ contrasts.T
-    return -float(stats.multivariate_normal(np.zeros(k - 1), covariance).logpdf(contrasts @ y))
+    density: Any = stats.multivariate_normal
+    return -float(density(np.zeros(k - 1), covariance).logpdf(contrasts @ y))
 
 
 @pytest.mark.parametrize(("estimates", "errors"), CASES)
 def test_variance_between_pairs_maximises_the_likelihood_of_contrasts(estimates: list, errors: list) -> None:
     y, s = np.array(estimates), np.array(errors)
     found = meta.between_variance(y, s**2)
-    best = min(
-        (
-            optimize.minimize_scalar(restricted, bounds=ends, args=(y, s), method="bounded")
-            for ends in ((0, 0.5), (0, 40))
-        ),
-        key=lambda result: result.fun,
-    )
+    ends: list[Any] = [
+        optimize.minimize_scalar(restricted, bounds=bounds, args=(y, s), method="bounded")
+        for bounds in ((0, 0.5), (0, 40))
+    ]
+    best = min(ends, key=lambda result: result.fun)
     assert restricted(found, y, s) <= best.fun + 1e-6
     np.testing.assert_allclose(found, best.x if best.x > 1e-4 else 0, rtol=1e-3, atol=1e-4)
 
