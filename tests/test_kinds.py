@@ -200,6 +200,7 @@ def test_a_run_of_sums_and_ablations_at_two_layers(finished: Path) -> None:
 COMPILED: Any = compiled_generate
 
 
+@pytest.mark.slow
 def test_a_run_of_everything_that_an_entry_can_say(finished: Path) -> None:
     """All in one sweep: other replies for each, and one program for all kinds of terms and gates together."""
     e = tiny.get_config()

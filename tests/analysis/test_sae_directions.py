@@ -127,10 +127,10 @@ def test_what_is_left_outside_of_rows() -> None:
 def test_a_run_that_asks(finished: Path) -> None:
     """Tables, sentence, claim and figures of a run; log-odds are those of the model with the sum added by hand."""
     rng = np.random.default_rng(5)
-    v = VECTORS.load(finished / "results" / "tiny" / "3-vectors", "reasoning", "backtracking").at(1)
+    v = VECTORS.load(finished / "3-vectors", "reasoning", "backtracking").at(1)
     rows = rng.standard_normal((F, D)).astype(np.float32)
     rows[5] = 2 * v / np.linalg.norm(v)
-    write(finished / "sae", rows)
+    write(Path("sae"), rows)
     e = tiny.get_config()
     e.questions.ask, e.questions.sae.path = ("sae",), "sae"
     e.questions.sae.top, e.questions.sae.controls, e.questions.sae.singles, e.questions.sae.listed = 3, 2, 1, 4
