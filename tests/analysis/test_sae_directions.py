@@ -201,7 +201,7 @@ def test_a_run_that_asks(finished: Path) -> None:
     assert [plot.name for plot in sae.SAE_DIRECTIONS.plots(r) if plot] == ["sae_effects", "sae_rows"]
 
     before = ANALYSIS.inputs(e)
-    write(finished / "sae", 2 * rows)  # the content counts, not the path
+    write(Path("sae"), 2 * rows)  # the content counts, not the path
     assert ANALYSIS.inputs(e) != before
 
 
