@@ -19,7 +19,8 @@ def test_the_list_of_mutants(monkeypatch: pytest.MonkeyPatch) -> None:
     found = mutants.read()
     assert len(found) >= 100 and len({(mutant.file, mutant.meaning) for mutant in found}) == len(found)
     for mutant in found:
-        assert (ROOT / "backtrack_jax" / mutant.file).is_file() and mutant.old != mutant.new
+        assert mutant.old != mutant.new
+        mutant.mutated((ROOT / "backtrack_jax" / mutant.file).read_text())  # ValueError where the source has moved on
         assert mutant.tests and all((ROOT / "tests" / test.partition("::")[0]).is_file() for test in mutant.tests)
     one = mutants.Mutant("data", "a.py", ("test_a.py",), 0, "a name is another", "a", "b")
     assert one.mutated("1 a 2") == "1 b 2"
