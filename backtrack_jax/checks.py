@@ -402,4 +402,30 @@ def _sae_faults(e: Experiment) -> list[str]:
     return faults
 
 
-_OF_QUESTION = {"sae": _sae_faults, "stability": _stability_faults, "transfer": _transfer_faults}
+def _offsets_faults(e: Experiment) -> list[str]:
+    q, s, name = e.questions.offsets, e.steering, "questions.offsets"
+    faults = [
+        _fault(f"{name}.{field}", value, f"one of steering.offsets, {s.offsets}")
+        for field, value in (("chosen", q.chosen), ("reference", q.reference))
+        if value not in s.offsets
+    ]
+    if q.chosen == q.reference:
+        faults.append(_fault(f"{name}.chosen", q.chosen, f"another offset than {name}.reference"))
+    field = "grid_magnitudes" if s.grid_magnitudes else "magnitudes"
+    swept = [m for m in getattr(s, field) if _finite(m) and m > 0]
+    if q.magnitude not in swept and (q.magnitude or not swept):
+        accepted = f"a positive one of steering.{field}={getattr(s, field)}, or 0 for the smallest of these"
+        faults.append(_fault(f"{name}.magnitude", q.magnitude, accepted))
+    if not any(m == 0 for m in s.magnitudes):
+        faults.append(_fault("steering.magnitudes", s.magnitudes, "0 among them, for questions.ask='offsets'"))
+    if e.analysis.forced_texts < 1:
+        faults.append(_fault("analysis.forced_texts", e.analysis.forced_texts, "at least 1 where 'offsets' is asked"))
+    return faults
+
+
+_OF_QUESTION = {
+    "offsets": _offsets_faults,
+    "sae": _sae_faults,
+    "stability": _stability_faults,
+    "transfer": _transfer_faults,
+}

@@ -399,17 +399,35 @@ class SaeSpec:
 
 
 @dataclasses.dataclass
+class OffsetsSpec:
+    """Whether the advantage of one offset over another differs between groups of problems (category, difficulty).
+
+    Attributes:
+      chosen: the one, of `steering.offsets`.
+      reference: the other one, of `steering.offsets`.
+      magnitude: of their vectors, one of `steering.grid_magnitudes` (of `steering.magnitudes` where that is empty); 0
+        takes the smallest positive one.
+    """
+
+    chosen: int = -12
+    reference: int = 0
+    magnitude: float = 0.0
+
+
+@dataclasses.dataclass
 class QuestionsSpec:
     """The open questions: analyses that run where they are asked for. Each has a field with its settings.
 
     Attributes:
       ask: names of the questions, each the name of another field here; empty for none.
+      offsets: whether the best offset differs between groups of problems.
       sae: which features of a sparse autoencoder the vector is made of.
       stability: which boundaries recur from the same prefix, and what their vectors do.
       transfer: whether a vector of another family's base model acts, mapped into this one.
     """
 
     ask: tuple[str, ...] = ()
+    offsets: OffsetsSpec = dataclasses.field(default_factory=OffsetsSpec)
     sae: SaeSpec = dataclasses.field(default_factory=SaeSpec)
     stability: StabilitySpec = dataclasses.field(default_factory=StabilitySpec)
     transfer: TransferSpec = dataclasses.field(default_factory=TransferSpec)

@@ -324,7 +324,12 @@ def effects(r: Results, target: str, text: str, **condition: object) -> dict[str
       text: `REASONING_TRACES` or `BASE_REPLIES`.
       **condition: other fields of the condition, as in the table.
     """
-    own = [line for line in r.tables["log_odds"] if (line["target"], line["text"]) == (target, text)]
+    return changes(r.tables["log_odds"], target, text, **condition)
+
+
+def changes(lines: Table, target: str, text: str, **condition: object) -> dict[str, float]:
+    """`effects` out of the lines of log_odds.csv."""
+    own = [line for line in lines if (line["target"], line["text"]) == (target, text)]
     plain = {line["problem_id"]: line["log_odds"] for line in own if line["kind"] == UNSTEERED}
     changed = {
         line["problem_id"]: line["log_odds"] - plain.get(line["problem_id"], math.nan)
