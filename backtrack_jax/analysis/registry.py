@@ -6,6 +6,7 @@ from backtrack_jax.analysis.grids import GRIDS
 from backtrack_jax.analysis.judged import JUDGED
 from backtrack_jax.analysis.log_odds import LOG_ODDS
 from backtrack_jax.analysis.logit_lens import LOGIT_LENS
+from backtrack_jax.analysis.noise import NOISE_QUESTION
 from backtrack_jax.analysis.probe import PROBE
 from backtrack_jax.analysis.rates import RATES
 from backtrack_jax.analysis.reliability import RELIABILITY
@@ -18,5 +19,6 @@ ANALYSES: tuple[Analysis, ...] = (
     *(JUDGED, RATES, LOG_ODDS, GRIDS, SIMILARITY, LOGIT_LENS, PROBE, RELIABILITY, WINDOWS, AGREEMENT),
     STABILITY,
     TRANSFER,
+    NOISE_QUESTION,
 )
 """All analyses; one may read the files of those before it. Their sentences stand in this order."""
