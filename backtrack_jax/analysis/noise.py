@@ -153,12 +153,12 @@ class Noise(Question):
         if line is None or whole is None or line["problems"] < 2:
             return []
         margin = r.experiment.questions.noise.margin
+        shown = "equivalent" if line["p"] <= 0.05 else "not shown to be equivalent"
         text = (
             f"Gaussian noise at magnitude {magnitude(r.experiment):g} changes the log-odds of wait or hmm on given "
             f"text by {_nats(whole)}; without its component along the {r.label} vector it does "
-            f"{line['estimate']:.3f} nats more than without one along a random direction "
-            f"({line['low']:.3f} to {line['high']:.3f}, {line['problems']} problems; "
-            f"{'equivalent' if line['p'] <= 0.05 else 'not shown to be equivalent'} within {margin:g}, p = {line['p']:.2g})"
+            f"{line['estimate']:.3f} nats more than without one along a random direction ({line['low']:.3f} to "
+            f"{line['high']:.3f}, {line['problems']} problems; {shown} within {margin:g}, p = {line['p']:.2g})"
         )
         if (share := share_of(r.tables, NOISE, VECTOR)) is not None:
             value, (low, high), _ = share
@@ -590,9 +590,9 @@ def plot(r: Results) -> Plot | None:
     q = r.experiment.questions.noise
     caption = (
         f"Noise at magnitude {magnitude(r.experiment):g} ({r.experiment.steering.unit}) at layer {r.layer}, on given "
-        f"text of {problems} problems, {q.draws} draws of the noise each. Effects: change of the log-odds of wait or "
-        "hmm at sentence starts. Mediated: share of the effect that components at later layers carry, exchanged between runs "
-        "with and without noise, position by position. Intervals of 95 % over problems (and seeds, of what is frozen "
+        f"text of {problems} problems, {q.draws} draws of the noise each. Effects: change of the log-odds of wait "
+        "or hmm at sentence starts. Mediated: share of the effect that components at later layers carry, exchanged between "
+        "runs with and without noise, position by position. Intervals of 95 % over problems (and seeds, of what is frozen "
         f"for the run); p is Holm's over all contrasts but the primary one, {primary(r.label)}, by equivalence."
     )
     return Plot("noise", "Why noise raises backtracking", caption, panels, shown, place=7.5)
