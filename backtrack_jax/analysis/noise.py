@@ -530,17 +530,13 @@ def hazard(material: Material) -> Table:
     begin = e.questions.noise.burst + 1
     counted: dict[str, dict[str, np.ndarray]] = {}
     for kind in (UNSTEERED, burst(e), PROMPT, NOISE):
-        counted[kind] = {
-            problem: np.sum(
-                [
-                    first_after([at for at, token in enumerate(r.ids) if token in words], begin, len(r.ids))
-                    for r in replies
-                ],
-                axis=0,
-                dtype=np.float64,
-            )
-            for problem, replies in found.get(kind, {}).items()
-        }
+        counted[kind] = {}
+        for problem, replies in found.get(kind, {}).items():
+            of = [
+                first_after([at for at, token in enumerate(reply.ids) if token in words], begin, len(reply.ids))
+                for reply in replies
+            ]
+            counted[kind][problem] = np.array(of, np.float64).sum(0)
     lines: Table = []
     for kind, by_problem in counted.items():
         problems = [problem for problem in by_problem if problem in counted[UNSTEERED]]
@@ -590,17 +586,19 @@ def plot(r: Results) -> Plot | None:
     q = r.experiment.questions.noise
     caption = (
         f"Noise at magnitude {magnitude(r.experiment):g} ({r.experiment.steering.unit}) at layer {r.layer}, on given "
-        f"text of {problems} problems, {q.draws} draws of the noise each. Effects: change of the log-odds of wait "
-        "or hmm at sentence starts. Mediated: share of the effect that components at later layers carry, exchanged between "
-        "runs with and without noise, position by position. Intervals of 95 % over problems (and seeds, of what is frozen "
-        f"for the run); p is Holm's over all contrasts but the primary one, {primary(r.label)}, by equivalence."
+        f"text of {problems} problems, {q.draws} draws of the noise each. Effects: change of the log-odds of wait or "
+        "hmm at sentence starts. Mediated: share of the effect that components at later layers carry, exchanged "
+        "between runs with and without noise, position by position. Intervals of 95 % over problems (and seeds, of "
+        "what is frozen for the run); p is Holm's over all contrasts but the primary one, "
+        f"{primary(r.label)}, by equivalence."
     )
     return Plot("noise", "Why noise raises backtracking", caption, panels, shown, place=7.5)
 
 
 def _series(name: str, x: Sequence[float], lines: Sequence[Mapping[str, Any]], column: str, **look: Any) -> Series:
     low, high = (f"{column}_low", f"{column}_high") if column != "estimate" else ("low", "high")
-    return Series(name, x, *([line[of] for line in lines] for of in (column, low, high)), **look)
+    y, low_ends, high_ends = ([line[of] for line in lines] for of in (column, low, high))
+    return Series(name, x, y, low_ends, high_ends, **look)
 
 
 def _look(i: int, style: str = "") -> dict[str, Any]:

@@ -284,7 +284,7 @@ def matching_temperature(entropy_at: Callable[[float], float], target: float) ->
 
     if not math.isfinite(target) or excess(low) > 0 or excess(high) < 0:
         return NAN
-    return math.exp(optimize.bisect(excess, low, high, xtol=1e-4))
+    return math.exp(optimize.root_scalar(excess, bracket=(low, high), method="bisect", xtol=1e-4).root)
 
 
 def _mask(model: Decoder, keyword_ids: Container[int]) -> jax.Array:

@@ -28,14 +28,15 @@ def equivalence_p(values: ArrayLike, margin: float) -> float:
     values = np.asarray(values, np.float64)
     if len(values) < 2:
         return NAN
-    low = stats.ttest_1samp(values, -margin, alternative="greater").pvalue
-    return float(max(low, stats.ttest_1samp(values, margin, alternative="less").pvalue))
+    error, df = float(stats.sem(values)), len(values) - 1
+    above, below = (values.mean() + margin) / error, (margin - values.mean()) / error
+    return float(stats.t.sf(min(above, below), df))
 
 
 def difference_p(values: ArrayLike) -> float:
     """Two-sided p of the t test of mean 0; NaN below two values."""
     values = np.asarray(values, np.float64)
-    return float(stats.ttest_1samp(values, 0).pvalue) if len(values) > 1 else NAN
+    return float(2 * stats.t.sf(abs(values.mean() / stats.sem(values)), len(values) - 1)) if len(values) > 1 else NAN
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -80,7 +81,7 @@ def interval_p(ends: Callable[[float], tuple[float, float]]) -> float:
     least, most = 1e-9, 1 - 1e-9
     if margin(least) > 0:
         return least
-    return float(optimize.brentq(margin, least, most)) if margin(most) > 0 else 1.0
+    return float(optimize.root_scalar(margin, bracket=(least, most)).root) if margin(most) > 0 else 1.0
 
 
 def within(x: ArrayLike, y: ArrayLike) -> tuple[float, float, float]:
@@ -92,8 +93,8 @@ def within(x: ArrayLike, y: ArrayLike) -> tuple[float, float, float]:
       x: [draws, places].
       y: [draws, places].
     """
-    x, y = (np.asarray(of, np.float64) - np.mean(of, axis=0) for of in (x, y))
-    return float(np.sum(x * x)), float(np.sum(x * y)), float(np.sum(y * y))
+    u, v = (of - of.mean(0) for of in (np.asarray(x, np.float64), np.asarray(y, np.float64)))
+    return float(np.sum(u * u)), float(np.sum(u * v)), float(np.sum(v * v))
 
 
 def slope(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -124,8 +125,8 @@ def mediated(clean: ArrayLike, added: ArrayLike, inserted: ArrayLike, removed: A
       inserted: [P] without it, but with the mediator of the run with it.
       removed: [P] with it, but with the mediator of the run without it.
     """
-    clean, added, inserted, removed = (np.asarray(of, np.float64) for of in (clean, added, inserted, removed))
-    return np.stack([(inserted - clean + added - removed) / 2, added - clean], axis=-1)
+    none, whole, alone, without = (np.asarray(of, np.float64) for of in (clean, added, inserted, removed))
+    return np.stack([(alone - none + whole - without) / 2, whole - none], axis=-1)
 
 
 def first_after(positions: Sequence[int], begin: int, length: int) -> list[tuple[int, int]]:
