@@ -391,10 +391,10 @@ class NoiseSpec:
     """
 
     magnitude: float = 0.0
-    draws: int = 3
+    draws: int = 2
     seeds: int = 10
     ranks: tuple[int, ...] = (4, 32)
-    margin: float = 0.1
+    margin: float = 0.02
     burst: int = 16
     replies: int = 80
 

@@ -156,8 +156,8 @@ class Noise(Question):
         shown = "equivalent" if line["p"] <= 0.05 else "not shown to be equivalent"
         text = (
             f"Gaussian noise at magnitude {magnitude(r.experiment):g} changes the log-odds of wait or hmm on given "
-            f"text by {_nats(whole)}; without its component along the {r.label} vector it does "
-            f"{line['estimate']:.3f} nats more than without one along a random direction ({line['low']:.3f} to "
+            f"text by {_nats(whole)}; to take its component along the {r.label} vector away, and not that along a "
+            f"random direction, changes this by {line['estimate']:.3f} nats ({line['low']:.3f} to "
             f"{line['high']:.3f}, {line['problems']} problems; {shown} within {margin:g}, p = {line['p']:.2g})"
         )
         if (share := share_of(r.tables, NOISE, VECTOR)) is not None:
@@ -175,12 +175,16 @@ class Noise(Question):
         values = np.array(list(_less(found, f"noise-outside:{label}", "noise-outside:random").values()))
         if len(values) < 2:
             return []
-        share = share_of(r.tables, NOISE, VECTOR)
-        note = ""
+        share, note = share_of(r.tables, NOISE, VECTOR), ""
+        whole = abs(float(np.mean(list(found[NOISE].values()))))
+        ends = interval(values, LEVEL)
+        given = statistics.verdict(*ends, Region(-margin, margin), len(values))
+        if margin >= whole:
+            given, note = "undecided", f"the whole effect of noise, {whole:.3f} nats, is within the margin; "
         if share is not None:
             value, (low, high), _ = share
-            ends = f"{number(low)} to {number(high)}"
-            note = f"mediated by the later components along the vector: {number(value)} ({ends})"
+            mediated_by = f"{number(value)} ({number(low)} to {number(high)})"
+            note += f"share mediated by the later components along the vector: {mediated_by}"
         return [
             measured(
                 "noise_direction",
@@ -190,11 +194,12 @@ class Noise(Question):
                 rule="log-odds under noise without its component along the vector less those without a component along "
                 f"a random direction, equivalent to 0 within {margin:g} nats",
                 estimate=float(values.mean()),
-                interval=interval(values, LEVEL),
+                interval=ends,
                 unit="nats",
                 region=Region(-margin, margin),
                 n=len(values),
                 note=note,
+                given=given,
             )
         ]
 
@@ -202,7 +207,7 @@ class Noise(Question):
         """Texts of one model; the exchange is of the one that writes the traces."""
         e, q = planned.experiment, planned.experiment.questions.noise
         texts = min(e.analysis.forced_texts, len(planned.trace_tokens))
-        rows = 8 + 5 * q.draws + 3 * len(q.ranks) + q.seeds
+        rows = 11 + 3 * q.draws + 3 * len(q.ranks) + q.seeds
         both = 4 * min(texts, q.replies) if q.replies else 0
         return (
             f"at most {texts * rows:,} texts under noise, and if it writes the traces {both:,} more and "
@@ -592,7 +597,7 @@ def plot(r: Results) -> Plot | None:
         "what is frozen for the run); p is Holm's over all contrasts but the primary one, "
         f"{primary(r.label)}, by equivalence."
     )
-    return Plot("noise", "Why noise raises backtracking", caption, panels, shown, place=7.5)
+    return Plot("noise", "What noise does, and through what", caption, panels, shown, place=7.5)
 
 
 def _series(name: str, x: Sequence[float], lines: Sequence[Mapping[str, Any]], column: str, **look: Any) -> Series:
@@ -609,13 +614,13 @@ def _short(kind: str, label: str) -> str:
     """A name that fits below a panel."""
     for long, short in ((f":{label}", ":v"), ("noise-", ""), ("part-within", "part"), (COVARIANCE, "covariance")):
         kind = kind.replace(long, short)
-    return kind.replace("matched-noise:", "").replace("noise keeping norm", "norm kept").replace(label, "v added")
+    return kind.replace("matched-noise:", "").replace("noise keeping norm", "norm kept")
 
 
 def _projection_panel(r: Results) -> Panel:
     """Effect of each row on both models."""
     found = {(line["role"], line["kind"]): line for line in r.tables["noise_effects"]}
-    kinds = list(dict.fromkeys(line["kind"] for line in r.tables["noise_effects"]))
+    kinds = list(dict.fromkeys(line["kind"] for line in r.tables["noise_effects"] if line["kind"] != r.label))
     series = []
     for i, role in enumerate(reversed(r.roles)):
         own = [kind for kind in kinds if (role, kind) in found]
@@ -655,7 +660,7 @@ def _mediation_panel(r: Results) -> Panel:
                 x.append(n + 0.2 * i - 0.1)
                 lines.append({"share": found[0], "share_low": found[1][0], "share_high": found[1][1]})
         if lines:
-            series.append(_series(f"along {along}", x, lines, "share", **_look(i)))
+            series.append(_series(f"along {along}", x, lines, "share", **_look(i + 4)))
     return Panel("Mediation", "", "mediated share", series, categories=["noise", "vector added"], level=0.0)
 
 
