@@ -423,7 +423,33 @@ def _offsets_faults(e: Experiment) -> list[str]:
     return faults
 
 
+def _noise_faults(e: Experiment) -> list[str]:
+    q, name = e.questions.noise, "questions.noise"
+    faults = []
+    positive = [m for m in (e.steering.baseline_magnitudes or e.steering.magnitudes) if _finite(m) and m > 0]
+    if not _finite(q.magnitude) or q.magnitude < 0 or not (q.magnitude or positive):
+        accepted = "a number above 0, or 0 for the largest of steering.baseline_magnitudes or steering.magnitudes"
+        faults.append(_fault(f"{name}.magnitude", q.magnitude, accepted))
+    for field, least in (("draws", 2), ("seeds", 2), ("burst", 1), ("replies", 0)):
+        if (value := getattr(q, field)) < least:
+            faults.append(_fault(f"{name}.{field}", value, f"at least {least}"))
+    if not _integers(q.ranks) or any(rank < 1 for rank in q.ranks):
+        faults.append(_fault(f"{name}.ranks", q.ranks, "integers >= 1"))
+    faults += _repeated(f"{name}.ranks", q.ranks)
+    if not _finite(q.margin) or q.margin <= 0:
+        faults.append(_fault(f"{name}.margin", q.margin, "a number of nats above 0"))
+    if q.replies and q.burst >= e.steering.max_new_tokens - 1:
+        accepted = (
+            f"less than steering.max_new_tokens={e.steering.max_new_tokens} by 2 or more: what follows it is counted"
+        )
+        faults.append(_fault(f"{name}.burst", q.burst, accepted))
+    if e.analysis.forced_texts < 1:
+        faults.append(_fault("analysis.forced_texts", e.analysis.forced_texts, "at least 1, for questions.ask='noise'"))
+    return faults + _kept_layer_faults(e)
+
+
 _OF_QUESTION = {
+    "noise": _noise_faults,
     "offsets": _offsets_faults,
     "sae": _sae_faults,
     "stability": _stability_faults,

@@ -415,6 +415,31 @@ class OffsetsSpec:
 
 
 @dataclasses.dataclass
+class NoiseSpec:
+    """Why Gaussian noise raises backtracking: rows of noise on given text, and in replies.
+
+    Attributes:
+      magnitude: of all noise and of the vector beside it, in `steering.unit`; 0 takes the largest at which baselines
+        are added.
+      draws: of the noise, on each text, at least 2; slopes are over these.
+      seeds: directions that are frozen for the run, and random subspaces of the dimensions of `ranks`.
+      ranks: dimensions of the principal components, first and last, and of the random subspaces inside of which noise
+        is drawn.
+      margin: within which two kinds of noise are called equivalent, in nats.
+      burst: tokens of a reply, from its first one, that noise is added at and then no more.
+      replies: problems that are answered under noise, at most; 0 for none.
+    """
+
+    magnitude: float = 0.0
+    draws: int = 2
+    seeds: int = 10
+    ranks: tuple[int, ...] = (4, 32)
+    margin: float = 0.02
+    burst: int = 16
+    replies: int = 80
+
+
+@dataclasses.dataclass
 class QuestionsSpec:
     """The open questions: analyses that run where they are asked for. Each has a field with its settings.
 
@@ -424,6 +449,7 @@ class QuestionsSpec:
       sae: which features of a sparse autoencoder the vector is made of.
       stability: which boundaries recur from the same prefix, and what their vectors do.
       transfer: whether a vector of another family's base model acts, mapped into this one.
+      noise: why Gaussian noise raises backtracking.
     """
 
     ask: tuple[str, ...] = ()
@@ -431,6 +457,7 @@ class QuestionsSpec:
     sae: SaeSpec = dataclasses.field(default_factory=SaeSpec)
     stability: StabilitySpec = dataclasses.field(default_factory=StabilitySpec)
     transfer: TransferSpec = dataclasses.field(default_factory=TransferSpec)
+    noise: NoiseSpec = dataclasses.field(default_factory=NoiseSpec)
 
     @property
     def known(self) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from backtrack_jax.analysis.grids import GRIDS
 from backtrack_jax.analysis.judged import JUDGED
 from backtrack_jax.analysis.log_odds import LOG_ODDS
 from backtrack_jax.analysis.logit_lens import LOGIT_LENS
+from backtrack_jax.analysis.noise import NOISE_QUESTION
 from backtrack_jax.analysis.offsets_by_group import OFFSETS_BY_GROUP
 from backtrack_jax.analysis.probe import PROBE
 from backtrack_jax.analysis.rates import RATES
@@ -22,5 +23,6 @@ ANALYSES: tuple[Analysis, ...] = (
     TRANSFER,
     SAE_DIRECTIONS,
     OFFSETS_BY_GROUP,
+    NOISE_QUESTION,
 )
 """All analyses; one may read the files of those before it. Their sentences stand in this order."""
