@@ -3,9 +3,9 @@
     python -m backtrack_jax.run --config=configs/paper_questions.py --dry_run
     python -m backtrack_jax.run --config=configs/paper_questions.py
 
-What `configs/questions.py` asks, of the paper's pair: traces are of the 180 graded problems, whose answers are known,
-ten a problem, so that difficulty comes from other samples than those that are steered. Labels are GPT-4o's, as in
-`configs/paper.py`, in the cheaper format.
+What `configs/questions.py` asks, of the paper's pair. Traces are of the 180 graded problems, two a problem, so that
+what groups problems comes from another sample than the one that is measured. Labels are GPT-4o's, as in `configs/paper.py`,
+in the cheaper format.
 
 Paper: its open questions. Hardware: one GPU with 80 GB. `--dry_run` says rows, tokens, memory and the judge's cost.
 """
@@ -32,7 +32,7 @@ def get_config() -> Experiment:
     e.steering.max_new_tokens = 512
     e.analysis.forced_texts = 120
     e.questions = QuestionsSpec(
-        ask=("composition", "noise", "stability", "offsets", "side_effects"),
+        ask=("noise", "stability", "offsets"),
         stability=StabilitySpec(boundaries=400, tokens=48, magnitude=8.0),
     )
     return e

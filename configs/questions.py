@@ -2,12 +2,12 @@
 
     python -m backtrack_jax.run --config=configs/questions.py
 
-Runs `configs/organism.py` and asks: do other directions contribute and combine linearly, why does noise raise
-backtracking, which boundaries are stable, does the best offset depend on the kind of problem, and what else does the
-vector change. Answers are sentences, figures and rows of the table of claims on the page; docs/questions/ says what each
-measures. Pairs of models are compared by `python -m backtrack_jax.compare`.
+Runs `configs/organism.py` and asks: why does noise raise backtracking, which boundaries are stable, and does the best
+offset depend on the kind of problem. Answers are sentences, figures and rows of the table of claims on the page;
+docs/questions/ says what each measures. `configs/transfer.py` asks about another family, and
+`python -m backtrack_jax.compare` puts pairs of models side by side.
 
-Paper: its open questions. Hardware: 2 CPU cores, 4 GB. Duration: about 8 minutes.
+Paper: its open questions. Hardware: 2 CPU cores, 4 GB. Duration: 6 to 8 minutes.
 """
 
 import runpy
@@ -19,5 +19,7 @@ from backtrack_jax.config import Experiment, QuestionsSpec
 def get_config() -> Experiment:
     e: Experiment = runpy.run_path(str(Path(__file__).with_name("organism.py")))["get_config"]()
     e.name = "questions"
-    e.questions = QuestionsSpec(ask=("composition", "noise", "stability", "offsets", "side_effects"))
+    # Offsets on all problems, so that groups of them can be compared; no sweep over layers.
+    e.steering.grid_limit, e.steering.layers = 0, ()
+    e.questions = QuestionsSpec(ask=("noise", "stability", "offsets"))
     return e
