@@ -4,8 +4,8 @@
     python -m backtrack_jax.run --config=configs/paper_questions.py
 
 What `configs/questions.py` asks, of the paper's pair. Traces are of the 180 graded problems, two a problem, so that
-what groups problems comes from another sample than the one that is measured. Labels are GPT-4o's, as in `configs/paper.py`,
-in the cheaper format.
+what groups problems comes from another sample than the one that is measured. Labels are GPT-4o's, as in
+`configs/paper.py`, in the cheaper format.
 
 Paper: its open questions. Hardware: one GPU with 80 GB. `--dry_run` says rows, tokens, memory and the judge's cost.
 """
