@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from backtrack_jax import directions, generate, intervention
+from backtrack_jax import generate, intervention, subspaces
 from backtrack_jax.analysis import log_odds, logit_lens, noise_forced, resumable
 from backtrack_jax.analysis.base import Material
 from backtrack_jax.analysis.log_odds import Forced
@@ -84,13 +84,13 @@ class Rows:
         scales["raw"] = float(self.vector.norms[self.layer])
         self.length = magnitude(e) * scales[e.steering.unit]
         self.rank = span_rank(material, role)
-        ids = material.sums[role]
-        sections = directions.Sections(self.label, material.contrast_of(self.label), {}, ids, ())
-        place = directions.Place(self.layer, self.d_model, lambda: sections)
-        self.covariance = directions.covariance(place)
+        sums = material.sums[role]
+        states = sums.section_means[sums.members("all"), sums.plan.layers.index(self.layer)]
+        components, variances = subspaces.principal_components(states)
+        self.covariance = components * np.sqrt(variances)[:, None]
         if (most := max(e.questions.noise.ranks, default=0)) > len(self.covariance):
             raise ValueError(
-                f"questions.noise.ranks={e.questions.noise.ranks}, but the {role} model's {len(ids.section_means)} "
+                f"questions.noise.ranks={e.questions.noise.ranks}, but the {role} model's {len(states)} "
                 f"windows have {len(self.covariance)} principal components; expected at most as many, not {most}"
             )
         shape: dict[str, Any] = {"n_layers": self.n_layers, "span": e.steering.span}

@@ -21,8 +21,10 @@ from backtrack_jax.analysis.base import Material
 from backtrack_jax.analysis.log_odds import Forced
 from backtrack_jax.analysis.noise_forced import Exchanged
 from backtrack_jax.config import Experiment
+from backtrack_jax.data.records import UNSTEERED
 from backtrack_jax.files import tables
-from backtrack_jax.intervention import ablate, add_vector, gaussian_noise, key_of, no_intervention
+from backtrack_jax.intervention import ablate, add_vector, gaussian_noise, key_of, no_intervention, stack_rows
+from backtrack_jax.models.batching import right_pad
 from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.stages.analysis import gather
 
@@ -253,27 +255,25 @@ def test_p_is_where_the_interval_ends_at_zero() -> None:
 def test_rows_are_of_one_length_and_without_what_they_are_named_for(material: Material) -> None:
     """The change of the stream at the layer where noise is added, for every kind, by its draw."""
     rows = noise_rows.Rows(material, "reasoning")
-    ids, v = jnp.asarray([TEXTS[1]]), rows.vector.unit(LAYER)
-    model, positions = material.model("reasoning"), jnp.arange(len(TEXTS[1]))[None]
-
-    def change(kind: str, draw: int) -> np.ndarray:
-        edit = jax.tree.map(lambda leaf: leaf[None], rows.row(kind, "verbal_0", draw))
-        x = [model(ids, positions, intervention=e, stop_at_layer=LAYER + 1).resid[0] for e in (edit, None)]
-        return np.asarray(x[0] - x[1], np.float64)
-
+    v, model = rows.vector.unit(LAYER), material.model("reasoning")
     assert 1 < rows.rank <= len(material.labels)
-    kinds = [kind for _, kind, _ in rows.kinds(0)]
-    for kind in kinds:
-        x = change(kind, 0)
+    asked = [(kind, 0) for _, kind, _ in rows.kinds(0)] + [("noise", 0), ("noise", 1), (UNSTEERED, 0)]
+    edits = stack_rows([rows.row(kind, "verbal_0", draw) for kind, draw in asked])
+    ids, positions = right_pad([TEXTS[1]] * len(asked), len(TEXTS[1]))
+    found = np.asarray(model(ids, positions, intervention=edits, stop_at_layer=LAYER + 1).resid, np.float64)
+    changes = found - found[-1]
+    without = ("noise-outside:backtracking", f"noise-outside:labels({rows.rank})")
+    for (kind, _), x in zip(asked[:-1], changes, strict=False):
         if not kind.startswith("noise-part") and "norm" not in kind:
             np.testing.assert_allclose(np.linalg.norm(x, axis=1), rows.length, rtol=1e-3, err_msg=kind)
-        assert (np.abs(x @ v).max() < 1e-3 * rows.length) == (
-            kind in ("noise-outside:backtracking", f"noise-outside:labels({rows.rank})")
-        ), kind
-    first, again, second = change("noise", 0), change("noise", 0), change("noise", 1)
+        assert (np.abs(x @ v).max() < 1e-3 * rows.length) == (kind in without), kind
+    of = {name: changes[[kind for kind, _ in asked].index(name)] for name in ("noise", "frozen-noise")}
+    first, again, second = of["noise"], changes[-3], changes[-2]
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - second).max() > 0.1
-    assert np.ptp(change("frozen-noise", 0), axis=0).max() < 1e-3 < np.ptp(first, axis=0).max()
+    assert np.ptp(of["frozen-noise"], axis=0).max() < 1e-3 < np.ptp(first, axis=0).max()
+    norms = np.linalg.norm(found[[kind for kind, _ in asked].index("noise keeping norm")], axis=1)
+    np.testing.assert_allclose(norms, np.linalg.norm(found[-1], axis=1), rtol=1e-4)
 
 
 def test_ranks_beyond_the_windows_are_refused(material: Material) -> None:
