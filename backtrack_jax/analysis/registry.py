@@ -11,6 +11,7 @@ from backtrack_jax.analysis.probe import PROBE
 from backtrack_jax.analysis.rates import RATES
 from backtrack_jax.analysis.reliability import RELIABILITY
 from backtrack_jax.analysis.sae import SAE_DIRECTIONS
+from backtrack_jax.analysis.side_effects import SIDE_EFFECTS
 from backtrack_jax.analysis.similarity import SIMILARITY
 from backtrack_jax.analysis.stability import STABILITY
 from backtrack_jax.analysis.transfer import TRANSFER
@@ -22,5 +23,6 @@ ANALYSES: tuple[Analysis, ...] = (
     TRANSFER,
     SAE_DIRECTIONS,
     OFFSETS_BY_GROUP,
+    SIDE_EFFECTS,
 )
 """All analyses; one may read the files of those before it. Their sentences stand in this order."""
