@@ -448,10 +448,30 @@ def _noise_faults(e: Experiment) -> list[str]:
     return faults + _kept_layer_faults(e)
 
 
+def _side_effects_faults(e: Experiment) -> list[str]:
+    q, s, name = e.questions.side_effects, e.steering, "questions.side_effects"
+    faults = []
+    if not 0 < q.margin < 1:
+        faults.append(_fault(f"{name}.margin", q.margin, "a share between 0 and 1"))
+    if q.texts < 0:
+        faults.append(_fault(f"{name}.texts", q.texts, "at least 0"))
+    swept = [m for m in s.magnitudes if _finite(m) and m > 0]
+    if q.magnitude not in swept and (q.magnitude or not swept):
+        accepted = f"a positive one of steering.magnitudes={s.magnitudes}, or 0 for the largest of these"
+        faults.append(_fault(f"{name}.magnitude", q.magnitude, accepted))
+    if not any(m == 0 for m in s.magnitudes):
+        faults.append(_fault("steering.magnitudes", s.magnitudes, "0 among them, for questions.ask='side_effects'"))
+    if e.vectors.label not in s.kinds:
+        accepted = f"vectors.label={e.vectors.label!r} among them, for questions.ask='side_effects'"
+        faults.append(_fault("steering.kinds", s.kinds, accepted))
+    return faults
+
+
 _OF_QUESTION = {
     "noise": _noise_faults,
     "offsets": _offsets_faults,
     "sae": _sae_faults,
+    "side_effects": _side_effects_faults,
     "stability": _stability_faults,
     "transfer": _transfer_faults,
 }

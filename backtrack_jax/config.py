@@ -439,6 +439,21 @@ class NoiseSpec:
     replies: int = 80
 
 
+class SideEffectsSpec:
+    """What steering does beside backtracking: to answers, to the length of replies, to every other token.
+
+    Attributes:
+      margin: share of right answers that may be lost before answers are said to suffer.
+      texts: replies of the unsteered model, one a problem, on which the divergence from it is measured; 0 takes all.
+      magnitude: of the primary contrast, a positive one of `steering.magnitudes`; 0 takes the largest. A random
+        direction is added at it too.
+    """
+
+    margin: float = 0.1
+    texts: int = 80
+    magnitude: float = 0.0
+
+
 @dataclasses.dataclass
 class QuestionsSpec:
     """The open questions: analyses that run where they are asked for. Each has a field with its settings.
@@ -447,6 +462,7 @@ class QuestionsSpec:
       ask: names of the questions, each the name of another field here; empty for none.
       offsets: whether the best offset differs between groups of problems.
       sae: which features of a sparse autoencoder the vector is made of.
+      side_effects: what steering does to answers, to length and to every other token.
       stability: which boundaries recur from the same prefix, and what their vectors do.
       transfer: whether a vector of another family's base model acts, mapped into this one.
       noise: why Gaussian noise raises backtracking.
@@ -455,6 +471,7 @@ class QuestionsSpec:
     ask: tuple[str, ...] = ()
     offsets: OffsetsSpec = dataclasses.field(default_factory=OffsetsSpec)
     sae: SaeSpec = dataclasses.field(default_factory=SaeSpec)
+    side_effects: SideEffectsSpec = dataclasses.field(default_factory=SideEffectsSpec)
     stability: StabilitySpec = dataclasses.field(default_factory=StabilitySpec)
     transfer: TransferSpec = dataclasses.field(default_factory=TransferSpec)
     noise: NoiseSpec = dataclasses.field(default_factory=NoiseSpec)

@@ -12,6 +12,7 @@ from backtrack_jax.analysis.probe import PROBE
 from backtrack_jax.analysis.rates import RATES
 from backtrack_jax.analysis.reliability import RELIABILITY
 from backtrack_jax.analysis.sae import SAE_DIRECTIONS
+from backtrack_jax.analysis.side_effects import SIDE_EFFECTS
 from backtrack_jax.analysis.similarity import SIMILARITY
 from backtrack_jax.analysis.stability import STABILITY
 from backtrack_jax.analysis.transfer import TRANSFER
@@ -24,5 +25,6 @@ ANALYSES: tuple[Analysis, ...] = (
     SAE_DIRECTIONS,
     OFFSETS_BY_GROUP,
     NOISE_QUESTION,
+    SIDE_EFFECTS,
 )
 """All analyses; one may read the files of those before it. Their sentences stand in this order."""
