@@ -439,6 +439,7 @@ class NoiseSpec:
     replies: int = 80
 
 
+@dataclasses.dataclass
 class SideEffectsSpec:
     """What steering does beside backtracking: to answers, to the length of replies, to every other token.
 

@@ -2,10 +2,10 @@
 
     python -m backtrack_jax.run --config=configs/questions.py
 
-Runs `configs/organism.py` and asks: why does noise raise backtracking, which boundaries are stable, and does the best
-offset depend on the kind of problem. Answers are sentences, figures and rows of the table of claims on the page;
-docs/questions/ says what each measures. `configs/transfer.py` asks about another family, and
-`python -m backtrack_jax.compare` puts pairs of models side by side.
+Runs `configs/organism.py` and asks: why does noise raise backtracking, which boundaries are stable, does the best
+offset depend on the kind of problem, and what else does the vector change. Answers are sentences, figures and rows of
+the table of claims on the page; docs/questions/ says what each measures. `configs/transfer.py` asks about another
+family, and `python -m backtrack_jax.compare` puts pairs of models side by side.
 
 Paper: its open questions. Hardware: 2 CPU cores, 4 GB. Duration: 6 to 8 minutes.
 """
@@ -21,5 +21,5 @@ def get_config() -> Experiment:
     e.name = "questions"
     # Offsets on all problems, so that groups of them can be compared; no sweep over layers.
     e.steering.grid_limit, e.steering.layers = 0, ()
-    e.questions = QuestionsSpec(ask=("noise", "stability", "offsets"))
+    e.questions = QuestionsSpec(ask=("noise", "stability", "offsets", "side_effects"))
     return e

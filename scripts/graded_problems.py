@@ -456,8 +456,8 @@ def grid(rng: random.Random, level: int) -> Made:
 
 def bridge(rng: random.Random, level: int) -> Made:
     times = sorted(rng.sample(range(1, 6 + 4 * level), 2 + level))
-    start = (frozenset(range(len(times))), True)
-    best = {start: 0}
+    start: tuple[frozenset[int], bool] = (frozenset(range(len(times))), True)
+    best: dict[tuple[frozenset[int], bool], float] = {start: 0}
     queue: list[tuple[int, int, tuple[frozenset[int], bool]]] = [(0, 0, start)]
     count = itertools.count(1)
     while queue:

@@ -259,7 +259,7 @@ def test_rows_are_of_one_length_and_without_what_they_are_named_for(material: Ma
     assert 1 < rows.rank <= len(material.labels)
     asked = [(kind, 0) for _, kind, _ in rows.kinds(0)] + [("noise", 0), ("noise", 1), (UNSTEERED, 0)]
     edits = stack_rows([rows.row(kind, "verbal_0", draw) for kind, draw in asked])
-    ids, positions = right_pad([TEXTS[1]] * len(asked), len(TEXTS[1]))
+    ids, positions = map(jnp.asarray, right_pad([TEXTS[1]] * len(asked), len(TEXTS[1])))
     found = np.asarray(model(ids, positions, intervention=edits, stop_at_layer=LAYER + 1).resid, np.float64)
     changes = found - found[-1]
     without = ("noise-outside:backtracking", f"noise-outside:labels({rows.rank})")

@@ -106,7 +106,7 @@ def test_thirds_hold_equal_numbers_together() -> None:
 def test_the_best_offset_is_measured_on_problems_that_did_not_choose_it() -> None:
     """On noise the best of 40 offsets looks good on the problems that chose it, and not on the others."""
     rng, offsets, names = np.random.default_rng(4), list(range(-39, 1)), [f"p{n}" for n in range(40)]
-    chosen, held_out = [], []
+    chosen, held_out, values = [], [], np.zeros((40, 40))
     for _ in range(60):
         values = rng.standard_normal((40, 40))
         found = offsets_by_group.best(offsets, values, names, seed=0)

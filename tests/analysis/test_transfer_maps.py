@@ -64,7 +64,7 @@ def test_procrustes_is_that_of_scipy_after_the_principal_components_of_scikit_le
     rank = 5
     of_x, of_y = (PCA(rank).fit(states.astype(np.float64)) for states in (X, Y))
     rotation, _ = linalg.orthogonal_procrustes(of_x.transform(X), of_y.transform(Y))
-    expected = of_x.components_.T @ rotation @ of_y.components_
+    expected = np.asarray(of_x.components_).T @ rotation @ np.asarray(of_y.components_)
     np.testing.assert_allclose(transfer_maps.orthogonal(X, Y, rank), expected, atol=1e-4)
 
 

@@ -79,7 +79,8 @@ def test_of_the_same_model_everything_is_carried_over(finished: Path, monkeypatc
     texts = {trace.problem_id for trace, _ in material.pairs}
     assert {line["problem_id"] for line in effects} <= set(held_out) & texts
     assert {line["problem_id"] for line in replies} <= set(held_out)
-    assert {line["direction"] for line in replies} == {"unsteered", "own", "identity", "shuffled pairs"}
+    tried = {line["direction"] for line in replies}
+    assert tried > {"unsteered", "own", "shuffled pairs"} and len(tried) == 4  # and the best map, of several as good
     assert not list((finished / "5-analysis").glob("*transfer*.safetensors")) + list(finished.rglob("*forced.jsonl"))
     assert all(not tables.read(finished / "5-analysis" / f"base.{name}.csv") for name in transfer.TRANSFER.role_tables)
 
