@@ -22,7 +22,7 @@ from pathlib import Path
 
 OUT = Path(__file__).parents[1] / "backtrack_jax" / "data" / "graded.jsonl"
 PER_CELL = 20
-NAMES = ("Ada", "Ben", "Cleo", "Dev", "Edda", "Finn", "Gus", "Hana", "Ivo", "Jun")
+NAMES: tuple[str, ...] = ("Ada", "Ben", "Cleo", "Dev", "Edda", "Finn", "Gus", "Hana", "Ivo", "Jun")
 
 Made = tuple[str, str] | None
 """Text and answer; None where the drawn numbers give no problem with one answer, and others are drawn."""

@@ -843,6 +843,7 @@ def test_texts_are_the_replies_of_every_prompt_under_every_intervention() -> Non
     assert np.shape(bare) == (1, 1) and bare != [[""]]
 
 
+@pytest.mark.slow
 def test_a_row_is_the_same_where_numbers_are_64_bit_by_default() -> None:
     script = """
 import jax, jax.numpy as jnp

@@ -102,6 +102,7 @@ runpy.run_module("backtrack_jax.run", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_sigkill_in_the_long_stages(fresh: Path, tiny_run: Path) -> None:
     """After one batch of stage 3, then after two of stage 4, from where smaller ones go on to the same bytes."""
     for name, calls in (("write_safetensors", 1), ("append_lines", 2)):
