@@ -37,7 +37,8 @@ from backtrack_jax.files.tables import Table
 from backtrack_jax.finished import FinishedRun, load_run
 from backtrack_jax.report import static
 
-_OUT = flags.DEFINE_string("out", "", "Folder for the comparison.")
+# Other commands have a flag of this name too; a process that imports several runs one of them.
+_OUT = flags.DEFINE_string("out", "", "Folder for the comparison.", allow_override=True)
 
 LOG_ODDS, RATE = "log-odds, nats", "keywords a word"
 BOTH = "both"

@@ -41,7 +41,8 @@ CONVENTION = "layer l is the output of block l, counted from 0: blocks.l.hook_re
 _INDEX = "index.json"
 _FORMAT = 1
 
-_OUT = flags.DEFINE_string("out", "", "Folder for the activations.")
+# Other commands have a flag of this name too; a process that imports several runs one of them.
+_OUT = flags.DEFINE_string("out", "", "Folder for the activations.", allow_override=True)
 _LAYERS = flags.DEFINE_list("layers", [], "Blocks, 0-based; default vectors.layers, or steering.layer without any.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", list(DTYPES), "Of the activations in the files.")
 _TOKENS = flags.DEFINE_integer("shard_tokens", 16384, "Tokens after which a shard ends, with the trace they are in.")

@@ -72,7 +72,7 @@ def load_run(folder: str | Path) -> FinishedRun:
     folder = Path(folder).expanduser()
     for stage in _STAGES:
         path = stage.path(folder)
-        if not (path / "DONE").exists():
+        if not store.is_finished(path):
             raise ValueError(
                 f"{folder}: {stage.name} is not done there; expected the folder of a run, such as results/organism"
             )
@@ -89,8 +89,7 @@ def load_run(folder: str | Path) -> FinishedRun:
         if VECTORS.has(read, role, label)
     }
     pairs = pair_annotations(TRACES.read(TRACES.path(folder)), ANNOTATIONS.read(ANNOTATIONS.path(folder)))
-    found = REPORT.path(folder) / "claims.json"
-    claims = {claim["name"]: claim for claim in store.read_json(found)["claims"]} if found.exists() else {}
+    claims = {claim["name"]: claim for claim in REPORT.read_claims(REPORT.path(folder))}
     return FinishedRun(folder, experiment, results, vectors, pairs, claims)
 
 

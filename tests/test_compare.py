@@ -24,13 +24,25 @@ def lines_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.fixture
-def two(finished: Path) -> list[Path]:
-    """The tiny run, and one with another sweep."""
+@pytest.fixture(scope="module")
+def both(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny run, and one with another sweep."""
+    folder = tmp_path_factory.mktemp("both") / "tiny"
+    shutil.copytree(tiny_run, folder)
     e = tiny.get_config()
     e.name, e.steering.magnitudes, e.steering.limit = "other", (0.0, 16.0), 4
-    pipeline.Run(e).run()
-    return [finished, finished.parent / "other"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        pipeline.Run(e).run()
+    return folder
+
+
+@pytest.fixture
+def two(both: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Both runs in a copy, which is the working directory."""
+    shutil.copytree(both, tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path / "tiny")
+    return [tmp_path / "tiny" / "results" / name for name in ("tiny", "other")]
 
 
 def test_a_run_is_read_as_it_was_written(finished: Path) -> None:
@@ -207,6 +219,7 @@ def test_what_cannot_be_compared_is_named(two: list[Path], tmp_path: Path) -> No
     refused("no log-odds on given text at its dose; raise analysis.forced_texts", copy)
 
 
+@pytest.mark.slow
 def test_the_command(two: list[Path], tmp_path: Path) -> None:
     def said(*arguments: str) -> str:
         command = [sys.executable, "-m", "backtrack_jax.compare", *arguments]

@@ -169,6 +169,7 @@ def test_a_file_is_known_by_its_suffix() -> None:
     assert not any(map(kinds.is_vector_file, ("npz", "v.npy", "random + v.npz", "ablate:v.npz")))
 
 
+@pytest.mark.slow
 def test_a_run_of_sums_and_ablations_at_two_layers(finished: Path) -> None:
     """Other texts for every kind and layer; tables hold all of them, curves those of the first layer."""
     e = tiny.get_config()

@@ -207,6 +207,7 @@ def test_the_base_model_is_that_of_the_named_revision(
     assert asked == [("owner/name", "v1")]
 
 
+@pytest.mark.slow
 def test_adapters_beside_the_weights_compute_what_the_folded_model_does(model: Decoder) -> None:
     lora = Lora(rank=3, alpha=5.0)
     adapters = trained(model, lora)

@@ -37,6 +37,7 @@ def test_the_example_shows_the_claim(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert hits["reasoning"][1] >= 3 * max(1, hits["reasoning"][0])
 
 
+@pytest.mark.slow
 def test_commands_on_judges_plan_what_they_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "howto" / "judges.md").read_text(), re.DOTALL)

@@ -329,6 +329,7 @@ with ends_in_one_line(remedy="", resumed=""):
     assert (done.returncode, done.stdout) == (0, "goes on\n")
 
 
+@pytest.mark.slow
 def test_a_cpu_is_as_many_devices_as_the_config_asks_for(fresh: Path) -> None:
     """In a process of its own: the devices of this one are in use."""
     command = [sys.executable, "-m", "backtrack_jax.run", TINY, "--stages=1,2,3", "--config.data_parallel=2"]

@@ -76,6 +76,7 @@ def test_the_traces_are_those_that_a_run_reads_in_its_folder(fresh: Path, comman
     assert "no section is labelled 'backtracking'" in shown, message
 
 
+@pytest.mark.slow
 def test_the_command(fresh: Path, command: Command) -> None:
     started = [sys.executable, "-m", "backtrack_jax.show", f"--config={tiny.__file__}", "verbal_1/0"]
     done = subprocess.run(started, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)

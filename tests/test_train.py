@@ -134,6 +134,7 @@ def test_16_bit_weights_have_gradients(dtype: jnp.dtype) -> None:
         assert np.linalg.norm(a.astype(jnp.float32) - b) < 0.1 * np.linalg.norm(b)
 
 
+@pytest.mark.slow
 def test_gradients_of_many_tokens_stay_within_float16() -> None:
     """The gradient of their summed loss would not: the head's reaches 130,000."""
     params, build = train.trainable(model())

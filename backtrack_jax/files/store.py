@@ -191,6 +191,11 @@ def folders(workdir: Path, name: str) -> list[Path]:
     return [path for path in (workdir / name, *aside) if path.is_dir()]
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether a stage's folder is complete, under whatever inputs."""
+    return (folder / "DONE").exists()
+
+
 def is_whole(folder: Path, name: str) -> bool:
     """Whether a file is in a stage's folder, and as it was written if the stage was finished."""
     if not (folder / "DONE").exists():  # until then files are whole or absent

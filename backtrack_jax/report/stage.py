@@ -67,6 +67,11 @@ class ReportStage(Stage):
         """Puts the reason where the page looks for it and shows it; an empty file where the page is current."""
         store.write_text(folder / page.STALE, f"window.staleReason = {json.dumps(reason)};\n" if reason else "")
 
+    def read_claims(self, folder: Path) -> list[dict[str, Any]]:
+        """The lines of claims.json in its folder; none where the report was not made."""
+        path = folder / _CLAIMS
+        return store.read_json(path)["claims"] if path.exists() else []
+
 
 REPORT = ReportStage()
 

@@ -110,6 +110,7 @@ def test_a_setting_makes_its_own_analysis_run_again(finished: Path, computed: li
     assert changed == {"base.probe.csv", "reasoning.probe.csv"}
 
 
+@pytest.mark.slow
 def test_a_version_makes_its_own_analysis_run_again(finished: Path, computed: list[str]) -> None:
     class Newer(type(next(a for a in DEFAULT if a.name == "windows"))):
         version = 2
@@ -138,6 +139,7 @@ def test_what_reads_the_files_of_another_runs_again_with_it(finished: Path, comp
         AnalysisStage((Longest(), LENGTHS))
 
 
+@pytest.mark.slow
 def test_what_is_read_off_vectors_alone_outlasts_a_change_of_the_sweep(finished: Path, computed: list[str]) -> None:
     e = tiny.get_config()
     e.steering.magnitudes = (0.0, 8.0)
@@ -149,6 +151,7 @@ def test_what_is_read_off_vectors_alone_outlasts_a_change_of_the_sweep(finished:
     assert done == [*by_role, "rates", "agreement"]
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_of_another_list_had_finished_is_used(finished: Path, computed: list[str]) -> None:
     folder = finished / "5-analysis"
     before = contents(folder)
@@ -169,6 +172,7 @@ def test_a_damaged_file_is_not_taken_over(finished: Path, computed: list[str]) -
     assert contents(folder)["similarity.csv"] == before["similarity.csv"]
 
 
+@pytest.mark.slow
 def test_results_of_another_commit_of_a_hub_id_are_not_taken_over(finished: Path, computed: list[str]) -> None:
     path = finished / "5-analysis" / "run.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"hub_commits": {"base": "a" * 40}}))

@@ -86,6 +86,7 @@ def units(seed: int = 1) -> np.ndarray:
     return (e / np.linalg.norm(e, axis=1, keepdims=True)).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_measures_are_those_of_the_whole_pass(model: Decoder) -> None:
     """Against logits and states that are kept, in numpy, with noise and without in one call."""
     edits = [no_intervention(L, D), gaussian_noise(LAYER, 3.0, key_of(5), n_layers=L, d_model=D)]

@@ -121,6 +121,7 @@ def test_the_best_offset_is_measured_on_problems_that_did_not_choose_it() -> Non
     assert math.isnan(offsets_by_group.best(offsets, values[:, :3], names[:3], seed=0)["best"])
 
 
+@pytest.mark.slow
 def test_a_run_that_asks(finished: Path) -> None:
     """The advantage of a problem is that of the log-odds in the run's table; difficulty is the problem's own."""
     problems = {trace.problem_id: trace for trace in records.read_traces(finished / "1-traces" / "traces.jsonl")}

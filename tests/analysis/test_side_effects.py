@@ -55,6 +55,7 @@ def rows() -> tuple[list[list[int]], list[list[int]], list[Any]]:
     return prompts, replies, edits
 
 
+@pytest.mark.slow
 def test_divergence_is_that_of_numpy(finished: Path, rows: tuple[list[Any], list[Any], list[Any]]) -> None:
     """And the same in batches of another size; of an edit that changes nothing it is 0, without a reply not defined."""
     prompts, replies, edits = rows
@@ -118,6 +119,7 @@ def test_no_inferiority_is_seen_where_there_is_none_and_rarely_where_there_is() 
     assert decided[0.0] > 0.6 and decided[-0.1] < 0.08
 
 
+@pytest.mark.slow
 def test_a_run_that_asks(finished: Path) -> None:
     """Counts by hand from the replies; the control is sampled on both models; resumes from what it had done."""
     own_traces = records.read_traces(finished / "1-traces" / "traces.jsonl")

@@ -147,6 +147,7 @@ def test_parts_rise_with_the_share_then_with_what_breaks_ties() -> None:
     assert parts.tolist() == [3, 2, 3, 1, 2, 1]
 
 
+@pytest.mark.slow
 def test_draws_are_those_of_the_model(made: tuple[Material, Path], tmp_path: Path) -> None:
     """Of single tokens: hits are binomial with the chance of a keyword, read in one forward pass."""
     e = experiment(draws=200)

@@ -126,7 +126,7 @@ def test_nothing_is_paid_twice_whatever_becomes_of_the_results(server: FaultServ
     run(experiment(server.base_url, votes=3))  # one answer of the three is there
     assert len(server.seen) == 36
     named = experiment(server.base_url, ledger="mine/answers.jsonl")
-    named.name = "third"
+    named.name, named.workdir = "third", "elsewhere"  # beside the others it would take over their labels
     run(named)
     assert len(server.seen) == 48 and len(read_entries("mine/answers.jsonl")) == 12
 
@@ -323,6 +323,7 @@ def test_the_command_says_in_one_message_what_to_do(server: FaultServer) -> None
     )
 
 
+@pytest.mark.slow
 def test_sigkill_at_a_random_moment_pays_again_for_nothing_but_calls_in_flight(server: FaultServer) -> None:
     server.latency = 0.05
     reached, at = threading.Event(), random.randint(1, 9)

@@ -523,6 +523,7 @@ def test_orbax_weights_of_another_config_are_refused(original, tmp_path):
     assert "layers.mlp.up_proj.weight has shape (3, 40, 72), expected (3, 40, 64)" in text
 
 
+@pytest.mark.slow
 def test_random_checkpoints_and_the_memory_that_loading_takes(tmp_path, original):
     """The script writes two small folders and one of 170 MB, in shards; a fresh process loads the large one."""
     large = json.loads((original / "config.json").read_text()) | {

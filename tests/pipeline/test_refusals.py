@@ -111,6 +111,7 @@ def test_token_ids_beyond_the_embedding(fresh: Path, loaded: list[str]) -> None:
     assert items and max(items) < tiny.VOCAB_SIZE - 4
 
 
+@pytest.mark.slow
 def test_rows_of_an_embedding_beyond_the_tokenizer_are_no_tokens(fresh: Path) -> None:
     """Padding: neither sampled nor an item of the lens, though each of these rows speaks for every token."""
     for role, seed in (("base", 1), ("reasoning", 2)):

@@ -82,6 +82,7 @@ def test_a_damaged_file_of_an_unfinished_stage_is_named(
         run(tiny.get_config())
 
 
+@pytest.mark.slow
 def test_a_changed_sweep_runs_the_later_stages_and_can_be_taken_back(
     finished: Path, loaded: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
