@@ -119,6 +119,7 @@ def test_a_version_makes_its_own_analysis_run_again(finished: Path, computed: li
     assert computed == ["windows"]
 
 
+@pytest.mark.slow
 def test_what_reads_the_files_of_another_runs_again_with_it(finished: Path, computed: list[str]) -> None:
     class Longest(Lengths):
         name, tables, reads = "longest", ("longest",), ("lengths",)
@@ -163,6 +164,7 @@ def test_what_a_killed_run_of_another_list_had_finished_is_used(finished: Path, 
     assert {name: content for name, content in contents(folder).items() if name != "lengths.csv"} == before
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_not_taken_over(finished: Path, computed: list[str]) -> None:
     folder = finished / "5-analysis"
     before = contents(folder)

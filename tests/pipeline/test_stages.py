@@ -232,6 +232,7 @@ def test_annotated_chains_may_stand_one_a_line(fresh: Path, tiny_run: Path) -> N
         assert (fresh / name).read_bytes() == (tiny_run / "results" / "tiny" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_first_try_goes_all_the_way_and_what_would_mislead_is_said(
     fresh: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
