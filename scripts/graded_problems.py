@@ -307,41 +307,29 @@ def heavier(rng: random.Random, level: int) -> Made:
 
 def syllogism(rng: random.Random, level: int) -> Made:
     kinds = rng.sample(("painters", "swimmers", "bakers", "sailors", "teachers", "gardeners"), 2 + level)
-    # A world is which of the 2^n sorts of people there are.
-    sorts = list(itertools.product((False, True), repeat=len(kinds)))
-    worlds = [set(itertools.compress(sorts, mask)) for mask in _masks(rng, len(sorts))]
-    rules: list[tuple[str, Callable[[set], bool]]] = []
-    for i in range(len(kinds) - 1):
-        a, b = i, i + 1
-        form = rng.choice(("all", "no", "some"))
-        rules.append(_rule(form, kinds, a, b))
-    there = [w for w in worlds if all(any(s[i] for s in w) for i in range(len(kinds))) and all(r(w) for _, r in rules)]
-    first, last = 0, len(kinds) - 1
-    shared = {any(s[first] and s[last] for s in w) for w in there}
-    if not there:
+    sorts = set(itertools.product((False, True), repeat=len(kinds)))  # of people: which of the kinds one is
+    there: list[Callable[[tuple[bool, ...]], bool]] = [lambda s, i=i: s[i] for i in range(len(kinds))]
+    words = []
+    for a, b in itertools.pairwise(range(len(kinds))):
+        form = rng.choice(("All", "No", "Some"))
+        words.append(f"{form} {kinds[a]} are {kinds[b]}")
+        if form == "Some":
+            there.append(lambda s, a=a, b=b: s[a] and s[b])
+        else:  # sorts that there are not
+            sorts -= {s for s in sorts if s[a] and s[b] == (form == "No")}
+
+    def possible(sorts: set[tuple[bool, ...]]) -> bool:
+        """Whether a village of these sorts at most may be: if any, then one with all of them."""
+        return all(any(holds(s) for s in sorts) for holds in there)
+
+    both = {s for s in sorts if s[0] and s[-1]}
+    if not possible(sorts):
         return None
-    answer = "cannot be told" if len(shared) == 2 else "yes" if shared == {True} else "no"
-    words = ". ".join(text for text, _ in rules)
-    text = f"In a village there is at least one person of each kind. {words}. Is there a person who is one of the "
-    return f"{text}{kinds[first]} and of the {kinds[last]}? Answer with yes, no or cannot be told.", answer
-
-
-def _masks(rng: random.Random, n: int) -> Iterator[list[bool]]:
-    """Every choice of sorts where these are few enough, else many drawn at random, sparse and dense."""
-    if n <= 8:
-        yield from (list(mask) for mask in itertools.product((False, True), repeat=n))
-        return
-    for _ in range(40_000):
-        share = rng.choice((0.1, 0.2, 0.4))
-        yield [rng.random() < share for _ in range(n)]
-
-
-def _rule(form: str, kinds: Sequence[str], a: int, b: int) -> tuple[str, Callable[[set], bool]]:
-    if form == "all":
-        return f"All {kinds[a]} are {kinds[b]}", lambda w: all(s[b] for s in w if s[a])
-    if form == "no":
-        return f"No {kinds[a]} are {kinds[b]}", lambda w: not any(s[a] and s[b] for s in w)
-    return f"Some {kinds[a]} are {kinds[b]}", lambda w: any(s[a] and s[b] for s in w)
+    answer = "no" if not both else "cannot be told" if possible(sorts - both) else "yes"
+    if answer == "cannot be told" and rng.random() < 0.95:  # else nearly all would be
+        return None
+    text = f"In a village there is at least one person of each kind. {'. '.join(words)}. Is anyone both among the "
+    return f"{text}{kinds[0]} and among the {kinds[-1]}? Answer with yes, no or cannot be told.", answer
 
 
 def secret_number(rng: random.Random, level: int) -> Made:

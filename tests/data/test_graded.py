@@ -97,3 +97,24 @@ def test_ways_to_pay() -> None:
         counts = itertools.product(*(range(total // coin + 1) for coin in coins[1:]))
         rest = [total - sum(n * coin for n, coin in zip(n, coins[1:], strict=True)) for n in counts]
         assert str(sum(left >= 0 and left % coins[0] == 0 for left in rest)) == answer
+
+
+def test_syllogisms_of_three_kinds() -> None:
+    """By every village there could be: which of the eight sorts of people live in it."""
+    rules = {
+        "All": lambda w, a, b: all(s[b] for s in w if s[a]),
+        "No": lambda w, a, b: not any(s[a] and s[b] for s in w),
+        "Some": lambda w, a, b: any(s[a] and s[b] for s in w),
+    }
+    rule = r"(\w+) (\w+) are (\w+)\. "
+    pattern = rf"of each kind\. {rule}{rule}Is anyone both among the (\w+) and among the (\w+)\?"
+    found = [(match.groups(), p.answer) for p in PROBLEMS if (match := re.search(pattern, p.problem))]
+    assert len(found) >= 2
+    for (form, a, b, other, b_again, c, first, last), answer in found:
+        assert (a, b, c) == (first, b_again, last)
+        sorts = list(itertools.product((False, True), repeat=3))
+        villages = [set(itertools.compress(sorts, mask)) for mask in itertools.product((0, 1), repeat=8)]
+        there = [w for w in villages if all(any(s[i] for s in w) for i in range(3))]
+        there = [w for w in there if rules[form](w, 0, 1) and rules[other](w, 1, 2)]
+        shared = {any(s[0] and s[2] for s in w) for w in there}
+        assert answer == ("cannot be told" if len(shared) == 2 else "yes" if shared == {True} else "no")
