@@ -26,7 +26,8 @@ from absl import app, flags
 from backtrack_jax import inputs
 from backtrack_jax.analysis import cells, dose, log_odds, meta, replies
 from backtrack_jax.analysis.claims import number
-from backtrack_jax.analysis.log_odds import BASE_REPLIES, EXAMPLES, REASONING_TRACES
+from backtrack_jax.analysis.forced import BASE_REPLIES, REASONING_TRACES
+from backtrack_jax.analysis.log_odds import EXAMPLES
 from backtrack_jax.analysis.plots import COLOURS, Panel, Plot, Series
 from backtrack_jax.analysis.statistics import FEWEST_PROBLEMS, NAN
 from backtrack_jax.config import ROLES

@@ -108,24 +108,18 @@ def generate(
         intervention have other shapes than these rows and this model, or a row of several that share a prompt changes
         something inside it. Where that is traced, the row's logits are NaN.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens}, expected at least 1")
-    if repeats < 1:
-        raise ValueError(f"repeats={repeats}, expected at least 1")
-    if vocab_size is not None and vocab_size < 1:
-        raise ValueError(f"vocab_size={vocab_size}, expected at least 1, or None")
+    for name, value in (("max_new_tokens", max_new_tokens), ("repeats", repeats), ("vocab_size", vocab_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value}, expected at least 1")
     sampling.check()
     B = len(ids) * repeats
     if jnp.shape(keys) != (B,):
         raise ValueError(f"keys have shape {jnp.shape(keys)}, expected one for each of {B} rows (`row_key`)")
     stop_ids = jnp.asarray(stop_ids, jnp.int32).reshape(-1)
     prompt_length = jnp.repeat(jnp.max(positions, axis=1) + 1, repeats)
-    in_prompt = intervention
     if intervention is not None:
         intervention.check_shape(B, model.config.n_layers, model.config.d_model)
-        in_prompt = intervention = intervention.resolve(prompt_length)
-    if repeats > 1:
-        in_prompt = None
+        intervention = intervention.resolve(prompt_length)
 
     def record(state: DecodeState, resid: jax.Array) -> DecodeState:
         """Samples from the last position's residual stream [B, 1, D] and writes the tokens at `state.step`."""
@@ -153,7 +147,7 @@ def generate(
     def unfinished(state: DecodeState) -> jax.Array:
         return (state.step < max_new_tokens) & ~jnp.all(state.stopped)
 
-    out = model(ids, positions, intervention=in_prompt)
+    out = model(ids, positions, intervention=intervention if repeats == 1 else None)
     at_last = jnp.argmax(positions, axis=1)[:, None, None]  # not the last column where padding stands behind
     resid, cache = jnp.take_along_axis(out.resid, at_last, axis=1), out.cache
     if repeats > 1:

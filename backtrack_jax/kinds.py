@@ -297,24 +297,25 @@ def _operation(text: str) -> str:
 def _edit(text: str, *, alone: bool) -> Edit:
     """One of the edits of an entry, or the only one."""
     what, during, span = text.partition(" during ")
-    if during and not is_span(span.strip()):
-        raise ValueError(f"{text!r}: {span.strip()!r} is no span, expected prompt, generated or generated[2:18]")
+    what, span = what.strip(), span.strip()
+    if during and not is_span(span):
+        raise ValueError(f"{text!r}: {span!r} is no span, expected prompt, generated or generated[2:18]")
     weight = 1.0
-    weighted = re.fullmatch(rf"\s*({_NUMBER})\s*\*\s*(.*)", what, re.DOTALL)
+    weighted = re.fullmatch(rf"({_NUMBER})\s*\*\s*(.*)", what, re.DOTALL)
     if weighted and not alone and len(_SIGN.split(what)) == 1:
         weight, what = float(weighted[1]), weighted[2]
         if not weight or not math.isfinite(weight):
             raise ValueError(f"{text!r} has the weight {weight:g}, expected a finite number other than 0")
-    operation, colon, direction = what.strip().partition(":") if during or not alone else what.partition(":")
+    operation, colon, direction = what.partition(":")
     if operation not in OPERATIONS:
-        operation, direction = "", what.strip() if during or not alone else what
+        operation, direction = "", what
     elif not OPERATIONS[operation].directed:
         if colon:
             raise ValueError(f"{what!r}: {operation!r} acts along no direction, expected {operation!r} alone")
-        return Edit((), operation, weight, span.strip())
-    first, *others = _SIGN.split(direction.lstrip() if operation else direction)
+        return Edit((), operation, weight, span)
+    first, *others = _SIGN.split(direction.lstrip())
     signs, terms = ["+", *others[::2]], [first, *others[1::2]]
-    edit = Edit(tuple(_part(*signed) for signed in zip(signs, terms, strict=True)), operation, weight, span.strip())
+    edit = Edit(tuple(_part(*signed) for signed in zip(signs, terms, strict=True)), operation, weight, span)
     names = [name for _, name in edit.parts]
     if len(set(names)) < len(names):
         raise ValueError(f"{what!r} has a name twice, expected every name once")

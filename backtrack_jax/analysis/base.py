@@ -75,6 +75,15 @@ class Material:
         spec = self.experiment.vectors
         return spec.contrast if label == spec.label else "all"
 
+    def length(self, role: str, layer: int, magnitude: float) -> float:
+        """Norm of what a magnitude in `steering.unit` adds to the model of a role at a layer."""
+        e = self.experiment
+        if e.steering.unit == "relative":
+            return magnitude * float(self.sums[role].mean_norm[layer])
+        if e.steering.unit == "raw":
+            return magnitude * float(self.vectors[role, e.vectors.label].norms[layer])
+        return magnitude
+
     def means_by_trace(
         self, role: str, ids: Sequence[str], label: str, layer: int
     ) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:

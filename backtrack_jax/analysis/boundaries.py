@@ -15,13 +15,13 @@ import numpy as np
 from scipy import special
 
 from backtrack_jax import generate
-from backtrack_jax.analysis import beta_binomial, log_odds, logit_lens, resumable
+from backtrack_jax.analysis import beta_binomial, log_odds, resumable
 from backtrack_jax.analysis.backtracking import count_keywords
 from backtrack_jax.analysis.base import Material
-from backtrack_jax.analysis.log_odds import Forced
+from backtrack_jax.analysis.forced import Forced
 from backtrack_jax.data.problems import spread
 from backtrack_jax.data.records import Annotation, Trace, failure
-from backtrack_jax.data.text import KEYWORDS, reasoning_end, split_sentences
+from backtrack_jax.data.text import reasoning_end, split_sentences
 from backtrack_jax.files.tables import Table
 from backtrack_jax.intervention import no_intervention
 
@@ -144,20 +144,7 @@ def next_token(material: Material, role: str, found: Sequence[Boundary], partial
     _, n_layers, _, _, d_model = material.sums[role].sums.shape
     nothing = no_intervention(n_layers, d_model)
     rows = [Forced(place.prefix, place.reply_start, (len(place.prefix),), nothing) for place in found]
-    return resumable.values(
-        partial,
-        "log_odds",
-        f"  next tokens of the {role} model",
-        [len(row.ids) for row in rows],
-        lambda done: log_odds.keyword_log_odds(
-            material.model(role),
-            rows,
-            logit_lens.word_ids(material.tokenizer, KEYWORDS),
-            batch_size=e.analysis.batch_size,
-            done=done,
-            temperature=e.traces.temperature,
-        ),
-    )
+    return log_odds.resumed(material, role, rows, partial, f"next tokens of the {role} model", e.traces.temperature)
 
 
 def sort(

@@ -10,14 +10,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from backtrack_jax.analysis import by_problem, log_odds, logit_lens, reliability, resumable
+from backtrack_jax.analysis import by_problem, log_odds, reliability
 from backtrack_jax.analysis.base import Material
 from backtrack_jax.analysis.boundaries import LABELLED, N_PARTS, THIRDS
-from backtrack_jax.analysis.log_odds import Forced
+from backtrack_jax.analysis.forced import REASONING_TRACES, Forced, given_text, texts_of
 from backtrack_jax.analysis.statistics import NAN, percentiles
 from backtrack_jax.config import Experiment
-from backtrack_jax.data.problems import spread
-from backtrack_jax.data.text import KEYWORDS, sentence_spans
+from backtrack_jax.data.text import sentence_spans
 from backtrack_jax.files.tables import Table
 from backtrack_jax.intervention import Intervention, add_vector, no_intervention
 
@@ -128,29 +127,16 @@ def effects(material: Material, role: str, lines: Table, partial: Path) -> Table
     }
     _, n_layers, _, _, d_model = material.sums[role].sums.shape
     nothing = no_intervention(n_layers, d_model, e.steering.span)
-    traces = list({trace.problem_id: trace for trace in reversed(material.traces)}.values())[::-1]
     read: list[tuple[str, tuple[str, int] | None]] = []
     rows: list[Forced] = []
-    for trace in spread(traces, e.analysis.forced_texts) if e.analysis.forced_texts else []:
-        ids, prompt_length, starts = log_odds.given_text(material, role, trace, sentence_spans(trace)[1:])
+    for trace in texts_of(material)[REASONING_TRACES]:
+        ids, prompt_length, starts = given_text(material, role, trace, sentence_spans(trace)[1:])
         fold = fold_of.get(trace.problem_id, 0)
         under = {None: nothing} | {name: added[name, fold] for name in given if (name, fold) in added}
         for name, row in under.items():
             read.append((trace.problem_id, name))
             rows.append(Forced(ids, prompt_length, starts, row))
-    found = resumable.values(
-        partial,
-        "log_odds",
-        f"  texts under vectors of boundaries of the {role} model",
-        [len(row.ids) for row in rows],
-        lambda done: log_odds.keyword_log_odds(
-            material.model(role),
-            rows,
-            logit_lens.word_ids(material.tokenizer, KEYWORDS),
-            batch_size=e.analysis.batch_size,
-            done=done,
-        ),
-    )
+    found = log_odds.resumed(material, role, rows, partial, f"texts under vectors of boundaries of the {role} model")
     of = dict(zip(read, found, strict=True))
     return [
         {"role": role, "vector": name[0], "draw": name[1], "problem_id": problem, "change": value - of[problem, None]}
@@ -179,10 +165,8 @@ def magnitude(e: Experiment) -> float:
 
 def length(material: Material, role: str) -> float:
     """Norm of what is added, in the scale of the residual stream."""
-    e, layer = material.experiment, material.experiment.steering.main_layer
-    scales = {"absolute": 1.0, "relative": float(material.sums[role].mean_norm[layer])}
-    scales["raw"] = float(material.vectors[role, e.vectors.label].norms[layer])
-    return magnitude(e) * scales[e.steering.unit]
+    e = material.experiment
+    return material.length(role, e.steering.main_layer, magnitude(e))
 
 
 def vectors(material: Material, role: str, lines: Table, changes: Table) -> Table:

@@ -4,25 +4,16 @@ Text that falls apart is unlikely; text that repeats itself is likely, so repeti
 log-likelihood per token, in nats, at temperature 1 and without top-p, whatever the reply was sampled with.
 """
 
-import math
 from collections.abc import Container, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
+from backtrack_jax.analysis.forced import by_position
 from backtrack_jax.models.batching import batches, check_ids, right_pad
 from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.models.sharding import place_rows
-
-_LOGITS_AT_ONCE = 1 << 27  # numbers; all of an 8B model's batch would be 16 GB
-
-
-def logits_at_once(batch_size: int, vocab_size: int) -> int:
-    """How many logits are held at once, at most, for replies of usual lengths."""
-    of_position = batch_size * vocab_size
-    return max(min(_LOGITS_AT_ONCE, 256 * of_position), of_position)
 
 
 def log_likelihoods(
@@ -76,8 +67,4 @@ def _reply_sums(model: Decoder, ids: jax.Array, positions: jax.Array, starts: ja
         chosen = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
         return jnp.where(count, chosen - jax.nn.logsumexp(logits, axis=-1), 0.0)
 
-    # Some positions of all rows at a time, and not some rows: those may be spread over devices.
-    most = max(1, _LOGITS_AT_ONCE // (len(ids) * model.config.vocab_size))
-    at_once = math.gcd(ids.shape[1], 1 << (most.bit_length() - 1))  # nothing is left over, which would be a second loop
-    by_position = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), (resid, targets, counted))
-    return jnp.sum(lax.map(of_position, by_position, batch_size=at_once), axis=0)
+    return jnp.sum(by_position(of_position, (resid, targets, counted), model.config.vocab_size), axis=1)

@@ -12,11 +12,10 @@ from collections.abc import Container, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from backtrack_jax.analysis.coherence import logits_at_once
-from backtrack_jax.intervention import Intervention, stack_rows, with_same_terms
-from backtrack_jax.models.batching import batches, check_ids, right_pad
+from backtrack_jax.analysis.forced import by_position, edited_batches
+from backtrack_jax.intervention import Intervention
+from backtrack_jax.models.batching import check_ids
 from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.models.sharding import place_rows
 
@@ -50,25 +49,17 @@ def kl_per_token(
     sequences = [[*prompt, *reply] for prompt, reply in zip(prompts, replies, strict=True)]
     for row, sequence in enumerate(sequences):
         check_ids(sequence, model.config.vocab_size, f"row {row}")
-    noisy = np.array([any(term.draws for term in row.terms) for row in interventions], bool)
-    # Apart, since in a batch with noise it is drawn for every row, which takes longer than a small model.
-    for own in (np.flatnonzero(~noisy).tolist(), np.flatnonzero(noisy).tolist()):
-        edits = dict(zip(own, with_same_terms([interventions[row] for row in own]) if own else [], strict=True))
-        for padded, places in batches([len(sequences[row]) for row in own], batch_size):
-            members = [own[place] for place in places]
-            if all(row in done for row in members):
-                continue
-            filled = members + [members[-1]] * (batch_size - len(members))
-            ids, positions = right_pad([sequences[row] for row in filled], padded)
-            starts = np.array([len(prompts[row]) for row in filled], np.int32)
-            intervention = stack_rows([edits[row] for row in filled]).resolve(jnp.asarray(starts))
-            placed = place_rows(model, (ids, positions, starts, intervention))
-            sums = np.asarray(_divergence_sums(model, *placed), np.float64)[: len(members)]
-            if bad := [row for row, value in zip(members, sums, strict=True) if not math.isfinite(value)]:
-                raise FloatingPointError(f"logits of row {bad[0]} are not finite")
-            lengths = np.array([len(replies[row]) for row in members])
-            means = np.divide(sums, lengths, out=np.full(len(members), np.nan), where=lengths > 0)
-            yield list(zip(members, means.tolist(), strict=True))
+    lengths = [len(prompt) for prompt in prompts]
+    for batch in edited_batches(sequences, lengths, [[row] for row in interventions], batch_size, done):
+        starts = np.array([lengths[row] for row in batch.filled], np.int32)
+        placed = place_rows(model, (batch.ids, batch.positions, starts, *batch.edits))
+        n = len(batch.members)
+        sums = np.asarray(_divergence_sums(model, *placed), np.float64)[:n]
+        if bad := [row for row, value in zip(batch.members, sums, strict=True) if not math.isfinite(value)]:
+            raise FloatingPointError(f"logits of row {bad[0]} are not finite")
+        counts = np.array([len(replies[row]) for row in batch.members])
+        means = np.divide(sums, counts, out=np.full(n, np.nan), where=counts > 0)
+        yield list(zip(batch.members, means.tolist(), strict=True))
 
 
 @jax.jit
@@ -89,8 +80,5 @@ def _divergence_sums(
         p, q = (jax.nn.log_softmax(model.logits(resid), axis=-1) for resid in (x, y))
         return jnp.where(count, jnp.sum(jnp.exp(p) * (p - q), axis=-1), 0.0)
 
-    # Some positions of all rows at a time, and not some rows: those may be spread over devices. Two models' logits.
-    most = max(1, logits_at_once(len(ids), model.config.vocab_size) // (2 * len(ids) * model.config.vocab_size))
-    at_once = math.gcd(ids.shape[1], 1 << (most.bit_length() - 1))  # nothing is left over, which would be a second loop
-    by_position = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), (plain, steered, counted))
-    return jnp.sum(lax.map(of_position, by_position, batch_size=at_once), axis=0)
+    found = by_position(of_position, (plain, steered, counted), model.config.vocab_size, copies=2)
+    return jnp.sum(found, axis=1)

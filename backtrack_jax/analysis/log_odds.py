@@ -17,29 +17,35 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from numpy.typing import ArrayLike
 
 from backtrack_jax.analysis import cells, dose, logit_lens, replies, resumable, statistics
 from backtrack_jax.analysis.base import Analysis, Material, Planned
 from backtrack_jax.analysis.claims import Claim, all_of, measured, number
-from backtrack_jax.analysis.coherence import logits_at_once
+from backtrack_jax.analysis.forced import (
+    BASE_REPLIES,
+    REASONING_TRACES,
+    Forced,
+    by_position,
+    edited_batches,
+    given_text,
+    logits_at_once,
+    places_before,
+    texts_of,
+)
 from backtrack_jax.analysis.plots import Panel, Plot, Series, line_of
 from backtrack_jax.analysis.results import PAPER_LABEL, Results, extent
 from backtrack_jax.analysis.statistics import Region
 from backtrack_jax.config import Experiment
 from backtrack_jax.data.problems import spread
-from backtrack_jax.data.records import UNSTEERED, Annotation, Condition, Section, Trace
+from backtrack_jax.data.records import UNSTEERED, Annotation, Condition, Trace
 from backtrack_jax.data.text import KEYWORDS, opening_end, sentence_spans
 from backtrack_jax.files.tables import Table
-from backtrack_jax.intervention import Intervention, stack_rows, with_same_terms
-from backtrack_jax.models.batching import batches, bucket, check_ids, right_pad
+from backtrack_jax.intervention import Intervention
+from backtrack_jax.models.batching import bucket, check_ids
 from backtrack_jax.models.config import ModelConfig
 from backtrack_jax.models.decoder import Decoder
 from backtrack_jax.models.sharding import place_rows
-
-REASONING_TRACES, BASE_REPLIES = "reasoning traces", "base replies"
-"""Where the texts come from."""
 
 AXIS = "change of the log-odds, nats"
 
@@ -48,23 +54,6 @@ SILENT = 0.25
 
 EXAMPLES = "examples"
 """Condition of the positive control: unsteered, after examples of the label."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Forced:
-    """A text that a model reads under one condition.
-
-    Attributes:
-      ids: token ids of prompt and text, BOS included.
-      prompt_length: tokens of the prompt, from which spans are resolved.
-      starts: index of the first token of each sentence that counts, > 0; that token itself need not be among the ids.
-      intervention: one row.
-    """
-
-    ids: Sequence[int]
-    prompt_length: int
-    starts: Sequence[int]
-    intervention: Intervention
 
 
 class LogOdds(Analysis):
@@ -81,19 +70,7 @@ class LogOdds(Analysis):
     def of_role(self, material: Material, role: str, folder: Path) -> dict[str, Table]:
         """One forward pass for every text under every condition."""
         lines, rows = forced_rows(material, role)
-        found = resumable.values(
-            folder / self.scratch(role)[0],
-            "log_odds",
-            f"  log-odds of the {role} model",
-            [len(row.ids) for row in rows],
-            lambda done: keyword_log_odds(
-                material.model(role),
-                rows,
-                logit_lens.word_ids(material.tokenizer, KEYWORDS),
-                batch_size=material.experiment.analysis.batch_size,
-                done=done,
-            ),
-        )
+        found = resumed(material, role, rows, folder / self.scratch(role)[0], f"log-odds of the {role} model")
         return {"log_odds": [line | {"log_odds": value} for line, value in zip(lines, found, strict=True)]}
 
     def plots(self, r: Results) -> Sequence[Plot | None]:
@@ -138,6 +115,38 @@ class LogOdds(Analysis):
 LOG_ODDS = LogOdds()
 
 
+def resumed(
+    material: Material, role: str, rows: Sequence[Forced], partial: Path, title: str, temperature: float = 1.0
+) -> list[float]:
+    """`keyword_log_odds` of the keywords of Eq. 1, measured or taken from what an earlier run has left.
+
+    Args:
+      material: what there is to read.
+      role: of the model that reads.
+      rows: texts with the row of an intervention each.
+      partial: file of the rows that are done.
+      title: of the progress.
+      temperature: at which the next token would be drawn.
+
+    Returns:
+      Nats, one value a row.
+    """
+    return resumable.values(
+        partial,
+        "log_odds",
+        f"  {title}",
+        [len(row.ids) for row in rows],
+        lambda done: keyword_log_odds(
+            material.model(role),
+            rows,
+            logit_lens.word_ids(material.tokenizer, KEYWORDS),
+            batch_size=material.experiment.analysis.batch_size,
+            done=done,
+            temperature=temperature,
+        ),
+    )
+
+
 def keyword_log_odds(
     model: Decoder,
     rows: Sequence[Forced],
@@ -170,44 +179,17 @@ def keyword_log_odds(
             raise ValueError(f"row {i} has the starts {list(row.starts)}, expected 1 to {len(row.ids)}")
     keyword = jnp.asarray([i in keyword_ids for i in range(model.config.vocab_size)])
     width = bucket(max((len(row.starts) for row in rows), default=1))
-    noisy = np.array([any(term.draws for term in row.intervention.terms) for row in rows])
-    # Apart, since in a batch with noise it is drawn for every row, which takes longer than a small model.
-    for own in (np.flatnonzero(~noisy).tolist(), np.flatnonzero(noisy).tolist()):
-        edits = dict(zip(own, with_same_terms([rows[row].intervention for row in own]) if own else [], strict=True))
-        for padded, members in batches([len(rows[row].ids) for row in own], batch_size):
-            of_batch = [own[member] for member in members]
-            if all(row in done for row in of_batch):
-                continue
-            yield _measured_batch(model, keyword, rows, edits, of_batch, (batch_size, padded, width), temperature)
-
-
-def _measured_batch(
-    model: Decoder,
-    keyword: jax.Array,
-    rows: Sequence[Forced],
-    edits: Mapping[int, Intervention],
-    members: Sequence[int],
-    shape: tuple[int, int, int],
-    temperature: float,
-) -> list[tuple[int, float]]:
-    """Mean log-odds of some rows as one batch of a shape: rows, tokens, starts."""
-    batch_size, padded, width = shape
-    filled = [*members, *[members[-1]] * (batch_size - len(members))]
-    ids, positions = right_pad([rows[row].ids for row in filled], padded)
-    at = np.zeros((batch_size, width), np.int32)
-    counted = np.zeros((batch_size, width), bool)
-    for i, row in enumerate(filled):
-        n = len(rows[row].starts)
-        at[i, :n], counted[i, :n] = np.asarray(rows[row].starts) - 1, True
-    prompts = np.array([rows[row].prompt_length for row in filled], np.int32)
-    intervention = stack_rows([edits[row] for row in filled]).resolve(jnp.asarray(prompts))
-    placed = place_rows(model, (ids, positions, at, counted, intervention))
-    sums = np.asarray(_sums(model, keyword, *placed, np.float32(temperature)), np.float64)[: len(members)]
-    if bad := [row for row, value in zip(members, sums, strict=True) if not math.isfinite(value)]:
-        raise FloatingPointError(f"logits of row {bad[0]} are not finite")
-    n_starts = np.array([len(rows[row].starts) for row in members])
-    means = np.divide(sums, n_starts, out=np.full(len(members), np.nan), where=n_starts > 0)
-    return list(zip(members, means.tolist(), strict=True))
+    texts = ([row.ids for row in rows], [row.prompt_length for row in rows], [[row.intervention] for row in rows])
+    for batch in edited_batches(*texts, batch_size, done):
+        at, counted = places_before([rows[row].starts for row in batch.filled], width)
+        placed = place_rows(model, (batch.ids, batch.positions, at, counted, *batch.edits))
+        n = len(batch.members)
+        sums = np.asarray(_sums(model, keyword, *placed, np.float32(temperature)), np.float64)[:n]
+        if bad := [row for row, value in zip(batch.members, sums, strict=True) if not math.isfinite(value)]:
+            raise FloatingPointError(f"logits of row {bad[0]} are not finite")
+        n_starts = np.array([len(rows[row].starts) for row in batch.members])
+        means = np.divide(sums, n_starts, out=np.full(n, np.nan), where=n_starts > 0)
+        yield list(zip(batch.members, means.tolist(), strict=True))
 
 
 @jax.jit
@@ -230,10 +212,8 @@ def _sums(
         yes, no = (jax.nn.logsumexp(logits, axis=-1, where=where) for where in (keyword, ~keyword))
         return yes - no
 
-    most = max(1, logits_at_once(len(ids), model.config.vocab_size) // (len(ids) * model.config.vocab_size))
-    at_once = math.gcd(at.shape[1], 1 << (most.bit_length() - 1))  # nothing is left over, which would be a second loop
-    found = lax.map(of_position, jnp.swapaxes(x, 0, 1), batch_size=at_once)
-    return jnp.sum(jnp.where(counted, jnp.swapaxes(found, 0, 1), 0.0), axis=1)
+    found = by_position(of_position, x, model.config.vocab_size)
+    return jnp.sum(jnp.where(counted, found, 0.0), axis=1)
 
 
 def forced_rows(material: Material, role: str) -> tuple[Table, list[Forced]]:
@@ -272,34 +252,6 @@ def forced_rows(material: Material, role: str) -> tuple[Table, list[Forced]]:
                 moved = [(start + len(shown) + 1, stop + len(shown) + 1) for start, stop in spans]
                 add(dataclasses.replace(trace, text=longer, token_ids=None), source, moved, plain)
     return lines, rows
-
-
-def given_text(
-    material: Material, role: str, trace: Trace, spans: Sequence[tuple[int, int]]
-) -> tuple[Sequence[int], int, list[int]]:
-    """The first fields of `Forced` for a text as the model of a role reads it, with sentences at some characters."""
-    annotation = Annotation(trace.id, "", tuple(Section("", *span) for span in spans))
-    read = material.token_trace(role, trace, annotation)
-    starts = sorted({at for _, at in read.starts})[: material.experiment.analysis.forced_sentences or None]
-    ids = read.ids[: max(starts, default=read.reply_start)]  # what comes later changes nothing
-    return ids, read.reply_start, starts
-
-
-def texts_of(material: Material) -> dict[str, list[Trace]]:
-    """The texts, one a problem, at most `analysis.forced_texts` of each source.
-
-    A reply in which BOS was sampled is none: a model reads one BOS, at the start.
-    """
-    limit = material.experiment.analysis.forced_texts
-    traces = {trace.problem_id: trace for trace in reversed(material.traces)}
-    written = {
-        reply.problem_id: reply.trace(end_marks=material.experiment.traces.end_marks)
-        for reply in reversed(material.replies)
-        if (reply.condition.target, reply.condition.kind) == ("base", UNSTEERED)
-        if material.tokenizer.bos_id not in reply.ids
-    }
-    found = {REASONING_TRACES: list(reversed(traces.values())), BASE_REPLIES: list(reversed(written.values()))}
-    return {source: spread(texts, limit) if limit else [] for source, texts in found.items()}
 
 
 def _examples(e: Experiment, pairs: Sequence[tuple[Trace, Annotation]], problem: str) -> str:

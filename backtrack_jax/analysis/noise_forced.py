@@ -12,14 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from scipy import optimize
 
-from backtrack_jax.analysis.coherence import logits_at_once
-from backtrack_jax.analysis.log_odds import Forced
+from backtrack_jax.analysis.forced import Batch, Forced, by_position, edited_batches, places_before
 from backtrack_jax.analysis.statistics import NAN
-from backtrack_jax.intervention import Intervention, stack_rows, with_same_terms
-from backtrack_jax.models.batching import batches, bucket, right_pad
+from backtrack_jax.intervention import Intervention
+from backtrack_jax.models.batching import bucket
 from backtrack_jax.models.decoder import BlockOutput, Decoder
 from backtrack_jax.models.sharding import place_rows
 
@@ -123,20 +121,20 @@ def measure(
     """
     keyword = _mask(model, keyword_ids)
     everywhere = jnp.asarray(units, jnp.float32)
-    for members, arrays, edits in _batches(rows, [[row.intervention] for row in rows], batch_size, done):
-        ids, positions, at, n_starts, prompts = arrays
-        bounds = np.clip(at[..., None] + 1 + np.array([window[0], window[1] + 1]), 0, ids.shape[1]).astype(np.int32)
-        placed = place_rows(model, (ids, positions, at, bounds, edits[0].resolve(jnp.asarray(prompts))))
+    for batch, at, n_starts in _batches(rows, [[row.intervention] for row in rows], batch_size, done):
+        ends = np.array([window[0], window[1] + 1])
+        bounds = np.clip(at[..., None] + 1 + ends, 0, batch.ids.shape[1]).astype(np.int32)
+        placed = place_rows(model, (batch.ids, batch.positions, at, bounds, *batch.edits))
         found = [np.asarray(part, np.float64) for part in _measured(model, keyword, everywhere, layer, *placed)]
-        batch: Found = []
-        for i, row in enumerate(members):
+        values_of: Found = []
+        for i, row in enumerate(batch.members):
             n = n_starts[i]
             odds, entropy, sums, components = found[0][i, :n], found[1][i, :n], found[2][i, :n], found[3][:, i, :n]
             if not np.isfinite(odds).all():
                 raise FloatingPointError(f"logits of row {row} are not finite")
             values = {"log_odds": odds, "entropy": entropy, "components": components.T, "sums": sums}
-            batch.append((row, {name: np.round(value, 6).tolist() for name, value in values.items()}))
-        yield batch
+            values_of.append((row, {name: np.round(value, 6).tolist() for name, value in values.items()}))
+        yield values_of
 
 
 @jax.jit
@@ -179,17 +177,14 @@ def exchange(
     keyword = _mask(model, keyword_ids)
     texts = [row.text for row in rows]
     pairs = [[row.text.intervention, row.other or row.text.intervention] for row in rows]
-    for members, arrays, edits in _batches(texts, pairs, batch_size, done):
-        ids, positions, at, n_starts, prompts = arrays
-        own, other = (edit.resolve(jnp.asarray(prompts)) for edit in edits)
-        filled = [*members, *[members[-1]] * (len(ids) - len(members))]
-        units = np.stack([rows[row].units for row in filled]).astype(np.float32)
-        taken = np.array([rows[row].other is not None for row in filled], np.float32)
-        placed = place_rows(model, (ids, positions, at, units, taken, own, other))
+    for batch, at, n_starts in _batches(texts, pairs, batch_size, done):
+        units = np.stack([rows[row].units for row in batch.filled]).astype(np.float32)
+        taken = np.array([rows[row].other is not None for row in batch.filled], np.float32)
+        placed = place_rows(model, (batch.ids, batch.positions, at, units, taken, *batch.edits))
         found = np.asarray(_exchanged(model, keyword, *placed), np.float64)
-        if not np.isfinite(found[: len(members)]).all():
-            raise FloatingPointError(f"logits of a row among {members} are not finite")
-        yield [(row, float(found[i, : n_starts[i]].mean())) for i, row in enumerate(members)]
+        if not np.isfinite(found[: len(batch.members)]).all():
+            raise FloatingPointError(f"logits of a row among {batch.members} are not finite")
+        yield [(row, float(found[i, : n_starts[i]].mean())) for i, row in enumerate(batch.members)]
 
 
 @jax.jit
@@ -217,11 +212,9 @@ def _exchanged(
 def states(model: Decoder, rows: Sequence[Forced], *, batch_size: int) -> list[np.ndarray]:
     """The last residual stream before every start of each row, [starts, D] float32, in the order of the rows."""
     found: dict[int, np.ndarray] = {}
-    for members, arrays, edits in _batches(rows, [[row.intervention] for row in rows], batch_size, ()):
-        ids, positions, at, n_starts, prompts = arrays
-        placed = place_rows(model, (ids, positions, at, edits[0].resolve(jnp.asarray(prompts))))
-        x = np.asarray(_last(model, *placed))
-        found |= {row: x[i, : n_starts[i]] for i, row in enumerate(members)}
+    for batch, at, n_starts in _batches(rows, [[row.intervention] for row in rows], batch_size, ()):
+        x = np.asarray(_last(model, *place_rows(model, (batch.ids, batch.positions, at, *batch.edits))))
+        found |= {row: x[i, : n_starts[i]] for i, row in enumerate(batch.members)}
     return [found[row] for row in range(len(rows))]
 
 
@@ -267,12 +260,7 @@ def _of_states(
         # A token that a model never says may have the logit -inf.
         return yes - no, -jnp.sum(jnp.where(p > -jnp.inf, jnp.exp(p) * p, 0.0), axis=-1)
 
-    B, P, _ = x.shape
-    most = max(1, logits_at_once(B, model.config.vocab_size) // (B * model.config.vocab_size))
-    at_once = math.gcd(P, 1 << (most.bit_length() - 1))  # nothing is left over, which would be a second loop
-    # Some positions of all rows at a time, and not some rows: those may be spread over devices.
-    found = lax.map(of_position, jnp.swapaxes(x, 0, 1), batch_size=at_once)
-    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), found)
+    return by_position(of_position, x, model.config.vocab_size)
 
 
 def matching_temperature(entropy_at: Callable[[float], float], target: float) -> float:
@@ -293,30 +281,10 @@ def _mask(model: Decoder, keyword_ids: Container[int]) -> jax.Array:
 
 def _batches(
     texts: Sequence[Forced], edits: Sequence[Sequence[Intervention]], batch_size: int, done: Container[int]
-) -> Iterator[tuple[list[int], tuple[np.ndarray, ...], list[Intervention]]]:
-    """Row numbers, (ids, positions, places, numbers of starts, prompt lengths) and interventions of each batch.
-
-    Rows whose noise is of one kind share a batch: what one row draws is drawn for all rows of its batch.
-    """
-    kinds: dict[tuple[str, ...], list[int]] = {}
-    for row, own in enumerate(edits):
-        drawn = {type(term).__name__ for edit in own for term in edit.terms if term.draws}
-        kinds.setdefault(tuple(sorted(drawn)), []).append(row)
+) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:
+    """Batches, with the positions of the tokens before the starts [B, P], and how many starts each row has [B]."""
     width = bucket(max((len(text.starts) for text in texts), default=1), 4)
-    for members in kinds.values():
-        alike = with_same_terms([edit for row in members for edit in edits[row]])
-        n = len(edits[members[0]])
-        of_row = {row: alike[n * i : n * i + n] for i, row in enumerate(members)}
-        for padded, numbers in batches([len(texts[row].ids) for row in members], batch_size):
-            own = [members[number] for number in numbers]
-            if all(row in done for row in own):
-                continue
-            filled = [*own, *[own[-1]] * (batch_size - len(own))]
-            ids, positions = right_pad([texts[row].ids for row in filled], padded)
-            at = np.zeros((len(filled), width), np.int32)
-            for i, row in enumerate(filled):
-                at[i, : len(texts[row].starts)] = np.asarray(texts[row].starts) - 1
-            n_starts = np.array([len(texts[row].starts) for row in filled])
-            prompts = np.array([texts[row].prompt_length for row in filled], np.int32)
-            stacked = [stack_rows([of_row[row][i] for row in filled]) for i in range(n)]
-            yield own, (ids, positions, at, n_starts, prompts), stacked
+    lengths = [text.prompt_length for text in texts]
+    for batch in edited_batches([text.ids for text in texts], lengths, edits, batch_size, done):
+        at, counted = places_before([texts[row].starts for row in batch.filled], width)
+        yield batch, at, counted.sum(1)

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from backtrack_jax import generate, intervention, subspaces
-from backtrack_jax.analysis import log_odds, logit_lens, noise_forced, resumable
+from backtrack_jax.analysis import logit_lens, noise_forced, resumable
 from backtrack_jax.analysis.base import Material
-from backtrack_jax.analysis.log_odds import Forced
+from backtrack_jax.analysis.forced import REASONING_TRACES, Forced, given_text, texts_of
 from backtrack_jax.config import Experiment
 from backtrack_jax.data.problems import spread
 from backtrack_jax.data.records import UNSTEERED, Condition, Trace, window_name
@@ -26,6 +26,7 @@ TRACES, CLEAN_REPLIES, NOISED_REPLIES = "traces", "replies without noise", "repl
 """Where texts come from."""
 
 COVARIANCE = "matched-noise:covariance"
+PROMPT = "noise during prompt"
 _MOST_COMPONENTS = 256  # of a covariance: a row holds them once for every layer
 
 
@@ -54,6 +55,16 @@ def magnitude(e: Experiment) -> float:
     return e.questions.noise.magnitude or max(given)
 
 
+def burst(e: Experiment) -> str:
+    """The entry of the burst of noise."""
+    return f"noise during generated[0:{e.questions.noise.burst}]"
+
+
+def primary(label: str) -> str:
+    """The primary contrast."""
+    return f"noise-outside:{label} less noise-outside:random"
+
+
 def span_rank(material: Material, role: str) -> int:
     """How many of the labels' vectors, in the order of `labels(r)`, have a part of their own.
 
@@ -80,9 +91,7 @@ class Rows:
         self.layer, self.label = e.steering.main_layer, e.vectors.label
         self.vector = material.vectors[role, self.label]
         self.n_layers, self.d_model = self.vector.directions.shape
-        scales = {"absolute": 1.0, "relative": float(material.sums[role].mean_norm[self.layer])}
-        scales["raw"] = float(self.vector.norms[self.layer])
-        self.length = magnitude(e) * scales[e.steering.unit]
+        self.length = material.length(role, self.layer, magnitude(e))
         self.rank = span_rank(material, role)
         sums = material.sums[role]
         states = sums.section_means[sums.members("all"), sums.plan.layers.index(self.layer)]
@@ -139,13 +148,13 @@ class Rows:
 
     def forced(self, trace: Trace) -> tuple[Any, int, list[int]] | None:
         """The first fields of `Forced` for a text; None for one without a sentence that counts."""
-        given = log_odds.given_text(self.material, self.role, trace, sentence_spans(trace)[1:])
+        given = given_text(self.material, self.role, trace, sentence_spans(trace)[1:])
         return given if given[2] else None
 
     def reads(self) -> list[Read]:
         """Every text under every row: the traces and, of the model that writes them, replies without noise and with."""
         q, found = self.e.questions.noise, []
-        for number, trace in enumerate(log_odds.texts_of(self.material)[log_odds.REASONING_TRACES]):
+        for number, trace in enumerate(texts_of(self.material)[REASONING_TRACES]):
             if (given := self.forced(trace)) is None:
                 continue
             own = [(UNSTEERED, UNSTEERED, 0)]

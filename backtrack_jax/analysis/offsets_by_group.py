@@ -33,6 +33,7 @@ from backtrack_jax.analysis import cells, known, log_odds, replies, statistics
 from backtrack_jax.analysis.base import Material, Question
 from backtrack_jax.analysis.claims import Claim, measured
 from backtrack_jax.analysis.dose import LEVEL
+from backtrack_jax.analysis.forced import REASONING_TRACES
 from backtrack_jax.analysis.plots import COLOURS, MARKERS, Panel, Plot, Series
 from backtrack_jax.analysis.results import Results
 from backtrack_jax.analysis.statistics import NAN, Region
@@ -75,7 +76,7 @@ class OffsetsByGroup(Question):
         e = material.experiment
         forced = tables.read(folder / f"{e.author}.log_odds.csv")
         changes = {
-            offset: log_odds.changes(forced, e.author, log_odds.REASONING_TRACES, **_cell(e, offset))
+            offset: log_odds.changes(forced, e.author, REASONING_TRACES, **_cell(e, offset))
             for offset in e.steering.offsets
         }
         of_cell = replies.by_cell(tables.read(folder / "replies.csv"))

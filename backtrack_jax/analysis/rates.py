@@ -9,6 +9,7 @@ from pathlib import Path
 from backtrack_jax.analysis import cells, coherence, judged, logit_lens, rate_claims, replies, resumable
 from backtrack_jax.analysis.base import Analysis, Material, Planned
 from backtrack_jax.analysis.claims import Claim
+from backtrack_jax.analysis.forced import logits_at_once
 from backtrack_jax.analysis.plots import COLOURS, MARKERS, Panel, Plot, Series, line_of
 from backtrack_jax.analysis.results import PAPER_LABEL, Cell, Results, extent
 from backtrack_jax.config import SteeringSpec
@@ -74,7 +75,7 @@ class Rates(Analysis):
     def memory(self, planned: Planned, config: ModelConfig) -> dict[str, int]:
         """The logits of some positions of a batch."""
         e = planned.experiment
-        n = coherence.logits_at_once(e.analysis.batch_size, config.vocab_size)
+        n = logits_at_once(e.analysis.batch_size, config.vocab_size)
         return {"logits": 4 * n // (e.data_parallel * e.model_parallel)}
 
 

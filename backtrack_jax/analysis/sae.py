@@ -22,18 +22,18 @@ import numpy as np
 from scipy import special, stats
 
 from backtrack_jax import sae_files
-from backtrack_jax.analysis import activations, log_odds, logit_lens, probe, resumable
+from backtrack_jax.analysis import activations, log_odds, logit_lens, probe
 from backtrack_jax.analysis.base import Material, Planned, Question
 from backtrack_jax.analysis.claims import Claim, measured
-from backtrack_jax.analysis.coherence import logits_at_once
 from backtrack_jax.analysis.dose import LEVEL
+from backtrack_jax.analysis.forced import REASONING_TRACES, Forced, given_text, logits_at_once, texts_of
 from backtrack_jax.analysis.plots import COLOURS, MARKERS, Panel, Plot, Series
 from backtrack_jax.analysis.results import Results, extent
 from backtrack_jax.analysis.statistics import NAN, Region
 from backtrack_jax.config import Experiment
 from backtrack_jax.data.problems import spread
-from backtrack_jax.data.records import UNSTEERED, Annotation, Section
-from backtrack_jax.data.text import KEYWORDS, sentence_spans
+from backtrack_jax.data.records import UNSTEERED
+from backtrack_jax.data.text import sentence_spans
 from backtrack_jax.extract import read_positions
 from backtrack_jax.files import store
 from backtrack_jax.files.console import Progress
@@ -138,29 +138,16 @@ class SaeDirections(Question):
         length = _length(material, role, sae.layer)
         made = conditions(sae, v, nearest, controls, length, n_layers=material.model(role).config.n_layers, e=e)
         lines, rows = [], []
-        for trace in log_odds.texts_of(material)[log_odds.REASONING_TRACES]:
-            spans = tuple(Section("", *span) for span in sentence_spans(trace)[1:])
-            read = material.token_trace(role, trace, Annotation(trace.id, "", spans))
-            starts = sorted({at for _, at in read.starts})[: e.analysis.forced_sentences or None]
-            ids = read.ids[: max(starts, default=read.reply_start)]
+        for trace in texts_of(material)[REASONING_TRACES]:
+            ids, prompt_length, starts = given_text(material, role, trace, sentence_spans(trace)[1:])
             for (condition, number), (direction, row) in made.items():
-                rows.append(log_odds.Forced(ids, read.reply_start, starts, row))
+                rows.append(Forced(ids, prompt_length, starts, row))
                 spelt = NAN if direction is None else float(direction @ read_out)
                 line = {"role": role, "layer": sae.layer, "condition": condition, "number": number}
                 lines.append(line | {"length": length, "keyword_logit": spelt, "problem_id": trace.problem_id})
-        found = resumable.values(
-            folder / self.scratch(role)[0],
-            "log_odds",
-            f"  log-odds of the {role} model under rows of the autoencoder",
-            [len(row.ids) for row in rows],
-            lambda done: log_odds.keyword_log_odds(
-                material.model(role),
-                rows,
-                logit_lens.word_ids(material.tokenizer, KEYWORDS),
-                batch_size=e.analysis.batch_size,
-                done=done,
-            ),
-        )
+        partial = folder / self.scratch(role)[0]
+        title = f"log-odds of the {role} model under rows of the autoencoder"
+        found = log_odds.resumed(material, role, rows, partial, title)
         return [line | {"log_odds": value} for line, value in zip(lines, found, strict=True)]
 
     def plots(self, r: Results) -> Sequence[Plot | None]:
@@ -379,13 +366,7 @@ def outside(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
 def _length(material: Material, role: str, layer: int) -> float:
     """Norm of all that is added: a magnitude in the unit of the experiment."""
     e = material.experiment
-    magnitude = e.questions.sae.magnitude or max(e.steering.magnitudes)
-    of_one = {
-        "absolute": 1.0,
-        "relative": float(material.sums[role].mean_norm[layer]),
-        "raw": float(material.vectors[role, e.vectors.label].norms[layer]),
-    }
-    return magnitude * of_one[e.steering.unit]
+    return material.length(role, layer, e.questions.sae.magnitude or max(e.steering.magnitudes))
 
 
 def _summary(sae: SAE, v: np.ndarray, ranked: Ranked, nearest: np.ndarray, windows: Windows) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from backtrack_jax.analysis import cells, divergence, known, log_odds, resumable
 from backtrack_jax.analysis.backtracking import count_keywords
 from backtrack_jax.analysis.base import Material, Planned, Question, Wanted
 from backtrack_jax.analysis.claims import Claim, measured
-from backtrack_jax.analysis.coherence import logits_at_once
 from backtrack_jax.analysis.dose import LEVEL
+from backtrack_jax.analysis.forced import logits_at_once
 from backtrack_jax.analysis.plots import COLOURS, MARKERS, Panel, Plot, Series
 from backtrack_jax.analysis.results import Results, extent
 from backtrack_jax.analysis.statistics import NAN, Region

@@ -39,8 +39,8 @@ from backtrack_jax.analysis.boundary_vectors import (
     vectors,
 )
 from backtrack_jax.analysis.claims import Claim, all_of, measured
-from backtrack_jax.analysis.coherence import logits_at_once
 from backtrack_jax.analysis.dose import LEVEL
+from backtrack_jax.analysis.forced import logits_at_once
 from backtrack_jax.analysis.plots import COLOURS, Panel, Plot, Series
 from backtrack_jax.analysis.results import Results
 from backtrack_jax.analysis.statistics import NAN, Region

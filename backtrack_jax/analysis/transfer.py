@@ -20,21 +20,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from backtrack_jax import generate
-from backtrack_jax.analysis import log_odds, logit_lens, resumable, statistics
+from backtrack_jax.analysis import log_odds, resumable, statistics
 from backtrack_jax.analysis import transfer_vectors as tv
 from backtrack_jax.analysis.backtracking import count_keywords
 from backtrack_jax.analysis.base import Material, Planned, Question
 from backtrack_jax.analysis.claims import Claim, measured, number
-from backtrack_jax.analysis.coherence import logits_at_once
 from backtrack_jax.analysis.dose import LEVEL
-from backtrack_jax.analysis.log_odds import Forced
+from backtrack_jax.analysis.forced import Forced, given_text, logits_at_once
 from backtrack_jax.analysis.plots import COLOURS, Panel, Plot, Series
 from backtrack_jax.analysis.results import Results
 from backtrack_jax.analysis.statistics import NAN, Region
 from backtrack_jax.config import Experiment
 from backtrack_jax.data.problems import spread
 from backtrack_jax.data.records import UNSTEERED, Trace
-from backtrack_jax.data.text import KEYWORDS, sentence_spans
+from backtrack_jax.data.text import sentence_spans
 from backtrack_jax.files import store, tables
 from backtrack_jax.files.tables import Table
 from backtrack_jax.intervention import Intervention, add_vector, no_intervention
@@ -191,23 +190,11 @@ def effects(material: Material, role: str, found: tv.Directions, partial: Path) 
     read: list[tuple[str, str]] = []
     rows: list[Forced] = []
     for draw, trace in enumerate(_held_out(material, e.analysis.forced_texts)):
-        ids, prompt_length, starts = log_odds.given_text(material, role, trace, sentence_spans(trace)[1:])
+        ids, prompt_length, starts = given_text(material, role, trace, sentence_spans(trace)[1:])
         for name in (UNSTEERED, *found.of):
             read.append((trace.problem_id, name))
             rows.append(Forced(ids, prompt_length, starts, _added(material, role, found, name, draw)))
-    values = resumable.values(
-        partial,
-        "log_odds",
-        f"  texts under mapped vectors of the {role} model",
-        [len(row.ids) for row in rows],
-        lambda done: log_odds.keyword_log_odds(
-            material.model(role),
-            rows,
-            logit_lens.word_ids(material.tokenizer, KEYWORDS),
-            batch_size=e.analysis.batch_size,
-            done=done,
-        ),
-    )
+    values = log_odds.resumed(material, role, rows, partial, f"texts under mapped vectors of the {role} model")
     of = dict(zip(read, values, strict=True))
     return [
         {"role": role, "direction": name, "problem_id": problem, "change": value - of[problem, UNSTEERED]}

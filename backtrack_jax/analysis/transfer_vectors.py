@@ -4,6 +4,7 @@ All of them, and all maps, are read from the problems that no effect is measured
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,12 @@ class Directions:
 
     @property
     def best(self) -> str:
-        """The map whose vector has the highest cosine with the own one, on the problems that it was fitted on."""
-        cosines = {line["direction"]: line["cosine"] for line in self.lines if line["direction"] in MAPS}
-        return max(cosines, key=cosines.__getitem__)
+        """The map whose vector has the highest cosine with the own one, on the problems that it was fitted on.
+
+        Of maps that differ by rounding alone it is the simplest.
+        """
+        cosines = {line["direction"]: round(line["cosine"], 5) for line in self.lines if line["direction"] in MAPS}
+        return max(reversed(MAPS), key=lambda name: cosines.get(name, -math.inf))
 
 
 def other_config(e: Experiment) -> ModelConfig:
@@ -127,10 +131,8 @@ def magnitude(e: Experiment) -> float:
 
 def length(material: Material, role: str) -> float:
     """Norm of what is added, in the scale of the residual stream."""
-    e, layer = material.experiment, material.experiment.steering.main_layer
-    scales = {"absolute": 1.0, "relative": float(material.sums[role].mean_norm[layer])}
-    scales["raw"] = float(material.vectors[role, e.vectors.label].norms[layer])
-    return magnitude(e) * scales[e.steering.unit]
+    e = material.experiment
+    return material.length(role, e.steering.main_layer, magnitude(e))
 
 
 def directions(material: Material, role: str, files: tuple[Path, Path, Path]) -> Directions:

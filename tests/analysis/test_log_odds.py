@@ -14,7 +14,8 @@ from torch_reference import CONFIG, added, tiny_llama, torch_copy, torch_logits,
 
 from backtrack_jax import pipeline
 from backtrack_jax.analysis import coherence, log_odds
-from backtrack_jax.analysis.log_odds import BASE_REPLIES, EXAMPLES, REASONING_TRACES, Forced
+from backtrack_jax.analysis.forced import BASE_REPLIES, REASONING_TRACES, Forced, texts_of
+from backtrack_jax.analysis.log_odds import EXAMPLES
 from backtrack_jax.data.records import UNSTEERED, Condition, Reply
 from backtrack_jax.files import tables
 from backtrack_jax.intervention import add_vector, no_intervention
@@ -148,7 +149,7 @@ def test_a_reply_in_which_bos_was_sampled_is_no_text(finished: Path) -> None:
     material = gather(pipeline.Run(tiny.get_config()).context)
     bos = material.tokenizer.bos_id
     assert bos is not None
-    before = log_odds.texts_of(material)[BASE_REPLIES]
+    before = texts_of(material)[BASE_REPLIES]
 
     def with_bos(reply: Reply, *samples: int) -> Reply:
         of = reply.condition.kind == UNSTEERED and reply.problem_id == before[0].problem_id and reply.sample in samples
@@ -156,9 +157,7 @@ def test_a_reply_in_which_bos_was_sampled_is_no_text(finished: Path) -> None:
 
     for samples, expected in (((0,), 1), ((0, 1), None)):
         replies = [with_bos(reply, *samples) for reply in material.replies]
-        found = {
-            t.problem_id: t for t in log_odds.texts_of(dataclasses.replace(material, replies=replies))[BASE_REPLIES]
-        }
+        found = {t.problem_id: t for t in texts_of(dataclasses.replace(material, replies=replies))[BASE_REPLIES]}
         own = found.get(before[0].problem_id)
         assert (own.sample if own else None) == expected and len(found) == len(before) - (own is None)
 

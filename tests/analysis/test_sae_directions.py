@@ -17,8 +17,9 @@ from backtrack_jax.analysis import logit_lens, sae
 from backtrack_jax.analysis.results import Results
 from backtrack_jax.checks import check
 from backtrack_jax.compatibility import check_planned
-from backtrack_jax.data.records import UNSTEERED
-from backtrack_jax.intervention import stack_rows
+from backtrack_jax.data.records import UNSTEERED, Annotation, Section
+from backtrack_jax.data.text import KEYWORDS, sentence_spans
+from backtrack_jax.intervention import add_vector, stack_rows
 from backtrack_jax.models.batching import right_pad
 from backtrack_jax.stages.analysis import ANALYSIS, gather
 from backtrack_jax.stages.vectors import VECTORS
@@ -165,16 +166,16 @@ def test_a_run_that_asks(finished: Path) -> None:
     summed = units[nearest].sum(0) / np.linalg.norm(units[nearest].sum(0))
     line = next(x for x in own if x["condition"] == sae.TOP)
     trace = next(t for t in material.traces if t.problem_id == line["problem_id"])
-    spans = sae.sentence_spans(trace)[1:]
-    annotation = sae.Annotation(trace.id, "", tuple(sae.Section("", *span) for span in spans))
+    spans = sentence_spans(trace)[1:]
+    annotation = Annotation(trace.id, "", tuple(Section("", *span) for span in spans))
     read = material.token_trace("reasoning", trace, annotation)
     starts = sorted({at for _, at in read.starts})[: e.analysis.forced_sentences]
-    row = sae.add_vector(jnp.asarray(summed), 1, 8.0, n_layers=3)
+    row = add_vector(jnp.asarray(summed), 1, 8.0, n_layers=3)
     ids, positions = map(jnp.asarray, right_pad([read.ids], len(read.ids)))
     resid = model(ids, positions, intervention=stack_rows([row])).resid
     p = np.asarray(jnp.exp(jnp.asarray(model.logits(resid))[0].astype(jnp.float32)), np.float64)
     p /= p.sum(-1, keepdims=True)
-    words = sorted(logit_lens.word_ids(material.tokenizer, sae.KEYWORDS))
+    words = sorted(logit_lens.word_ids(material.tokenizer, KEYWORDS))
     yes = p[:, words].sum(-1)[np.array(starts) - 1]
     assert line["log_odds"] == pytest.approx(np.mean(np.log(yes / (1 - yes))), rel=1e-3, abs=1e-3)
     assert line["length"] == 8.0

@@ -228,7 +228,6 @@ def test_released_8b_over_eight_devices_without_its_weights(folder):
 
 
 @pytest.mark.skipif(len(jax.devices("cpu")) >= 4, reason="this process has four devices")
-@pytest.mark.slow
 def test_all_of_this_on_four_devices():
     """How many devices a CPU is parted into is settled when JAX starts."""
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]

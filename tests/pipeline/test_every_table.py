@@ -22,7 +22,7 @@ from scipy import special
 from sklearn import metrics
 
 from backtrack_jax import generate, pipeline
-from backtrack_jax.analysis import activations, by_problem, log_odds, probe, reliability, shuffles
+from backtrack_jax.analysis import activations, by_problem, forced, log_odds, probe, reliability, shuffles
 from backtrack_jax.analysis.base import Material
 from backtrack_jax.analysis.statistics import mean_interval, paired_interval, rate_interval
 from backtrack_jax.data import records
@@ -517,7 +517,7 @@ def test_probe_and_projections(results: Path, material: Material, model: Callabl
 @pytest.mark.parametrize("role", ROLES)
 def test_log_odds(results: Path, material: Material, model: Callable[[str], Any], role: str) -> None:
     """The reasoning traces, unsteered and under every vector: what is added is built here from the files of stage 3."""
-    lines = [line for line in table(results, f"{role}.log_odds") if line["text"] == log_odds.REASONING_TRACES]
+    lines = [line for line in table(results, f"{role}.log_odds") if line["text"] == forced.REASONING_TRACES]
     lines = [line for line in lines if line["kind"] != log_odds.EXAMPLES]
     first = {trace.problem_id: trace for trace in reversed(material.traces)}
     order = list(dict.fromkeys(trace.problem_id for trace in reversed(material.traces)))[::-1]

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from backtrack_jax.analysis import claims as analysis_claims
-from backtrack_jax.analysis import log_odds, rates, statistics
+from backtrack_jax.analysis import forced, log_odds, rates, statistics
 from backtrack_jax.analysis.agreement import judges_table
 from backtrack_jax.analysis.plots import Heat, Panel, Plot, Series
 from backtrack_jax.analysis.registry import ANALYSES
@@ -193,7 +193,7 @@ def test_variants_and_effects(r: Results, plots: dict[str, Plot]) -> None:
 
 def test_log_odds_by_magnitude(r: Results, plots: dict[str, Plot]) -> None:
     titles = [
-        f"{target} model on {text}" for text in (log_odds.REASONING_TRACES, log_odds.BASE_REPLIES) for target in ROLES
+        f"{target} model on {text}" for text in (forced.REASONING_TRACES, forced.BASE_REPLIES) for target in ROLES
     ]
     panels = [panel for row in plots["log_odds"].panels for panel in row]
     assert [panel.title for panel in panels] == titles[: len(panels)] and len(panels) >= 2
@@ -525,7 +525,7 @@ def test_sentences_say_what_the_tables_hold(r: Results) -> None:
     assert f"vector rests on {own['read']} of {total} windows ({every['dropped']} of all were dropped" in said
     at = float(re.findall(r"On given text, at magnitude ([\d.]+)", said)[0])
     for source in ROLES:
-        both = log_odds.paired_effects(r, log_odds.REASONING_TRACES, source, at)
+        both = log_odds.paired_effects(r, forced.REASONING_TRACES, source, at)
         base, reasoning = both.mean(0)
         assert (
             f"the {source}-derived vector adds {reasoning:.2f} nats to the log-odds of wait or hmm on the reasoning "
