@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers import hf_llama, save
 
-from backtrack_jax.analysis import activations, coherence
+from backtrack_jax.analysis import activations, coherence, forced
 from backtrack_jax.extract import TokenTrace
 from backtrack_jax.models import checkpoint
 from backtrack_jax.models.decoder import Decoder
@@ -31,7 +31,7 @@ def test_likelihoods_are_those_of_torch(pair, monkeypatch: pytest.MonkeyPatch) -
 
     oracle, model = pair
     for at_once in (1 << 27, 1):
-        monkeypatch.setattr(coherence, "_LOGITS_AT_ONCE", at_once)
+        monkeypatch.setattr(forced, "_LOGITS_AT_ONCE", at_once)
         jax.clear_caches()
         found = dict(row for rows in coherence.log_likelihoods(model, PROMPTS, REPLIES, batch_size=3) for row in rows)
         assert sorted(found) == [0, 1, 2, 3, 4] and np.isnan(found[4])

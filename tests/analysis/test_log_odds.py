@@ -13,7 +13,7 @@ import tiny
 from torch_reference import CONFIG, added, tiny_llama, torch_copy, torch_logits, unit_vectors
 
 from backtrack_jax import pipeline
-from backtrack_jax.analysis import coherence, log_odds
+from backtrack_jax.analysis import forced, log_odds
 from backtrack_jax.analysis.forced import BASE_REPLIES, REASONING_TRACES, Forced, texts_of
 from backtrack_jax.analysis.log_odds import EXAMPLES
 from backtrack_jax.data.records import UNSTEERED, Condition, Reply
@@ -59,7 +59,7 @@ def test_log_odds_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         for i, span in enumerate(spans)
     ]
     for at_once in (1 << 27, 1):
-        monkeypatch.setattr(coherence, "_LOGITS_AT_ONCE", at_once)
+        monkeypatch.setattr(forced, "_LOGITS_AT_ONCE", at_once)
         jax.clear_caches()
         found = measured(rows)
         assert sorted(found) == [0, 1, 2, 3, 4] and math.isnan(found[4])
