@@ -30,7 +30,7 @@ LENGTHS = ((6, 9), (3, 4), (20, 70), (1, 12), (2, 3))  # of prompt and text
 STARTS = ((9, 6, 14), (4,), (20, 33, 50, 89), (2, 12), ())
 
 
-def forced(row: int, intervention=None) -> Forced:
+def text(row: int, intervention=None) -> Forced:
     ids = RNG.integers(0, V, sum(LENGTHS[row])).tolist()
     return Forced(ids, LENGTHS[row][0], STARTS[row], intervention or no_intervention(L, D))
 
@@ -55,7 +55,7 @@ def test_log_odds_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     vector = np.asarray(unit_vectors(1, D)[0])
     spans = ("all", "prompt", "generated", "all", "all")
     rows = [
-        forced(i, add_vector(jnp.asarray(vector), 1, 4.0, n_layers=L, span=span) if i != 3 else None)
+        text(i, add_vector(jnp.asarray(vector), 1, 4.0, n_layers=L, span=span) if i != 3 else None)
         for i, span in enumerate(spans)
     ]
     for at_once in (1 << 27, 1):
@@ -73,7 +73,7 @@ def test_log_odds_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_strength_zero_and_another_place_in_a_batch_change_nothing() -> None:
     vector = unit_vectors(1, D)[0]
-    rows = [forced(i) for i in range(4)]
+    rows = [text(i) for i in range(4)]
     plain = measured(rows)
     zero = [dataclasses.replace(row, intervention=add_vector(vector, 1, 0.0, n_layers=L)) for row in rows]
     assert measured(zero) == plain
@@ -82,14 +82,14 @@ def test_strength_zero_and_another_place_in_a_batch_change_nothing() -> None:
 
 
 def test_finished_batches_are_left_out() -> None:
-    rows = [forced(i) for i in range(4)]
+    rows = [text(i) for i in range(4)]
     whole = list(log_odds.keyword_log_odds(tiny_llama(), rows, KEYWORDS, batch_size=2))
     done = {row for row, _ in whole[0]}
     assert list(log_odds.keyword_log_odds(tiny_llama(), rows, KEYWORDS, batch_size=2, done=done)) == whole[1:]
 
 
 def test_what_cannot_be_measured_is_named() -> None:
-    good = forced(0)
+    good = text(0)
     for row, message in (
         (dataclasses.replace(good, ids=[*good.ids[:-1], V]), rf"row 1 has the token id {V}"),
         (dataclasses.replace(good, starts=(0,)), r"row 1 has the starts \[0\], expected 1 to 15"),
