@@ -64,8 +64,8 @@ def test_log_odds_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         found = measured(rows)
         assert sorted(found) == [0, 1, 2, 3, 4] and math.isnan(found[4])
         for row, span in enumerate(spans[:4]):
-            prompt, text = LENGTHS[row]
-            columns = {"all": (0, prompt + text), "prompt": (0, prompt), "generated": (prompt, prompt + text)}[span]
+            prompt, length = LENGTHS[row]
+            columns = {"all": (0, prompt + length), "prompt": (0, prompt), "generated": (prompt, prompt + length)}[span]
             with added(reference, 1, 0.0 * vector if row == 3 else 4.0 * vector, columns):
                 logits = torch_logits(reference, rows[row].ids)
             assert found[row] == pytest.approx(expected(logits, STARTS[row]), rel=1e-4)
