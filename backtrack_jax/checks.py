@@ -264,6 +264,12 @@ def _steering_faults(e: Experiment) -> list[str]:
     for field, entries in (("steering.kinds", s.kinds), ("steering.baselines", s.baselines)):
         faults += [*kind_faults(field, entries, labels), *_repeated(field, entries)]
     faults += _not_one_of("steering.unit", s.unit, UNITS)
+    entries = [*s.kinds, *s.baselines]
+    if s.unit == "kl" and (values := [entry for entry in entries if kinds.strength(entry) == "value"]):
+        accepted = (
+            f"another unit: strength 0 of {values[0]!r} changes predictions too, so no divergence gives a strength"
+        )
+        faults.append(_fault("steering.unit", s.unit, accepted))
     if s.span != "all" and not kinds.is_span(s.span):
         faults.append(_fault("steering.span", s.span, "all, prompt, generated, or some of these as in generated[2:18]"))
     if not s.kind_layers or not _integers(s.kind_layers) or min(s.kind_layers) < 0:
@@ -283,7 +289,7 @@ def _steering_faults(e: Experiment) -> list[str]:
         faults += _repeated(f"steering.{field}", magnitudes)
     of_baselines = "baseline_magnitudes" if s.baseline_magnitudes else "magnitudes"
     for entries, field in ((s.kinds, "magnitudes"), (s.baselines, of_baselines)):
-        shares = [entry for entry in entries if isinstance(entry, str) and kinds.by_share(entry)]
+        shares = [entry for entry in entries if kinds.strength(entry) == "share"]
         if shares and any(_finite(magnitude) and abs(magnitude) > 1 for magnitude in getattr(s, field)):
             accepted = f"-1 to 1: for {shares[0]!r} they are shares"
             faults.append(_fault(f"steering.{field}", getattr(s, field), accepted))
@@ -345,7 +351,7 @@ def _stability_faults(e: Experiment) -> list[str]:
     if e.traces.temperature == 0:
         accepted = "above 0 where questions.ask has 'stability': else all continuations of a prefix are the same"
         faults.append(_fault("traces.temperature", e.traces.temperature, accepted))
-    return faults + _kept_layer_faults(e)
+    return faults + _kept_layer_faults(e) + _equal_length_faults(e)
 
 
 def _dose_faults(name: str, magnitude: float, e: Experiment) -> list[str]:
@@ -355,6 +361,14 @@ def _dose_faults(name: str, magnitude: float, e: Experiment) -> list[str]:
         return []
     accepted = "a number above 0, or 0 for the smallest positive one of steering.magnitudes"
     return [_fault(f"{name}.magnitude", magnitude, accepted)]
+
+
+def _equal_length_faults(e: Experiment) -> list[str]:
+    """Of questions that add vectors of their own, all of the length that a magnitude has in the unit."""
+    if e.steering.unit != "kl":
+        return []
+    accepted = f"another unit for questions.ask={e.questions.ask!r}, which compare vectors of equal length"
+    return [_fault("steering.unit", e.steering.unit, accepted)]
 
 
 def _kept_layer_faults(e: Experiment) -> list[str]:
@@ -380,7 +394,7 @@ def _transfer_faults(e: Experiment) -> list[str]:
     faults += _dose_faults(name, q.magnitude, e)
     if e.analysis.folds < 2:
         faults.append(_fault("analysis.folds", e.analysis.folds, "at least 2, for questions.ask='transfer'"))
-    return faults + _kept_layer_faults(e)
+    return faults + _kept_layer_faults(e) + _equal_length_faults(e)
 
 
 def _sae_faults(e: Experiment) -> list[str]:
@@ -399,7 +413,7 @@ def _sae_faults(e: Experiment) -> list[str]:
         faults.append(_fault(f"{name}.magnitude", q.magnitude, accepted))
     if e.analysis.forced_texts < 1:
         faults.append(_fault("analysis.forced_texts", e.analysis.forced_texts, "at least 1 where 'sae' is asked"))
-    return faults
+    return faults + _equal_length_faults(e)
 
 
 def _offsets_faults(e: Experiment) -> list[str]:
@@ -445,7 +459,7 @@ def _noise_faults(e: Experiment) -> list[str]:
         faults.append(_fault(f"{name}.burst", q.burst, accepted))
     if e.analysis.forced_texts < 1:
         faults.append(_fault("analysis.forced_texts", e.analysis.forced_texts, "at least 1, for questions.ask='noise'"))
-    return faults + _kept_layer_faults(e)
+    return faults + _kept_layer_faults(e) + _equal_length_faults(e)
 
 
 def _side_effects_faults(e: Experiment) -> list[str]:

@@ -13,7 +13,7 @@ from backtrack_jax.kinds import is_vector_file, parse
 ROLES = ("base", "reasoning")
 ESTIMATORS = ("trace_mean", "token_mean")
 CONTRASTS = ("all", "rest", "trace")
-UNITS = ("absolute", "relative", "raw")
+UNITS = ("absolute", "relative", "raw", "kl")
 FILTERS = ("boundary", "question")
 
 
@@ -220,7 +220,7 @@ class SteeringSpec:
         `docs/howto/steer.md` has the rest of the language: several edits, gates, subspaces. `ablate:` before either of
         them removes the component along the direction that would be added; see `magnitudes`. Each is done to every
         model, with directions from every model's activations (Fig. 3). At one magnitude all that come from one model's
-        activations are equally long, whatever the kind, and so are files, but for the unit `raw`.
+        activations are equally long, whatever the kind, and so are files, but for the units `raw` and `kl`.
       layer: output of which block (0-based) is changed, and where the direction was read. An ablation changes the
         outputs of the later blocks as well, which would otherwise restore the component. Give several to have all of
         `kinds` at each of them; `baselines` and `offsets` are at the first, and figures, lens and probe are about it. A
@@ -235,7 +235,8 @@ class SteeringSpec:
       grid_limit: number of problems at `offsets` and `layers`, at most `limit`; 0 for `limit`.
       unit: `absolute`: length of what is added; `relative`: share of the steered model's mean residual norm at that
         layer; `raw`: share of the norm that the difference of means of `vectors.label` was found with, or that the
-        vector of a kind which is a file has, so that 1 adds it as it is.
+        vector of a kind which is a file has, so that 1 adds it as it is; `kl`: what it costs, in nats per token, on the
+        traces of problems that are not steered, for which the length of every condition is searched for.
       span: `all` positions (paper), `prompt`, or `generated` ones.
       limit: number of problems, spread evenly over those of the traces; 0 takes all.
       samples: replies per problem and condition.

@@ -263,12 +263,12 @@ def is_span(text: str) -> bool:
     return _SPAN.fullmatch(text) is not None
 
 
-def by_share(entry: str) -> bool:
-    """Whether the magnitudes of an entry, which may be malformed, are shares."""
+def strength(entry: object) -> str:
+    """What the strength of an entry is, one of `STRENGTHS`; empty for a malformed one."""
     try:
-        return parse(entry).what.strength == "share"
+        return parse(entry).what.strength if isinstance(entry, str) else ""
     except ValueError:
-        return False
+        return ""
 
 
 def forms() -> tuple[str, ...]:

@@ -150,7 +150,9 @@ def test_an_entry_of_several_edits_that_says_nothing(entry: str, message: str) -
 
 def test_what_a_magnitude_of_several_edits_is() -> None:
     assert kinds.parse("ablate:deduction & backtracking").what.strength == "length"
-    assert kinds.by_share("ablate:deduction & ablate:backtracking") and not kinds.by_share("ablate:deduction & noise")
+    assert kinds.strength("ablate:deduction & ablate:backtracking") == "share"
+    assert kinds.strength("ablate:deduction & noise") == "length"
+    assert kinds.strength("clamp:deduction") == "value" and kinds.strength("ablate:") == kinds.strength(3) == ""
     assert kinds.parse("fixed(3) & noise").read is False and kinds.parse("fixed(3) & own(deduction)").read is True
     assert kinds.parse("noise when backtracking > 1").read and kinds.parse("noise when random > 1").drawn
 

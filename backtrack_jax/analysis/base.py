@@ -76,8 +76,14 @@ class Material:
         return spec.contrast if label == spec.label else "all"
 
     def length(self, role: str, layer: int, magnitude: float) -> float:
-        """Norm of what a magnitude in `steering.unit` adds to the model of a role at a layer."""
+        """Norm of what a magnitude in `steering.unit` adds to the model of a role at a layer.
+
+        Raises:
+          ValueError: the unit is `kl`, in which every edit has a length of its own.
+        """
         e = self.experiment
+        if e.steering.unit == "kl":
+            raise ValueError("steering.unit='kl' gives every edit a length of its own; this needs one for all")
         if e.steering.unit == "relative":
             return magnitude * float(self.sums[role].mean_norm[layer])
         if e.steering.unit == "raw":

@@ -28,6 +28,7 @@ _UNITS = {
     "absolute": "magnitude = norm added (mean residual norm {norm:.3g})",
     "relative": "magnitude, in mean residual norms (1 = {norm:.3g})",
     "raw": "magnitude, in raw vectors (mean residual norm {norm:.3g})",
+    "kl": "magnitude = cost, nats per token",
 }
 
 
@@ -147,8 +148,12 @@ def unit_label(r: Results, role: str, kinds: Sequence[str] = ()) -> str:
 
 def unit_of_layers(r: Results, kinds: Sequence[str] = ()) -> str:
     """Label of the magnitude axis of these kinds over several layers, whose norms differ."""
-    units = {"absolute": "magnitude = norm added", "relative": "magnitude, in each layer's mean residual norm"}
-    return _with_shares(units.get(r.experiment.steering.unit, "magnitude, in each layer's raw vector"), kinds)
+    units = _UNITS | {
+        "absolute": "magnitude = norm added",
+        "relative": "magnitude, in each layer's mean residual norm",
+        "raw": "magnitude, in each layer's raw vector",
+    }
+    return _with_shares(units[r.experiment.steering.unit], kinds)
 
 
 def _with_shares(label: str, kinds: Sequence[str]) -> str:

@@ -198,7 +198,7 @@ def baselines(r: Results) -> Plot | None:
 def _equally_long(s: SteeringSpec, entries: Sequence[str]) -> bool:
     """Whether all of these are as long as each other at one magnitude; files may not be, and shares are no lengths."""
     lengths = all(parse(entry).what.strength == "length" for entry in entries)
-    return lengths and not (s.unit == "raw" and s.vector_files)
+    return lengths and s.unit != "kl" and not (s.unit == "raw" and s.vector_files)
 
 
 def metrics(r: Results) -> Plot | None:

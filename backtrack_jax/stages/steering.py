@@ -1,11 +1,13 @@
 """Stage 4: replies under every condition of the sweeps.
 
 generations.jsonl   one line per steered reply, see `data.records.Reply`
+{role}.lengths.csv  where `steering.unit` is `kl`: the length of every condition, and what it costs there
 """
 
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from backtrack_jax import conditions, directions, generate, inputs, kinds, vectors
+from backtrack_jax.analysis import equal_divergence
 from backtrack_jax.config import Experiment
 from backtrack_jax.data import records
-from backtrack_jax.files import store
+from backtrack_jax.files import store, tables
 from backtrack_jax.files.console import say
 from backtrack_jax.stages import estimates
 from backtrack_jax.stages.base import Context, Stage, spec_values
@@ -45,12 +48,25 @@ class SteeringStage(Stage):
         """All."""
         return e.roles
 
+    def prepare(self, context: Context) -> None:
+        """Problems that are not steered, where the unit needs their texts."""
+        e = context.experiment
+        there, asked = len(estimates.problem_texts(e)), estimates.asked_problems(e)
+        if e.steering.unit == "kl" and asked == there:
+            raise ValueError(
+                f"steering.limit={e.steering.limit} steers all {there} problems, expected fewer for "
+                "steering.unit='kl': lengths are found on the traces of the others"
+            )
+
     def plan(self, context: Context) -> list[str]:
         """Conditions, rows and memory."""
         e, spec = context.experiment, context.experiment.steering
         problems, cells = estimates.asked_problems(e), len(conditions.planned(e))
         lines = [f"{cells} conditions, {problems} problems at most, {spec.samples} sample(s) each"]
         prompt = estimates.longest_prompt(e)
+        if spec.unit == "kl":
+            texts = min(equal_divergence.TEXTS, len(estimates.problem_texts(e)) - problems)
+            lines.append(f"lengths found on {texts} traces of other problems, about ten passes for every condition")
         for role, rows in estimates.steered_rows(e).items():
             lines += estimates.sampling(e, role, rows, prompt, spec.max_new_tokens, spec.batch_size)
         return lines
@@ -96,10 +112,14 @@ def _steer_model(
     config = context.architecture(target)
     texts = context.token_texts
     built = conditions.Interventions(readings, config.n_layers, config.d_model, spec.span, texts)
+    made = {condition: limit for condition, limit in conditions.make(e, readings).items() if condition.target == target}
+    if spec.unit == "kl":
+        file = partial.with_name(f"{target}.lengths.csv")
+        lengths = _equal_lengths(context, target, file, list(made), readings, built, asked)
+        made = {dataclasses.replace(condition, length=lengths[condition]): limit for condition, limit in made.items()}
     todo = [
         (condition, trace, sample)
-        for condition, limit in conditions.make(e, readings).items()
-        if condition.target == target
+        for condition, limit in made.items()
         for trace in inputs.spread(asked, limit)
         for sample in range(spec.samples)
     ]
@@ -131,6 +151,51 @@ def _steer_model(
         )
         for (condition, trace, sample), row, reply in zip(todo, rows, replies, strict=True)
     ]
+
+
+def _equal_lengths(
+    context: Context,
+    target: str,
+    file: Path,
+    planned: Sequence[records.Condition],
+    readings: conditions.Readings,
+    built: conditions.Interventions,
+    asked: Sequence[records.Trace],
+) -> dict[records.Condition, float]:
+    """Length of every condition of a model in the unit `kl`, from `file` if an earlier attempt got so far.
+
+    On traces of problems that are not asked for, the first of each, as far as a reply may become long.
+    """
+    e = context.experiment
+    searched = [c for c in planned if c.magnitude and kinds.parse(c.kind).what.strength == "length"]
+    if searched and not file.exists():
+        steered = {trace.problem_id for trace in asked}
+        traces = {trace.problem_id: trace for trace in reversed(TRACES.read(context.folder(TRACES)))}
+        others = [trace for problem, trace in reversed(traces.items()) if problem not in steered]
+        others = inputs.spread(others, equal_divergence.TEXTS)
+        keys = [generate.row_key(e.seed, trace.problem_id, 0) for trace in others]
+        texts = []
+        for trace in others:
+            read = context.token_trace(target, trace, records.Annotation(trace.id, "", ()))
+            texts.append((read.ids[: read.reply_start + e.steering.max_new_tokens], read.reply_start))
+        say(f"  lengths of {len(searched)} conditions that cost the {target} model equally, on {len(texts)} traces")
+        lengths, costs = equal_divergence.lengths(
+            context.model(target),
+            texts,
+            lambda i, length, j: built.row(dataclasses.replace(searched[i], length=length), keys[j]),
+            [abs(c.magnitude) for c in searched],
+            [math.copysign(float(readings.mean_norm[target][c.layer]), c.magnitude) for c in searched],
+            [c.name for c in searched],
+            batch_size=e.steering.batch_size,
+        )
+        lines = [
+            dataclasses.asdict(c) | {"length": float(length), "kl": float(cost)}
+            for c, length, cost in zip(searched, lengths, costs, strict=True)
+        ]
+        tables.write(file, lines)
+    found = [records.Condition.of(line) for line in tables.read(file)] if searched else []
+    lengths_of = {(c.kind, c.source, c.layer, c.window, c.magnitude): c.length for c in found}
+    return {c: lengths_of.get((c.kind, c.source, c.layer, c.window, c.magnitude), c.length) for c in planned}
 
 
 def load_readings(context: Context) -> conditions.Readings:
