@@ -8,8 +8,7 @@ are 4,096 wide, so that the vector can be added as it is: the direction `identit
 docs/questions/transfer.md. Any other base model takes Mistral's place, e.g.
 `--config.questions.transfer.model.path=allenai/Olmo-3-1025-7B`, of which the width is the same too.
 
-Mistral-7B's own tokenizer is no byte-level one, which this program does not read: the run refuses it before anything is
-sampled. Models with a byte-level one run as they are.
+Mistral-7B reads the same text through its own tokenizer, SentencePiece's; states are paired where a token of both ends.
 
 Paper: none; it asks beyond it. Hardware: as `configs/paper.py`, and 20 GB of memory on the host for paired states.
 """

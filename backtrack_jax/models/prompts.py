@@ -208,7 +208,7 @@ def prompt_ids(tokenizer: Tokenizer, problem: str, prompt: PromptFormat, prefill
         system = [] if prompt.system is None else [{"role": "system", "content": prompt.system}]
         ids = tokenizer.encode_chat([*system, {"role": "user", "content": problem}], prompt.template_arguments)
     else:
-        ids = tokenizer.encode(problem, markers=False)
+        ids = tokenizer.encode(tokenizer.begin + problem, markers=False)
     if tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
         ids = [tokenizer.bos_id, *ids]
     ids += tokenizer.encode(prefill)

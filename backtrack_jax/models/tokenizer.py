@@ -1,8 +1,9 @@
 """Text to token ids and back, with the character span of every token.
 
-One byte-level BPE tokenizer, read from a Hugging Face folder or from a GGUF file with the `tokenizers` library alone:
-recent `transformers` replace the pre-tokenizer of the R1 distills and lose every space. Nothing here adds a special
-token on its own; prompts, with their single beginning-of-sequence (BOS) token, are built in `prompts.py`.
+One BPE tokenizer, byte-level or SentencePiece's (`spelling`), read from a Hugging Face folder or, byte-level, from a
+GGUF file with the `tokenizers` library alone: recent `transformers` replace the pre-tokenizer of the R1 distills and
+lose every space. Nothing here adds a special token on its own; prompts, with their single beginning-of-sequence (BOS)
+token, are built in `prompts.py`.
 
 Markers. Added tokens such as `<think>` are control tokens even where a tokenizer flags them `special=False`, as R1 does
 with its turn and think tokens. They are called *markers* here: every added token except those that are plain text
@@ -26,6 +27,7 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from backtrack_jax.files.paths import local_path
+from backtrack_jax.models.spelling import spelling_of
 
 Span = tuple[int, int]
 
@@ -92,16 +94,6 @@ _GGUF_ENDS = frozenset(
 )
 
 
-def _byte_of_char() -> dict[str, int]:
-    """Inverse of GPT-2's table that writes each byte as one printable character."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF_CHAR = _byte_of_char()
-
-
 def starts_with(bos: str, bos_id: int) -> dict[str, Any]:
     """Post-processor of a `tokenizer.json` by which other libraries start every sequence with BOS."""
     first: dict[str, Any] = {"SpecialToken": {"id": bos, "type_id": 0}}
@@ -121,7 +113,7 @@ class _GenerationTag(Extension):
 
 
 class Tokenizer:
-    """A byte-level BPE tokenizer.
+    """A BPE tokenizer.
 
     Attributes:
         name: where it was read from, for messages.
@@ -134,6 +126,8 @@ class Tokenizer:
         markers: text -> id of the control tokens, whatever their `special` flag.
         chat_template: Jinja source, or None.
         special_tokens: the strings that chat templates refer to, `bos_token` and the like.
+        begin: what `models.prompts` puts in front of the first text of a sequence: a space where SentencePiece would
+            (Llama 2, Mistral 7B), else nothing. No method here adds it but `encode_chat`.
     """
 
     def __init__(
@@ -159,11 +153,13 @@ class Tokenizer:
             special_tokens: strings for the template.
 
         Raises:
-            ValueError: the tokenizer is not byte-level.
+            ValueError: the tokenizer spells in another way than byte-level BPE or SentencePiece's, see `spelling`.
         """
-        _require_byte_level(spec, name)
+        self._spelling = spelling_of(spec, name)
+        self._written = {key: spec.get(key) for key in self._spelling.settings}
         # A post-processor would trim white space off the spans and add special tokens; truncation would cut silently.
         spec = {**spec, "post_processor": None, "truncation": None, "padding": None}
+        spec |= self._spelling.settings
         added = spec["added_tokens"]
         self._backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
         # The same tokenizer with every marker flagged special, and special tokens left unmatched: ids stay the same.
@@ -178,6 +174,7 @@ class Tokenizer:
             raise ValueError(f"{name}: added tokens that occur twice or leave gaps in the ids: {moved[:3]}")
         tokens = [token for token in added if _is_marker(token["content"])]
         self.name = name
+        self.begin = self._spelling.begin
         self.bos_id = bos_id
         self.stop_ids = tuple(sorted(set(stop_ids)))
         self.pad_id = pad_id if pad_id is not None else next(iter(self.stop_ids), 0)
@@ -187,6 +184,7 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens or {})
         self.eos_id = vocab.get(self.special_tokens.get("eos_token", ""), next(iter(self.stop_ids), None))
         self._marker_ids = frozenset(self.markers.values())
+        self._added = {token["id"]: token["content"].encode() for token in added}  # written as they are
         tokens.sort(key=lambda token: -len(token["content"]))  # the longest match wins, as in `tokenizers`
         starts = "|".join(re.escape(token["content"]) for token in tokens)
         wholes = "|".join(map(_marker_pattern, tokens))
@@ -231,7 +229,7 @@ class Tokenizer:
 
         Raises:
             FileNotFoundError: one of the two needed files is missing.
-            ValueError: the tokenizer is not byte-level, or a named special token is not in its vocabulary.
+            ValueError: the tokenizer's spelling is not handled, or a named special token is not in its vocabulary.
         """
         folder = Path(folder)
         for needed in ("tokenizer.json", "tokenizer_config.json"):
@@ -349,7 +347,7 @@ class Tokenizer:
         config = {"add_bos_token": self.bos_id is not None, **self.special_tokens, "chat_template": self.chat_template}
         config |= {"clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"}
         stop = {"eos_token_id": list(self.stop_ids)}
-        spec = json.loads(self._backend.to_str())
+        spec = json.loads(self._backend.to_str()) | self._written
         if self.bos_id is not None:
             spec["post_processor"] = starts_with(str(self._backend.id_to_token(self.bos_id)), self.bos_id)
         (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False, indent=2), "utf-8")
@@ -472,8 +470,9 @@ class Tokenizer:
         for i, piece in enumerate(self._marker_split.split(text)):
             if i % 2:  # a marker, with the white space that its lstrip and rstrip flags take in
                 ids.append(self.markers[piece if piece in self.markers else piece.strip()])
-            else:
-                ids += self.encode(piece.replace(_SHIELD, ""), markers=False)
+            elif piece := piece.replace(_SHIELD, ""):
+                begin = self.begin if i == 0 or self._spelling.after_markers else ""
+                ids += self.encode(begin + piece, markers=False)
         return ids
 
     def _render(self, messages: Sequence[Mapping[str, str]], arguments: Mapping[str, Any]) -> str:
@@ -530,22 +529,7 @@ class Tokenizer:
         token = self._backend.id_to_token(token_id)
         if token is None:
             return b""
-        if all(char in _BYTE_OF_CHAR for char in token):
-            return bytes(_BYTE_OF_CHAR[char] for char in token)
-        return token.encode()  # an added token, written as it is
-
-
-def _require_byte_level(spec: Mapping[str, Any], name: str) -> None:
-    """Refuse what the byte arithmetic of spans and decoding does not fit."""
-    decoder, pre = spec["decoder"] or {}, json.dumps(spec["pre_tokenizer"])
-    if decoder.get("type") != "ByteLevel" or '"ByteLevel"' not in pre:
-        hint = ""
-        if "Metaspace" in pre:
-            hint = " For Llama-3, Qwen, R1: transformers 5 rewrote the file; take the original model's tokenizer.json."
-        raise ValueError(
-            f"{name}: pre-tokenizer {pre[:200]} with decoder {decoder.get('type')!r} is not handled; "
-            f"accepted: byte-level BPE (ByteLevel in both).{hint}"
-        )
+        return self._added.get(token_id) or self._spelling.bytes_of(token)
 
 
 def _is_marker(content: str) -> bool:

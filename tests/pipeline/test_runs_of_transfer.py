@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sentence_pieces
 import tiny
 from runs import run
 
@@ -175,6 +177,29 @@ def test_too_few_problems_are_refused(finished: Path) -> None:
         ValueError, match=r"held_out=0.9 of 12 problems leaves 1 for vectors and maps and 11 for effects"
     ):
         run(asking(dataclasses.replace(SAME, held_out=0.9)))
+
+
+def test_a_model_with_another_kind_of_tokenizer(finished: Path) -> None:
+    """Mistral's kind of model with SentencePiece's tokenizer: `configs/transfer_mistral.py` at reduced size."""
+    e = asking(SAME)
+    config = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "transfer_mistral.py"))["get_config"]()
+    released = families.FAMILIES["mistral"].released[config.questions.transfer.model.path]
+    sizes = {"d_model": 16, "d_mlp": 24, "n_layers": 4, "n_heads": 2, "n_kv_heads": 1, "head_dim": 8}
+    tiny.write_weights(Path("mistral"), dataclasses.replace(released, vocab_size=500, **sizes), seed=5)
+    sentence_pieces.write(Path("mistral"), sentence_pieces.trained())
+    e.questions.transfer = dataclasses.replace(
+        config.questions.transfer,
+        model=ModelSpec("mistral", dtype="float32"),
+        magnitude=8.0,
+        rank=8,
+        anchors=20,
+        replies=2,
+    )
+    run(e)
+    found = read(finished, "transfer.csv")
+    assert {"identity", "ridge", "orthogonal", "anchors", "shuffled pairs"} <= found.keys()
+    assert all(-1 <= found[name]["cosine"] <= 1 for name in ("identity", "ridge", "orthogonal", "anchors"))
+    assert found["ridge"]["positions"] > 50
 
 
 @pytest.mark.slow
