@@ -416,6 +416,23 @@ def _sae_faults(e: Experiment) -> list[str]:
     return faults + _equal_length_faults(e)
 
 
+def _composition_faults(e: Experiment) -> list[str]:
+    q, name = e.questions.composition, "questions.composition"
+    fields = (("components", 0), ("random", 0), ("subspaces", 0), ("ablated_texts", 0))
+    faults = [
+        _fault(f"{name}.{field}", value, f"at least {least}")
+        for field, least in fields
+        if (value := getattr(q, field)) < least
+    ]
+    faults += _dose_faults(name, q.magnitude, e)
+    if not _integers(q.ranks) or min(q.ranks, default=1) < 1 or len(set(q.ranks)) < len(q.ranks):
+        faults.append(_fault(f"{name}.ranks", q.ranks, "different numbers of at least 1"))
+    if e.analysis.forced_texts < 1:
+        accepted = "at least 1, for questions.ask='composition'"
+        faults.append(_fault("analysis.forced_texts", e.analysis.forced_texts, accepted))
+    return faults + _kept_layer_faults(e) + _equal_length_faults(e)
+
+
 def _offsets_faults(e: Experiment) -> list[str]:
     q, s, name = e.questions.offsets, e.steering, "questions.offsets"
     faults = [
@@ -482,6 +499,7 @@ def _side_effects_faults(e: Experiment) -> list[str]:
 
 
 _OF_QUESTION = {
+    "composition": _composition_faults,
     "noise": _noise_faults,
     "offsets": _offsets_faults,
     "sae": _sae_faults,

@@ -400,6 +400,31 @@ class SaeSpec:
 
 
 @dataclasses.dataclass
+class CompositionSpec:
+    """Whether other directions contribute beside the vector, and whether they combine linearly with it.
+
+    Attributes:
+      magnitude: of all directions, in `steering.unit`; 0 takes the smallest positive one of `steering.magnitudes`.
+      components: principal components of what is read before the label's sections, and as many of its differences
+        between problems.
+      pair: the direction that is added beside the vector on the grid, such as `deduction, own part`; empty for the one
+        without a part along the vector that does most on half of the texts.
+      random: directions drawn at random that the pair is compared with.
+      ranks: of the spans of labels that are removed from later layers while the vector is added.
+      subspaces: random ones that each span is compared with; for m ranks at least m / .05 - 1.
+      ablated_texts: on which that is measured; 0 for all.
+    """
+
+    magnitude: float = 0.0
+    components: int = 2
+    pair: str = ""
+    random: int = 20
+    ranks: tuple[int, ...] = (1, 2, 4)
+    subspaces: int = 59
+    ablated_texts: int = 12
+
+
+@dataclasses.dataclass
 class OffsetsSpec:
     """Whether the advantage of one offset over another differs between groups of problems (category, difficulty).
 
@@ -462,6 +487,7 @@ class QuestionsSpec:
 
     Attributes:
       ask: names of the questions, each the name of another field here; empty for none.
+      composition: whether other directions contribute, and whether they combine linearly with the vector.
       offsets: whether the best offset differs between groups of problems.
       sae: which features of a sparse autoencoder the vector is made of.
       side_effects: what steering does to answers, to length and to every other token.
@@ -471,6 +497,7 @@ class QuestionsSpec:
     """
 
     ask: tuple[str, ...] = ()
+    composition: CompositionSpec = dataclasses.field(default_factory=CompositionSpec)
     offsets: OffsetsSpec = dataclasses.field(default_factory=OffsetsSpec)
     sae: SaeSpec = dataclasses.field(default_factory=SaeSpec)
     side_effects: SideEffectsSpec = dataclasses.field(default_factory=SideEffectsSpec)

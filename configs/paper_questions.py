@@ -32,7 +32,7 @@ def get_config() -> Experiment:
     e.steering.max_new_tokens = 512
     e.analysis.forced_texts = 120
     e.questions = QuestionsSpec(
-        ask=("noise", "stability", "offsets", "side_effects"),
+        ask=("composition", "noise", "stability", "offsets", "side_effects"),
         stability=StabilitySpec(boundaries=400, tokens=48, magnitude=8.0),
     )
     return e

@@ -21,5 +21,5 @@ def get_config() -> Experiment:
     e.name = "questions"
     # Offsets on all problems, so that groups of them can be compared; no sweep over layers.
     e.steering.grid_limit, e.steering.layers = 0, ()
-    e.questions = QuestionsSpec(ask=("noise", "stability", "offsets", "side_effects"))
+    e.questions = QuestionsSpec(ask=("composition", "noise", "stability", "offsets", "side_effects"))
     return e

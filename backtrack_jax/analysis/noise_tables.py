@@ -39,16 +39,6 @@ def difference_p(values: ArrayLike) -> float:
     return float(2 * stats.t.sf(abs(values.mean() / stats.sem(values)), len(values) - 1)) if len(values) > 1 else NAN
 
 
-def holm(p: Sequence[float]) -> list[float]:
-    """Holm's adjusted p of several tests (Scandinavian Journal of Statistics 6, 1979); NaN do not count."""
-    values = np.array(p, np.float64)
-    tested = np.flatnonzero(np.isfinite(values))
-    order = tested[np.argsort(values[tested], kind="stable")]
-    steps = values[order] * (len(order) - np.arange(len(order)))
-    values[order] = np.minimum(1, np.maximum.accumulate(steps)) if len(order) else steps
-    return values.tolist()
-
-
 def crossed_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float, float]:
     """Mean over problems and frozen seeds, both drawn: lower and upper end, and p of mean 0.
 
@@ -174,5 +164,5 @@ def contrast(
 def with_holm(lines: Table, primary: str) -> Table:
     """The lines with `p_holm`, over all but the primary contrast, which was named in advance and keeps its p."""
     others = [line for line in lines if line["contrast"] != primary]
-    adjusted = {id(line): p for line, p in zip(others, holm([line["p"] for line in others]), strict=True)}
+    adjusted = {id(line): p for line, p in zip(others, statistics.holm([line["p"] for line in others]), strict=True)}
     return [line | {"p_holm": adjusted.get(id(line), line["p"])} for line in lines]

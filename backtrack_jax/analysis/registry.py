@@ -2,6 +2,7 @@
 
 from backtrack_jax.analysis.agreement import AGREEMENT
 from backtrack_jax.analysis.base import Analysis
+from backtrack_jax.analysis.composition import COMPOSITION
 from backtrack_jax.analysis.grids import GRIDS
 from backtrack_jax.analysis.judged import JUDGED
 from backtrack_jax.analysis.log_odds import LOG_ODDS
@@ -21,6 +22,7 @@ from backtrack_jax.analysis.windows import WINDOWS
 ANALYSES: tuple[Analysis, ...] = (
     *(JUDGED, RATES, LOG_ODDS, GRIDS, SIMILARITY, LOGIT_LENS, PROBE, RELIABILITY, WINDOWS, AGREEMENT),
     STABILITY,
+    COMPOSITION,
     TRANSFER,
     SAE_DIRECTIONS,
     OFFSETS_BY_GROUP,

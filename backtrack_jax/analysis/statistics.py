@@ -293,6 +293,16 @@ def _crossing(of: Callable[[float], float], start: float, step: float) -> float:
     return float(optimize.root_scalar(of, bracket=(at, at + step)).root)
 
 
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's adjusted p of several tests (Scandinavian Journal of Statistics 6, 1979); NaN do not count."""
+    values = np.array(p, np.float64)
+    tested = np.flatnonzero(np.isfinite(values))
+    order = tested[np.argsort(values[tested], kind="stable")]
+    steps = values[order] * (len(order) - np.arange(len(order)))
+    values[order] = np.minimum(1, np.maximum.accumulate(steps)) if len(order) else steps
+    return values.tolist()
+
+
 def resampled(
     statistic: Callable[[np.ndarray], np.ndarray], n: int, *, n_resamples: int = 2000, seed: int = 0, parts: int = 1
 ) -> np.ndarray:

@@ -192,7 +192,7 @@ def test_holm_is_the_step_down_of_its_definition() -> None:
     for rank, (value, i) in enumerate(order):
         worst = max(worst, min(1.0, (len(order) - rank) * value))
         expected[i] = worst
-    np.testing.assert_allclose(noise_tables.holm(p), [expected[i] for i in range(6)])
+    np.testing.assert_allclose(statistics.holm(p), [expected[i] for i in range(6)])
     lines = [{"contrast": "first", "p": 0.02}, {"contrast": "a", "p": 0.01}, {"contrast": "b", "p": 0.5}]
     found = noise_tables.with_holm(lines, "first")
     assert [line["p_holm"] for line in found] == [0.02, 0.02, 0.5]
