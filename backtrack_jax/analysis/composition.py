@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 
-from backtrack_jax.analysis import statistics
 from backtrack_jax.analysis.base import Material, Planned, Question
 from backtrack_jax.analysis.claims import Claim, measured, number
 from backtrack_jax.analysis.composition_figure import plot
@@ -42,7 +41,6 @@ from backtrack_jax.analysis.forced import logits_at_once
 from backtrack_jax.analysis.plots import Plot
 from backtrack_jax.analysis.results import Results
 from backtrack_jax.analysis.statistics import Region
-from backtrack_jax.config import Experiment
 from backtrack_jax.files import tables
 from backtrack_jax.files.tables import Table
 from backtrack_jax.models.config import ModelConfig
@@ -117,7 +115,7 @@ class Composition(Question):
             text += (
                 f"; together they do {pair['estimate']:.2f} nats more than the sum of both ({pair['low']:.2f} to "
                 f"{pair['high']:.2f}; p = {pair['p_random']:.2g} among random directions, and p = "
-                f"{pair['p_index']:.2g} that one weighted sum explains the grid)"
+                f"{pair['p_index']:.2g} against one weighted sum that explains the grid)"
             )
         return [f"{text}."]
 
@@ -143,8 +141,8 @@ class Composition(Question):
                 f"No direction without a part along the {label} vector does half as much as it, at equal length.",
                 figure="composition",
                 where=f"{line['direction']}, {line['form']}",
-                rule=f"change of the log-odds under each such direction over that under the vector, below {LIMIT:g}; the "
-                "number is of the highest, and to fail one has to lie above by an interval that is corrected for all",
+                rule=f"change of the log-odds under each such direction over that under the vector, below {LIMIT:g}; "
+                "the number is of the highest; to fail, one has to lie above by an interval corrected for all",
                 estimate=line["share"],
                 interval=shares(of_cell(r.tables["composition_effects"], line["direction"], line["form"]), own, LEVEL)[
                     1:
@@ -162,7 +160,7 @@ class Composition(Question):
         e, q = planned.experiment, planned.experiment.questions.composition
         n = min(e.analysis.forced_texts, len(planned.trace_tokens))
         pairs = len(GRID) ** 2 + 5 + 2 * q.random
-        removed = min(q.ablated_texts or n, n) * (10 + len(q.ranks) * (1 + q.subspaces))
+        removed = 2 * min(q.ablated_texts or n, n) * (10 + len(q.ranks) * (1 + q.subspaces))
         return (
             f"if it writes the traces, log-odds after at most {n * (32 + 6 * q.components):,} texts under directions, "
             f"{n // 2 * pairs:,} under pairs and {removed:,} without subspaces"

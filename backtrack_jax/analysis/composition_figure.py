@@ -53,7 +53,7 @@ def _series(label: str, x: list[float], lines: Table, column: str, i: int, ends:
 
 
 def _by_cosine(lines: Table) -> Panel:
-    series = [Series("part along v alone", [-1.0, 0.0, 1.0], [-1.0, 0.0, 1.0], colour="#888888", style="--", marker="")]
+    series = [Series("part along v alone", [-1.0, 0.0, 1.0], [-1.0, 0.0, 1.0], colour="#888888", style="--")]
     for i, (label, forms) in enumerate(
         {"as it is": (ALONE,), "orthogonalised": (ORDERED, SYMMETRIC), "without the others": APART}.items()
     ):
@@ -90,7 +90,7 @@ def _grid(r: Results) -> Panel:
     }
     series = [
         Series(
-            f"b = {b:g}", GRID, [float(mean[a, b] - mean[0.0, 0.0]) for a in GRID], colour=COLOURS[i], marker="os^Dv"[i]
+            f"b = {b:g}", GRID, [float(mean[a, b] - mean[0.0, 0.0]) for a in GRID], colour=COLOURS[i], marker="os^Do"[i]
         )
         for i, b in enumerate(GRID)
     ]
@@ -106,7 +106,7 @@ def _interaction(r: Results) -> Panel:
     series = [_series("", [float(i) for i in range(len(own))], own, "estimate", 0, ("low", "high"))]
     drawn = [line["estimate"] for line in lines if line["pair"].startswith(RANDOM)]
     if drawn:
-        series.append(Series("", [float(len(own))] * len(drawn), drawn, colour=COLOURS[6], style="", marker="."))
+        series.append(Series("", [float(len(own))] * len(drawn), drawn, colour=COLOURS[6], style="", marker="o"))
         names.append("v and random")
     return Panel("Interaction", "", "index, nats", series, categories=names, level=0.0)
 

@@ -25,7 +25,7 @@ ALONE, ORDERED, SYMMETRIC, OWN, WITHOUT, NEGATIVE = (
     *("as it is", "Gram-Schmidt", "Loewdin", "own part", "without v"),
     "without v, negative",
 )
-"""What is taken of a direction: all of it; orthogonalised in order or symmetrically; less the span of the others, or v."""
+"""What is taken of a direction: all; orthogonalised in order or symmetrically; less the span of the others, or v."""
 
 WITHIN, OUTSIDE = "part within the others' span", "part outside of it"
 """What of v is added at the length that it has of v's."""
@@ -33,7 +33,7 @@ WITHIN, OUTSIDE = "part within the others' span", "part outside of it"
 DIFFERENCE, COMPONENT, SINGULAR, RANDOM = "reasoning less base", "component", "difference of problems", "random"
 """Directions that are no labels'; `component` and `difference of problems` are numbered from 1."""
 
-SPAN = "span of labels"
+SPAN, NOTHING = "span of labels", "nothing"
 
 APART = (OWN, WITHOUT, NEGATIVE)
 """Forms without a part along v."""
@@ -171,11 +171,11 @@ class Directions:
         rng = np.random.default_rng([self.e.seed, number, 7])
         return _unit(_left(rng.standard_normal(self.d_model), [self.v]))
 
-    def without(self, basis: np.ndarray) -> Intervention:
-        """A row that adds v, and removes the component in a subspace [R, D] from all later layers."""
+    def without(self, basis: np.ndarray, added: float) -> Intervention:
+        """A row that adds v at a share of its length, and removes a subspace [R, D] from all later layers."""
         later = range(self.layer + 1, self.n_layers)
         shape: dict[str, Any] = {"n_layers": self.n_layers, "span": self.e.steering.span}
-        return self.added((self.v, 1.0)) + ablate(jnp.asarray(basis, jnp.float32), later, **shape)
+        return self.added((self.v, added)) + ablate(jnp.asarray(basis, jnp.float32), later, **shape)
 
     def removed(self) -> dict[str, np.ndarray]:
         """Subspaces [R, D] that are removed: the own part of each label, and the spans of the first labels."""
@@ -238,8 +238,8 @@ def effects(found: Directions, partial: Path) -> Table:
 def grid(found: Directions, other: Direction, problems: Sequence[str], partial: Path) -> Table:
     """Log-odds and share of keywords on texts of some problems, under v and another direction at once.
 
-    `a` is the share of v's length and `b` that of the other direction's; `pair` says which: the direction itself, at the
-    points of the grid and along a diagonal of equal total length; v once more, in its place; and random directions.
+    `a` is the share of v's length and `b` that of the other direction's; `pair` says which: the direction itself, at
+    the points of the grid and along a diagonal of equal total length; v once more, in its place; and random directions.
     """
     q = found.e.questions.composition
     diagonal = [(math.cos(at), math.sin(at)) for at in np.arange(1, 4) * math.pi / 8]
@@ -260,23 +260,27 @@ def grid(found: Directions, other: Direction, problems: Sequence[str], partial: 
 
 
 def ablated(found: Directions, partial: Path) -> Table:
-    """Log-odds and share of keywords on texts with v added and subspaces removed, those drawn at random numbered."""
-    shape = (found.n_layers, found.d_model, found.e.steering.span)
-    edits: list[tuple[str, int, int, Intervention]] = [
-        (UNSTEERED, 0, -1, no_intervention(*shape)),
-        ("nothing", 0, -1, found.added((found.v, 1.0))),
-    ]
+    """Log-odds and share of keywords on texts with subspaces removed, those drawn at random numbered, and v `added`.
+
+    Without v as well, since removing a subspace changes predictions by itself.
+    """
+    removed: list[tuple[str, int, int, np.ndarray | None]] = [(NOTHING, 0, -1, None)]
     if found.layer + 1 < found.n_layers:
         for name, basis in found.removed().items():
-            edits.append((name, len(basis), -1, found.without(basis)))
+            removed.append((name, len(basis), -1, basis))
             if name.startswith(SPAN):
                 drawn = found.random_subspaces(len(basis), basis)
-                edits += [(RANDOM, len(basis), draw, found.without(one)) for draw, one in enumerate(drawn)]
+                removed += [(RANDOM, len(basis), draw, one) for draw, one in enumerate(drawn)]
+    edits = [
+        (name, rank, draw, added, found.added((found.v, added)) if basis is None else found.without(basis, added))
+        for name, rank, draw, basis in removed
+        for added in (0.0, 1.0)
+    ]
     lines: Table = []
     rows: list[Forced] = []
     for problem, given in texts(found, found.e.questions.composition.ablated_texts):
-        for name, rank, draw, edit in edits:
-            lines.append({"removed": name, "rank": rank, "draw": draw, "problem_id": problem})
+        for name, rank, draw, added, edit in edits:
+            lines.append({"removed": name, "rank": rank, "draw": draw, "added": added, "problem_id": problem})
             rows.append(Forced(*given, edit))
     return _measured(found, lines, rows, partial, "texts without subspaces of")
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from backtrack_jax.analysis import interaction, statistics
-from backtrack_jax.analysis.composition_rows import ALONE, GRID, RANDOM, SPAN
+from backtrack_jax.analysis.composition_rows import ALONE, GRID, NOTHING, RANDOM, SPAN
 from backtrack_jax.analysis.log_odds import interval
 from backtrack_jax.analysis.statistics import NAN
 from backtrack_jax.data.records import UNSTEERED
@@ -59,7 +59,7 @@ def directions(lines: Table, label: str) -> Table:
 
 
 def interactions(lines: Table, seed: int) -> Table:
-    """The index of interaction at the corner of the grid, on both scales: of the pair, of v with itself, of random ones.
+    """The index of interaction at the corner of the grid, on both scales: of the pair, v with itself, random ones.
 
     `p_random` is the share of random directions whose mean index is as far from 0; `p_index` that of surfaces of a
     single index which are fitted as badly as the grid.
@@ -100,28 +100,25 @@ def _share_at(lines: Table, pair: str, a: float, b: float) -> float:
 
 
 def necessity(lines: Table) -> Table:
-    """What share of v's effect is left without each subspace, beside random ones of its rank and variance.
+    """What share of v's effect is left where each subspace is removed, with v and without, beside random ones.
 
     `p` is the share of random subspaces that leave as little (one-sided), of the spans of labels; `p_holm` after Holm's
     correction over them.
     """
     of: dict[tuple[str, int, int], dict[str, float]] = {}
     for line in lines:
-        of.setdefault((line["removed"], line["rank"], line["draw"]), {})[line["problem_id"]] = line["log_odds"]
+        sign = 1.0 if line["added"] else -1.0
+        changes = of.setdefault((line["removed"], line["rank"], line["draw"]), {})
+        changes[line["problem_id"]] = changes.get(line["problem_id"], 0.0) + sign * line["log_odds"]
     if not of:
         return []
-    plain, whole = of[UNSTEERED, 0, -1], of["nothing", 0, -1]
-    own = {problem: whole[problem] - plain[problem] for problem in whole}
-
-    def left(one: Mapping[str, float]) -> dict[str, float]:
-        return {problem: value - plain[problem] for problem, value in one.items()}
-
+    own = of[NOTHING, 0, -1]
     found: Table = []
     for (name, rank, _), one in of.items():
-        if name in (UNSTEERED, RANDOM, "nothing"):
+        if name in (RANDOM, NOTHING):
             continue
-        share, low, high = shares(left(one), own)
-        random = [np.mean(list(left(other).values())) for key, other in of.items() if key[:2] == (RANDOM, rank)]
+        share, low, high = shares(one, own)
+        random = [np.mean(list(other.values())) for key, other in of.items() if key[:2] == (RANDOM, rank)]
         ratios = np.array(random) / np.mean(list(own.values()))
         p = (1 + np.sum(ratios <= share)) / (1 + len(ratios)) if len(ratios) and name.startswith(SPAN) else NAN
         middle, ends = (

@@ -16,7 +16,7 @@ import tiny
 from scipy import special, stats
 
 from backtrack_jax import checks, conditions, pipeline
-from backtrack_jax.analysis import log_odds, noise, noise_forced, noise_rows, noise_tables
+from backtrack_jax.analysis import log_odds, noise, noise_forced, noise_rows, noise_tables, statistics
 from backtrack_jax.analysis.base import Material
 from backtrack_jax.analysis.forced import Forced
 from backtrack_jax.analysis.noise_forced import Exchanged
