@@ -2,10 +2,11 @@
 
     python -m backtrack_jax.run --config=configs/questions.py
 
-Runs `configs/organism.py` and asks: why does noise raise backtracking, which boundaries are stable, does the best
-offset depend on the kind of problem, and what else does the vector change. Answers are sentences, figures and rows of
-the table of claims on the page; docs/questions/ says what each measures. `configs/transfer.py` asks about another
-family, and `python -m backtrack_jax.compare` puts pairs of models side by side.
+Runs `configs/organism.py` and asks: do other directions contribute, why does noise raise backtracking, which
+boundaries are stable, does the best offset depend on the kind of problem, and what else does the vector change. Answers
+are sentences, figures and rows of the table of claims on the page; docs/questions/ says what each measures.
+`configs/transfer.py` asks about another family, and `python -m backtrack_jax.compare` puts pairs of models side by
+side.
 
 Paper: its open questions. Hardware: 2 CPU cores, 4 GB. Duration: 6 to 8 minutes.
 """

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from sklearn.isotonic import isotonic_regression
 
-_ANGLES = np.linspace(-np.pi / 2, np.pi / 2, 73)
+_ANGLES = np.linspace(-np.pi / 2, np.pi / 2, 37)
 
 
 def index(both: ArrayLike, first: ArrayLike, second: ArrayLike, neither: ArrayLike) -> np.ndarray:
@@ -55,7 +55,7 @@ def single_index(points: ArrayLike, values: ArrayLike, *, draws: int = 99, seed:
       seed: of the draws.
 
     Returns:
-      The fit. Angles are searched in steps of 2.5 degrees; s may rise or fall.
+      The fit. Angles are searched in steps of 5 degrees; s may rise or fall.
 
     Raises:
       ValueError: shapes that do not fit, or values that are not finite.
