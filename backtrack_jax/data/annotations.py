@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from backtrack_jax.data.records import LABELS, Annotation, Note, Rejection, Section, Trace
-from backtrack_jax.data.text import reasoning_end
+from backtrack_jax.data.text import reasoning_end, sentence_spans
 
 FUZZY_RATIO = 0.9
 """`difflib` ratio (2 x matching characters / characters of both) above which an altered text is still placed."""
@@ -158,6 +158,8 @@ def _piece(label: str, text: str, defects: tuple[Reason, ...]) -> ParsedSection:
 
 def _tag_name(tag: re.Match[str]) -> str:
     name = tag["quoted"] or tag["bare"] or tag["open"]
+    if not name.isascii():  # letters that only look like those of a label, or that Unicode folds into them
+        return name
     return _CANONICAL.get(re.sub(r"[-_ ]", "", name).lower(), name)
 
 
@@ -198,6 +200,13 @@ def align(trace: Trace, annotated: str, judge: str = "released") -> Annotation:
         notes.extend(Note(code, len(sections)) for code in (*piece.defects, *place.notes, *clipped))
         sections.append(Section(piece.label, place.start, stop))
     return Annotation(trace.id, judge, tuple(sections), tuple(rejected), tuple(notes))
+
+
+def coverage(trace: Trace, annotation: Annotation) -> float:
+    """Share of a trace's sentences whose first character lies in a section, 0 to 1; 1 for a trace without sentences."""
+    starts = [start for start, _ in sentence_spans(trace)]
+    inside = sum(any(s.start <= start < s.stop for s in annotation.sections) for start in starts)
+    return inside / len(starts) if starts else 1.0
 
 
 @dataclass(frozen=True)

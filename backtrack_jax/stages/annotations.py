@@ -69,7 +69,7 @@ class AnnotationsStage(Stage):
         records.pair_annotations(traces, annotated)  # raises where a span does not fit its trace
         _check_labels(judge, annotated)
         records.write_jsonl(folder / _ANNOTATIONS, annotated)
-        table = labels.format_summary(labels.summarise(annotated))
+        table = labels.format_summary(labels.summarise(annotated)) + "\n" + _covered(traces, annotated)
         store.write_text(folder / _SUMMARY, table + "\n")
         say("\n".join("  " + line for line in table.split("\n")))
 
@@ -96,6 +96,22 @@ def read_pairs(context: Context) -> list[tuple[Trace, Annotation]]:
     """The traces of a run with their annotations."""
     traces, annotated = TRACES.read(context.folder(TRACES)), ANNOTATIONS.read(context.folder(ANNOTATIONS))
     return records.pair_annotations(traces, annotated)
+
+
+def _covered(traces: Sequence[Trace], annotated: Sequence[Annotation]) -> str:
+    """How much of the traces is labelled, and where least is, in words."""
+    shares = {
+        trace.id: labels.coverage(trace, annotation)
+        for trace, annotation in records.pair_annotations(traces, annotated)
+        if records.failure(annotation) is None
+    }
+    if not shares:
+        return "sentences labelled: none"
+    least = min(shares, key=lambda name: shares[name])
+    mean = sum(shares.values()) / len(shares)
+    return (
+        f"sentences labelled: {100 * mean:.1f} % on average over traces, at least {100 * shares[least]:.1f} % ({least})"
+    )
 
 
 def _traces_to_label(context: Context) -> list[Trace]:

@@ -135,6 +135,7 @@ class FaultServer(ThreadingHTTPServer):
     Attributes:
         plan: which request gets which fault; may be replaced while it runs.
         latency: seconds before every answer.
+        change: given the number of the request and a complete answer, may change it before it is sent.
         retry_after: value of the header that 429 and 503 carry; None for none.
         seen: all requests.
         paid: complete answers by content.
@@ -147,6 +148,7 @@ class FaultServer(ThreadingHTTPServer):
     def __init__(self, plan: Plan = lambda content, attempt: None, latency: float = 0.0) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.plan, self.latency = plan, latency
+        self.change: Callable[[int, dict[str, Any]], object] = lambda number, answer: None
         self.retry_after: str | None = None
         self.on_paid: Callable[[int], None] = lambda count: None
         self.seen: list[Seen] = []
@@ -240,10 +242,10 @@ class _Handler(BaseHTTPRequestHandler):
             "system_fingerprint": "fp_1",
             "choices": [choice],
             "usage": {
-                "prompt_tokens": 100,
-                "completion_tokens": 10,
-                "total_tokens": 110,
-                "prompt_tokens_details": {"cached_tokens": 40},
+                "prompt_tokens": 1000,
+                "completion_tokens": 100,
+                "total_tokens": 1100,
+                "prompt_tokens_details": {"cached_tokens": 400},
             },
         }
         if fault == "taken_back":  # by a content filter
@@ -252,6 +254,7 @@ class _Handler(BaseHTTPRequestHandler):
             answer["choices"] = []
         if fault == "no_usage":
             del answer["usage"]
+        self.faults.change(len(self.faults.seen), answer)
         text = json.dumps(answer)
         if fault == "half_body":
             self.send(200, text[: len(text) // 2])

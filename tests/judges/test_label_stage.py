@@ -272,14 +272,14 @@ def no_endpoint() -> str:
         ("wrong_key", "refuses the key in the environment variable OPENAI_API_KEY"),
         ("unknown_model", "has no model 'judge-1'"),
         ("quota", "out of money or over its quota"),
-        ("max_cost", r"max_cost of \$0.0004 is reached"),
+        ("max_cost", r"max_cost of \$0.004 is reached"),
         ("run_timeout", "run_timeout of 1 s has passed"),
     ],
 )
 def test_a_stop_keeps_what_was_paid_and_the_same_command_goes_on(server: FaultServer, fault: str, message: str) -> None:
     changes: dict[str, Any] = {"concurrency": 2}
     if fault == "max_cost":
-        changes |= {"max_cost": 0.0004, "input_price": 1.0, "output_price": 1.0}  # 110 micro-dollars a call
+        changes |= {"max_cost": 0.004, "input_price": 1.0, "output_price": 1.0}  # 1100 micro-dollars a call
     elif fault == "run_timeout":
         server.latency, changes["run_timeout"] = 0.2, 1.0  # ten calls, fewer on a slow machine
     else:

@@ -230,8 +230,8 @@ def test_answers_without_a_message_count_as_paid(server, ledger, fault):
     server.plan = lambda content, attempt: fault
     # 100 tokens of prompt (40 of them cached) and 10 of answer.
     prices = {"input_price": 1.0, "cached_price": 0.5, "output_price": 2.0}
-    run = Run(SOME, spec_for(server, concurrency=2, max_cost=0.0005, **prices), ledger)
-    assert run.error is not None and "max_cost of $0.0005 is reached" in str(run.error)
+    run = Run(SOME, spec_for(server, concurrency=2, max_cost=0.005, **prices), ledger)
+    assert run.error is not None and "max_cost of $0.005 is reached" in str(run.error)
     assert len(server.seen) == server.paid.total() == len(read_entries(ledger)) <= 7
 
 
@@ -437,13 +437,13 @@ def test_the_limits_of_a_run_stop_it_and_keep_what_was_paid(server, ledger):
     timed = Run(SOME, spec_for(server, concurrency=2, run_timeout=0.3), ledger)
     assert timed.error is not None and "run_timeout of 0.3 s has passed" in str(timed.error)
     assert 0 < len(timed.labelled) == server.paid.total() < 40
-    # 100 tokens of prompt (40 of them cached) and 10 of answer: 60 x 1 + 40 x 0.5 + 10 x 2 = 100 micro-dollars a call.
+    # 1000 tokens of prompt (400 cached) and 100 of answer: 600 x 1 + 400 x 0.5 + 100 x 2 = 1000 micro-dollars a call.
     prices = {"input_price": 1.0, "cached_price": 0.5, "output_price": 2.0}
     before = server.paid.total()
-    dear = Run(SOME, spec_for(server, concurrency=4, max_cost=0.001, **prices), ledger)
-    assert dear.error is not None and "max_cost of $0.001 is reached" in str(dear.error)
+    dear = Run(SOME, spec_for(server, concurrency=4, max_cost=0.01, **prices), ledger)
+    assert dear.error is not None and "max_cost of $0.01 is reached" in str(dear.error)
     assert 10 <= server.paid.total() - before <= 13
-    assert dear.meter.cost == pytest.approx(1e-4 * dear.meter.paid)
+    assert dear.meter.cost == pytest.approx(1e-3 * dear.meter.paid)
     server.latency = 0.0
     assert Run(SOME, spec_for(server), ledger).failures == {}
     assert set(server.paid.values()) == {1}
@@ -517,7 +517,7 @@ def test_what_was_sent_and_answered_is_on_record(server, ledger):
     assert (entry["system_fingerprint"], entry["finish_reason"], entry["refusal"]) == ("fp_1", "stop", None)
     assert (entry["prompt"], entry["trace"], entry["vote"]) == (prompt.hash, "p0/0", 0)
     assert entry["parameters"] == {k: v for k, v in body.items() if k not in ("model", "messages")}
-    assert entry["usage"]["prompt_tokens"] == 100 and re.fullmatch(r"[\d-]+T[\d:]+Z", entry["time"])
+    assert entry["usage"]["prompt_tokens"] == 1000 and re.fullmatch(r"[\d-]+T[\d:]+Z", entry["time"])
     assert run.annotations[0].judge == f"openai:judge-1:sentences:{prompt.hash}"
 
 
@@ -534,11 +534,11 @@ def test_the_meter_counts_tokens_and_money(server, ledger):
     prices = {"input_price": 2.5, "output_price": 10.0}
     run = Run(TRACES[:20], spec_for(server, **prices), ledger)
     meter = run.meter
-    assert (meter.prompt_tokens, meter.cached_tokens, meter.completion_tokens) == (2000, 800, 200)
-    assert meter.cost == pytest.approx((2000 * 2.5 + 200 * 10) / 1e6)
-    assert str(meter) == "20 paid, 0 from the ledger, 2,000 + 200 tokens, $0.0070"
+    assert (meter.prompt_tokens, meter.cached_tokens, meter.completion_tokens) == (20000, 8000, 2000)
+    assert meter.cost == pytest.approx((20000 * 2.5 + 2000 * 10) / 1e6)
+    assert str(meter) == "20 paid, 0 from the ledger, 20,000 + 2,000 tokens, $0.0700"
     cheaper = replace(meter, spec=spec_for(server, cached_price=1.25, **prices))
-    assert cheaper.cost == pytest.approx((1200 * 2.5 + 800 * 1.25 + 200 * 10) / 1e6)
+    assert cheaper.cost == pytest.approx((12000 * 2.5 + 8000 * 1.25 + 2000 * 10) / 1e6)
     assert replace(meter, spec=spec_for(server)).cost is None
     meter.add({})
     assert (meter.paid, meter.without_usage) == (21, 1)

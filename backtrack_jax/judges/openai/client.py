@@ -9,22 +9,37 @@ message or a log, even where the endpoint sends it back.
 """
 
 import asyncio
+import contextlib
 import email.utils
 import json
 import math
 import random
+import re
+import signal
+import threading
 import time
-from collections.abc import Mapping
-from types import TracebackType
+from collections.abc import Iterator, Mapping
+from types import FrameType, TracebackType
 from typing import Any
+from urllib.parse import urlsplit
 
 import openai
 
 from backtrack_jax.config import OpenAISpec
+from backtrack_jax.files.console import say
 from backtrack_jax.judges.openai.ledger import Entry, Ledger, content_key
-from backtrack_jax.judges.openai.settings import CallFailed, CallFault, JudgeStopped, Meter, check, read_key
+from backtrack_jax.judges.openai.settings import (
+    CallFailed,
+    CallFault,
+    Ending,
+    JudgeStopped,
+    Meter,
+    check,
+    ending,
+    read_key,
+)
 
-_SHORTEST_SECRET = 16
+_SHORTEST_SECRET, _LONGEST_WORD = 4, 16
 _CONNECT_ATTEMPTS = 3
 
 
@@ -56,8 +71,14 @@ class ChatClient:
         self._ledger = ledger
         self._key = read_key(spec)
         self._client = openai.AsyncOpenAI(
-            api_key=self._key, base_url=spec.base_url, max_retries=0, timeout=spec.request_timeout
+            api_key=self._key,
+            base_url=spec.base_url,
+            max_retries=0,
+            # A redirect would take the trace, and on the same host the key, to an address that nobody named.
+            http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False, timeout=spec.request_timeout),
         )
+        if (warning := sent_in_the_open(spec.base_url)) is not None:
+            say(warning)
         self._places = asyncio.Semaphore(spec.concurrency)
         self._stop = asyncio.Event()
         self._stopped: JudgeStopped | None = None
@@ -91,7 +112,7 @@ class ChatClient:
         """
         try:
             entry, reused = await self._ledger.fetch(
-                content_key(request, vote), lambda: self._pay(request, {"vote": vote, **about})
+                content_key(request, vote), lambda: self._pay(request, {"vote": vote, **about}), _is_answer
             )
         except CallFailed as error:
             self.meter.failed[error.fault] += 1
@@ -105,8 +126,7 @@ class ChatClient:
     async def _pay(self, request: Mapping[str, Any], about: Mapping[str, Any]) -> Entry:
         async with self._places:
             body = await self._attempts(request)
-        choice, usage = _first_choice(body), body.get("usage")
-        usage = usage if isinstance(usage, dict) else {}
+        choice, usage = _first_choice(body), _usage(body)
         message = choice.get("message")
         message = message if isinstance(message, dict) else {}  # null where a content filter took the answer back
         parameters = {name: value for name, value in request.items() if name not in ("model", "messages")}
@@ -147,6 +167,40 @@ class ChatClient:
             self.meter.retries += 1
             await self._wait(wait)
 
+    @contextlib.contextmanager
+    def drained(self) -> Iterator[None]:
+        """In it, the first SIGINT or SIGTERM lets the calls in flight end and be recorded, and acts at the end.
+
+        A second one acts at once. Outside of the main thread, and for signals that are ignored, nothing changes.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        loop, received = asyncio.get_running_loop(), []
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        def drain(number: int, frame: FrameType | None) -> None:
+            del frame
+            received.append(number)
+            restore()
+            name = signal.Signals(number).name
+            loop.call_soon_threadsafe(self.stop, f"{name}: no further call was made; the same command resumes")
+            say(f"\n  {name}: calls in flight are paid for, and end first; once more to quit at once")
+
+        for number in before:
+            signal.signal(number, drain)
+        try:
+            yield
+        finally:
+            restore()
+            if received:
+                signal.raise_signal(received[0])
+
     def stop(self, why: str) -> None:
         """Lets no further attempt start; those in flight end and are recorded."""
         self._stop_all(JudgeStopped(why))
@@ -170,7 +224,9 @@ class ChatClient:
         if self._stopped is not None:
             raise self._stopped
         again = "run the same command again to resume"
-        if spec.run_timeout and time.monotonic() - self._started_at > spec.run_timeout:
+        if self._ledger.full:
+            why = f"the disk is full: what was paid for is in {self._ledger.path}; make room, and {again}"
+        elif spec.run_timeout and time.monotonic() - self._started_at > spec.run_timeout:
             why = f"the judge's run_timeout of {spec.run_timeout:g} s has passed ({self.meter}); {again}"
         elif spec.max_cost and (self.meter.cost or 0.0) >= spec.max_cost:
             why = f"the judge's max_cost of ${spec.max_cost:g} is reached ({self.meter}); {again}, for as much again"
@@ -196,7 +252,7 @@ class ChatClient:
         self._reached = True
         text = self._redact(response.http_response.text)
         try:
-            body = json.loads(text)
+            body = self._redact_values(json.loads(text))
         except (ValueError, RecursionError):
             body = None
         if isinstance(body, dict):
@@ -204,12 +260,29 @@ class ChatClient:
             if isinstance(error, dict) and not body.get("choices") and not body.get("usage"):
                 raise self._classify_body(error, response.http_response, text)
             if body.get("choices") is not None or body.get("usage") is not None:
+                if (why := _broken(body)) is not None:
+                    self.meter.add_broken(_usage(body))
+                    raise _Retry(CallFault.BROKEN_OFF, why)
                 return body  # with or without a message: it was answered, and is paid for
         raise _Retry(CallFault.NOT_A_COMPLETION, f"the endpoint answered {text[:200]!r}")
 
     def _redact(self, text: str) -> str:
+        """Text for the screen, without the key in any spelling of JSON's."""
         # The "key" of a local server may be any word, which is not a secret and may well occur in an answer.
-        return text.replace(self._key, "[key]") if len(self._key) >= _SHORTEST_SECRET else text
+        if len(self._key) < _SHORTEST_SECRET or (self._key.isalpha() and len(self._key) < _LONGEST_WORD):
+            return text
+        escaped = "".join(rf"(?:{re.escape(char)}|\\{re.escape(char)}|\\u{ord(char):04x})" for char in self._key)
+        return re.sub(escaped, "[key]", text, flags=re.IGNORECASE if "\\" in text else 0)
+
+    def _redact_values(self, value: Any) -> Any:
+        """The same of every text of an answer, in which nothing is escaped any more."""
+        if isinstance(value, str):
+            return self._redact(value)
+        if isinstance(value, list):
+            return [self._redact_values(item) for item in value]
+        if isinstance(value, dict):
+            return {self._redact(name): self._redact_values(item) for name, item in value.items()}
+        return value
 
     def _classify(self, error: Exception) -> Exception:
         """What a fault of the request means for this call and for the others."""
@@ -254,6 +327,12 @@ class ChatClient:
             )
         if status == 403:
             return CallFailed(CallFault.FORBIDDEN, detail)
+        if 300 <= status < 400:
+            leads = self._redact(str(error.response.headers.get("location", "an address it does not name")))
+            return JudgeStopped(
+                f"{url} sends requests on to {leads} (HTTP {status}), and traces go nowhere but to base_url; set "
+                f"base_url to the address that answers; {again}"
+            )
         if status == 404:
             return JudgeStopped(
                 f"{url} has no model {model!r}, or is not the address of a chat completions API, which most often "
@@ -268,6 +347,39 @@ class ChatClient:
                 f"{url} does not accept the judge's {parameter} ({detail}). Change it or leave it out; {again}"
             )
         return CallFailed(CallFault.BAD_REQUEST, detail)
+
+
+def _usage(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What the endpoint counted, empty where it counted nothing."""
+    usage = body.get("usage")
+    return usage if isinstance(usage, dict) else {}
+
+
+def _broken(body: Mapping[str, Any]) -> str | None:
+    """Why an answer is none that ended, in words; None for one that did, or that has no choice at all."""
+    choice = _first_choice(body)
+    if not choice:
+        return None
+    if error := choice.get("error"):
+        return f"the answer broke off with the error {str(error)[:200]}"
+    if ending(choice.get("finish_reason")) == Ending.BROKEN_OFF:
+        return f"the answer broke off with finish_reason={choice.get('finish_reason')!r}"
+    return None
+
+
+def _is_answer(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry of a ledger, which an earlier version may have written, is of an answer that ended."""
+    nothing = entry.get("finish_reason") is None and not entry.get("answer", "").strip()  # no choice, but a bill
+    return nothing or ending(entry.get("finish_reason")) != Ending.BROKEN_OFF
+
+
+def sent_in_the_open(base_url: str) -> str | None:
+    """A warning where key and traces would go to another machine without encryption; None where not."""
+    url = urlsplit(base_url)
+    local = url.hostname in ("localhost", "::1") or str(url.hostname).startswith("127.")
+    if url.scheme != "http" or local:
+        return None
+    return f"  warning: {base_url} is not encrypted: key and traces can be read on the way there; https:// is"
 
 
 def _first_choice(body: Mapping[str, Any]) -> dict[str, Any]:

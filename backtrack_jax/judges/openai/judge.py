@@ -15,19 +15,34 @@ from pathlib import Path
 from typing import Any
 
 from backtrack_jax.config import OpenAISpec
-from backtrack_jax.data.annotations import Reason
+from backtrack_jax.data.annotations import Reason, coverage
 from backtrack_jax.data.records import FAILED, Annotation, Rejection, Section, Trace, failure
 from backtrack_jax.data.text import sentence_spans
 from backtrack_jax.judges.openai.client import ChatClient
 from backtrack_jax.judges.openai.ledger import Ledger, content_key, read_entries
 from backtrack_jax.judges.openai.prompts import JudgePrompt
-from backtrack_jax.judges.openai.settings import CallFailed, JudgeStopped, Meter, cost_of, request
+from backtrack_jax.judges.openai.settings import (
+    CallFailed,
+    CallFault,
+    Ending,
+    JudgeStopped,
+    Meter,
+    cost_of,
+    count,
+    ending,
+    request,
+)
 
 # Measured with the tokenizer of Llama-3.1 on the released chains; providers differ by some percent.
 CHARACTERS_PER_TOKEN = 3.8
 _TOKENS_PER_TAGGED_SENTENCE = 7.3
 _TOKENS_PER_RUN = 10.0
 _RUNS_PER_SENTENCE = 0.48
+
+_MOST_CHARACTERS_PER_TOKEN = 7.0  # of a prompt that was read whole, whatever the vocabulary
+
+LEAST_COVERAGE = 0.5
+"""Share of a trace's sentences that an answer must label to count as one."""
 
 NO_MAJORITY = "no_majority"
 """Reason of a rejected section that at most half of the votes have."""
@@ -43,6 +58,10 @@ class ReplyFault(StrEnum):
     """The model or a content filter declined to answer."""
     UNLABELLED = "unlabelled_reply"
     """No labels in the form that was asked for: cut JSON, a chat, the instructions sent back."""
+    INCOMPLETE = "incomplete_reply"
+    """Labels for less than `LEAST_COVERAGE` of the sentences."""
+    PROMPT_CUT = "prompt_cut"
+    """The endpoint read far fewer tokens than it was sent, and labelled what it had not read."""
     MISLABELLED = "mislabelled_reply"
     """Labels, but none of the taxonomy, or not clear of which sentences of the trace."""
 
@@ -139,7 +158,8 @@ async def label(traces: Sequence[Trace], spec: OpenAISpec, ledger_path: Path | s
 
             tasks = [asyncio.create_task(run(trace)) for trace in traces]
             try:
-                outcomes = await asyncio.gather(*tasks)
+                with client.drained():
+                    outcomes = await asyncio.gather(*tasks)
             except BaseException:
                 for task in tasks:
                     task.cancel()
@@ -186,7 +206,8 @@ class _Judge:
             except CallFailed as error:
                 return _failed(trace, self.name, error.fault, str(error))
             # In a thread: while a long copy is placed, the other answers must not time out and be paid again.
-            annotation = await asyncio.to_thread(_read, trace, entry, self.prompt, self.name)
+            sent = sum(len(message["content"]) for message in body["messages"])
+            annotation = await asyncio.to_thread(_read, trace, entry, self.prompt, self.name, sent)
             if failure(annotation) is None:
                 break
         return annotation
@@ -196,17 +217,28 @@ def _request(trace: Trace, prompt: JudgePrompt, spec: OpenAISpec, number: int) -
     return request(spec, prompt.messages(trace), number, **prompt.request_fields())
 
 
-def _read(trace: Trace, entry: Mapping[str, Any], prompt: JudgePrompt, name: str) -> Annotation:
-    """Sections from an entry of the ledger, or the failure that it is."""
+def _read(trace: Trace, entry: Mapping[str, Any], prompt: JudgePrompt, name: str, sent: int = 0) -> Annotation:
+    """Sections from an entry of the ledger, or the failure that it is; `sent` are the characters of the prompt."""
     answer: str = entry["answer"]
-    if entry["refusal"] or entry["finish_reason"] == "content_filter":
+    ended = ending(entry["finish_reason"])
+    if entry["refusal"] or ended == Ending.WITHHELD:
         return _failed(trace, name, ReplyFault.REFUSED, str(entry["refusal"] or answer))
-    if entry["finish_reason"] == "length":
+    if ended == Ending.CUT:
         return _failed(trace, name, ReplyFault.TRUNCATED, "the answer is cut: raise max_tokens of the judge")
     if not answer.strip():
         return _failed(trace, name, ReplyFault.EMPTY, "")
+    if ended == Ending.BROKEN_OFF:
+        return _failed(trace, name, CallFault.BROKEN_OFF, f"finish_reason={entry['finish_reason']!r}")
+    read = count(entry.get("usage"), "prompt_tokens")
+    if read and read * _MOST_CHARACTERS_PER_TOKEN < sent:
+        detail = f"the endpoint read {read} tokens of about {sent / CHARACTERS_PER_TOKEN:.0f}: raise its context length"
+        return _failed(trace, name, ReplyFault.PROMPT_CUT, detail)
     annotation = prompt.read(trace, answer, name)
     if annotation.sections:
+        n = len(sentence_spans(trace))
+        if (covered := coverage(trace, annotation)) < LEAST_COVERAGE:
+            detail = f"labels for {round(covered * n)} of {n} sentences"
+            return _failed(trace, name, ReplyFault.INCOMPLETE, detail, annotation.rejected)
         return annotation
     if annotation.rejected[0].reason == Reason.NO_SECTIONS:
         return _failed(trace, name, ReplyFault.UNLABELLED, answer)

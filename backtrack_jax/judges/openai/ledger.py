@@ -6,6 +6,8 @@ behind is a torn last line; it is cut off when the file is opened next. One proc
 """
 
 import asyncio
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +17,9 @@ from types import TracebackType
 from typing import Any
 
 from backtrack_jax.files import store
+
+_RESERVED = 1 << 20
+"""Bytes that are kept for answers in flight when the disk fills up: 32 of 32 kB."""
 
 Entry = dict[str, Any]
 """One line of the ledger; `key` is its key, the rest is the caller's."""
@@ -64,6 +69,9 @@ class Ledger:
     Args:
         path: the file; it and its folder are created if missing.
 
+    Attributes:
+        full: whether the disk is, so that no further call may be made.
+
     Raises:
         BlockingIOError: another process has the ledger open.
         ValueError: a line that is not an entry.
@@ -81,6 +89,14 @@ class Ledger:
             os.close(self._file)
             raise
         self._locks: dict[str, asyncio.Lock] = {}
+        self.full = False
+        self._reserve = self.path.with_name(f".{self.path.name}.reserve")
+        try:
+            self._reserve.write_bytes(bytes(_RESERVED))
+        except OSError:
+            self._give_up_reserve()
+            os.close(self._file)
+            raise
 
     def __enter__(self) -> "Ledger":
         return self
@@ -88,7 +104,12 @@ class Ledger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._give_up_reserve()
         os.close(self._file)
+
+    def _give_up_reserve(self) -> None:
+        with contextlib.suppress(OSError):
+            self._reserve.unlink(missing_ok=True)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -97,22 +118,34 @@ class Ledger:
         """The entry of a call that was paid for, None for one that was not."""
         return self._entries.get(key)
 
-    async def fetch(self, key: str, pay: Callable[[], Awaitable[Entry]]) -> tuple[Entry, bool]:
+    async def fetch(
+        self,
+        key: str,
+        pay: Callable[[], Awaitable[Entry]],
+        usable: Callable[[Entry], bool] = lambda entry: True,
+    ) -> tuple[Entry, bool]:
         """The entry of a call; made and recorded now where there is none.
 
         Args:
             key: see `content_key`.
             pay: makes the call and returns its entry (without `key`). Of several calls with one key at the same time
                 one pays; the others wait for its entry.
+            usable: whether an entry that is there may be taken; if not, the call is made again, and its entry replaces
+                that one.
 
         Returns:
             The entry, and whether it was in the ledger already.
         """
-        if key in self._entries:
-            return self._entries[key], True
+
+        def found() -> Entry | None:
+            entry = self._entries.get(key)
+            return entry if entry is not None and usable(entry) else None
+
+        if (entry := found()) is not None:
+            return entry, True
         async with self._locks.setdefault(key, asyncio.Lock()):
-            if key in self._entries:
-                return self._entries[key], True
+            if (entry := found()) is not None:
+                return entry, True
             entry = {"key": key} | await pay()
             self._append(entry)
             return entry, False
@@ -120,6 +153,17 @@ class Ledger:
     def _append(self, entry: Entry) -> None:
         # json.dumps escapes all but ASCII: a lone surrogate in an answer is kept, and no line break gets in.
         line = json.dumps(entry).encode() + b"\n"
+        try:
+            self._write(line)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or self.full:
+                raise
+            self.full = True  # this answer and those in flight go where room was kept for them
+            self._give_up_reserve()
+            self._write(line)
+        self._entries[entry["key"]] = entry
+
+    def _write(self, line: bytes) -> None:
         size = os.fstat(self._file).st_size
         try:
             while line:
@@ -128,4 +172,3 @@ class Ledger:
         except OSError:  # e.g. the disk is full: no half line may stay in front of the next entry
             os.ftruncate(self._file, size)
             raise
-        self._entries[entry["key"]] = entry

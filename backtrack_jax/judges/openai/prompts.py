@@ -28,6 +28,7 @@ from backtrack_jax.config import OpenAISpec
 from backtrack_jax.data.annotations import Reason, align
 from backtrack_jax.data.records import LABELS, Annotation, Note, Rejection, Section, Trace
 from backtrack_jax.data.text import sentence_spans
+from backtrack_jax.models.markers import END_OF_THOUGHT, START_OF_THOUGHT
 
 FORMATS = ("sentences", "inline")
 """Accepted values of `JudgePrompt.format`."""
@@ -177,6 +178,10 @@ class JudgePrompt:
             The placed sections, and all else as rejections. An answer in which nothing can be used has no sections.
         """
         place = align if self.format == "inline" else align_sentences
+        begun, ends = answer.lstrip(), dict(zip(START_OF_THOUGHT, END_OF_THOUGHT, strict=True))
+        if any(begun.startswith(mark) and ends[mark] not in begun for mark in START_OF_THOUGHT):
+            # Thinking that never ended: labels in it are drafts.
+            return Annotation(trace.id, judge, (), (Rejection(Reason.NO_SECTIONS, "", answer.strip()),))
         # A reasoning judge may think aloud first. But without an opening <think> that may be a copy of the trace, or an
         # answer, that runs on to its </think>: then whichever reading places more is the answer.
         thought, _, rest = answer.partition("</think>")
@@ -214,7 +219,7 @@ def align_sentences(trace: Trace, answer: str, judge: str) -> Annotation:
     bounds = [first - 1 for first, _ in starts] + [len(spans)]
     for (_, written), first, end in zip(starts, bounds, bounds[1:], strict=False):
         run = spans[first:end]
-        label = _CANONICAL.get(re.sub(r"[-_ ]", "", written).lower())
+        label = _CANONICAL.get(re.sub(r"[-_ ]", "", written).lower()) if written.isascii() else None
         if label is None:
             rejected.append(Rejection(Reason.UNKNOWN_LABEL, written, trace.text[run[0][0] : run[-1][1]]))
             continue
@@ -239,16 +244,29 @@ def _refused_runs(runs: Sequence[tuple[int, str]], trace: Trace, spans: Sequence
 
 
 def _parse_runs(answer: str) -> list[tuple[int, str]]:
-    """The runs of an answer; empty where it holds no JSON of the shape that was asked for."""
+    """The runs of an answer; empty where it holds no JSON of the shape that was asked for.
+
+    A key that was not asked for, such as the end of a range, and one that is given twice leave open what is meant.
+    """
     try:
-        value = json.loads(answer[answer.index("{") : answer.rindex("}") + 1])
+        text = answer[answer.index("{") : answer.rindex("}") + 1]
+        value = json.loads(text, object_pairs_hook=_with_keys_once)
     except (ValueError, RecursionError):
         return []
-    runs = value.get("runs")
+    runs = value.get("runs") if value.keys() == {"runs"} else None
     pairs: list[tuple[int, str]] = []
     for run in runs if isinstance(runs, list) else []:
-        first, label = (run.get("from"), run.get("label")) if isinstance(run, dict) else (None, None)
+        keys = run.keys() if isinstance(run, dict) else set()
+        first, label = (run["from"], run["label"]) if keys == {"from", "label"} else (None, None)
         if type(first) is not int or not isinstance(label, str):
             return []
         pairs.append((first, label))
     return pairs
+
+
+def _with_keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; ValueError for a key that it has twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is given twice")
+    return found

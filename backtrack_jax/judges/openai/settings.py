@@ -35,10 +35,38 @@ class CallFault(StrEnum):
     """No connection. When the endpoint has never answered, the run stops after `_CONNECT_ATTEMPTS` of these."""
     NOT_A_COMPLETION = "not_a_completion"
     """HTTP 200 with a body that is not a chat completion: cut off, or a web page of something else."""
+    BROKEN_OFF = "broken_off"
+    """An answer that did not end as answers do: an error, an abort, or a finish reason that is not known."""
     FORBIDDEN = "forbidden"
     """HTTP 403 for this request, where others were answered. Never retried."""
     BAD_REQUEST = "bad_request"
     """The endpoint refuses this request, e.g. because the text is too long for the model. Never retried."""
+
+
+_COMPLETE = frozenset(("stop", "eos", "eos_token", "stop_sequence", "end_turn", "complete", "completed"))
+_CUT = frozenset(
+    ("length", "max_tokens", "max_output_tokens", "max_length", "model_length", "model_context_window_exceeded")
+)
+_WITHHELD = frozenset(("content_filter", "refusal", "safety", "recitation", "blocklist", "prohibited_content", "spii"))
+
+
+class Ending(StrEnum):
+    """What a finish reason means for an answer."""
+
+    COMPLETE = "complete"
+    CUT = "cut"
+    """By a limit of tokens: it would be cut again."""
+    WITHHELD = "withheld"
+    """By a filter or the model itself."""
+    BROKEN_OFF = "broken off"
+    """All else, no reason among it: the answer may lack anything, and is asked for again."""
+
+
+def ending(finish_reason: object) -> Ending:
+    """What a finish reason means, in the words of any provider; one that is not known is no complete answer."""
+    word = finish_reason.strip().lower() if isinstance(finish_reason, str) else ""
+    known = {Ending.COMPLETE: _COMPLETE, Ending.CUT: _CUT, Ending.WITHHELD: _WITHHELD}
+    return next((found for found, words in known.items() if word in words), Ending.BROKEN_OFF)
 
 
 UNANSWERED = frozenset(CallFault) - {CallFault.BAD_REQUEST}
@@ -126,6 +154,7 @@ class Meter:
         cached_tokens: those of them that came from the provider's prefix cache.
         completion_tokens: tokens of the answers of paid calls.
         without_usage: paid calls for which the endpoint gave no count of tokens.
+        broken: answers that broke off, whose tokens are counted as they may be billed, and that were asked for again.
     """
 
     spec: OpenAISpec
@@ -137,6 +166,7 @@ class Meter:
     cached_tokens: int = 0
     completion_tokens: int = 0
     without_usage: int = 0
+    broken: int = 0
 
     @property
     def cost(self) -> float | None:
@@ -146,22 +176,31 @@ class Meter:
     def add(self, usage: Mapping[str, Any]) -> None:
         """Counts one paid call; `usage` as in the chat completions API, empty where there is none."""
         self.paid += 1
-        prompt, completion = (_count(usage, name) for name in ("prompt_tokens", "completion_tokens"))
-        self.without_usage += not (prompt or completion)
+        self.without_usage += not self._add_tokens(usage)
+
+    def add_broken(self, usage: Mapping[str, Any]) -> None:
+        """Counts an answer that broke off."""
+        self.broken += 1
+        self._add_tokens(usage)
+
+    def _add_tokens(self, usage: Mapping[str, Any]) -> int:
+        prompt, completion = (count(usage, name) for name in ("prompt_tokens", "completion_tokens"))
         self.prompt_tokens += prompt
         self.completion_tokens += completion
-        self.cached_tokens += _count(usage.get("prompt_tokens_details"), "cached_tokens")
+        self.cached_tokens += count(usage.get("prompt_tokens_details"), "cached_tokens")
+        return prompt + completion
 
     def __str__(self) -> str:
         parts = [f"{self.paid} paid", f"{self.reused} from the ledger"]
         parts += [f"{count} {fault}" for fault, count in sorted(self.failed.items())]
         parts += [f"{self.retries} retries"] if self.retries else []
+        parts += [f"{self.broken} answers that broke off"] if self.broken else []
         parts.append(f"{self.prompt_tokens:,} + {self.completion_tokens:,} tokens")
         parts += [f"{self.without_usage} without counts of tokens"] if self.without_usage else []
         return ", ".join(parts) + ("" if self.cost is None else f", ${self.cost:.4f}")
 
 
-def _count(usage: object, name: str) -> int:
+def count(usage: object, name: str) -> int:
     """The number of tokens that an endpoint reports; some write it as text, and 0 stands for what is not a number."""
     value = usage.get(name) if isinstance(usage, Mapping) else None
     if isinstance(value, int | float):
