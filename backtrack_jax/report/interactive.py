@@ -22,13 +22,17 @@ def figure(plot: Plot) -> dict[str, Any]:
     titles = [panel.title for row in plot.panels for panel in [*row, *[_BLANK] * (columns - len(row))]]
     # Titles stand below the tool bar, which is there all the time where nothing can hover.
     top = 56 if any(panel.title for panel in plot.panels[0]) else 30
-    height = 120 + top + sum(max(_height(panel) for panel in row) for row in plot.panels)
+    labelled = any(series.label for row in plot.panels for panel in row for series in panel.series)
+    between = max((_room_below(panel, columns) for row in plot.panels[:-1] for panel in row), default=0)
+    area = sum(max(_height(panel) for panel in row) for row in plot.panels) + between * (rows - 1)
+    last = max(_room_below(panel, columns) for panel in plot.panels[-1]) - _NEXT_TITLE
+    bottom = max(last, 60) + (50 if labelled else 0)
     made = make_subplots(
         rows,
         columns,
         subplot_titles=[html.escape(title) for title in titles],
         horizontal_spacing=(0.3 if heats else 0.2) / columns if columns > 1 else 0,
-        vertical_spacing=60 / height if rows > 1 else 0,
+        vertical_spacing=between / area,
     )
     named: set[str] = set()
     for r, row in enumerate(plot.panels):
@@ -36,10 +40,12 @@ def figure(plot: Plot) -> dict[str, Any]:
         for c, panel in enumerate(row):
             _heat(made, plot, panel, r + 1, c + 1) if panel.heat else _curves(made, panel, r + 1, c + 1, named)
             _label_axes(made, panel, row[0], c >= len(below) or below[c].x_label != panel.x_label, r + 1, c + 1)
+            if angle := _angle(panel, columns):
+                made.update_xaxes(tickangle=angle, row=r + 1, col=c + 1)
     made.update_layout(
         template=None,
-        height=height,
-        margin={"l": 60, "r": 20, "t": top, "b": 110 if named else 60},
+        height=top + area + bottom,
+        margin={"l": 60, "r": 20, "t": top, "b": bottom},
         modebar={"bgcolor": "rgba(0,0,0,0)", "color": "rgba(128,128,128,0.6)", "activecolor": "rgb(128,128,128)"},
         legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
         paper_bgcolor="rgba(0,0,0,0)",
@@ -70,7 +76,27 @@ _BLANK = Panel("", "", "")
 
 
 def _height(panel: Panel) -> int:
-    return max(280, 110 + 20 * len(panel.heat.y)) if panel.heat else 280
+    return max(250, 110 + 20 * len(panel.heat.y)) if panel.heat else 250
+
+
+_NEXT_TITLE = 30  # pixels that the title of the panel below takes
+_LETTER, _LINE = 6.5, 19  # pixels
+
+
+def _angle(panel: Panel, columns: int) -> int:
+    """Degrees by which the names of categories are turned: not, where they fit side by side; upright, where many."""
+    width, names = 900 / columns, panel.categories
+    if sum(len(name) + 2 for name in names) * _LETTER < width:
+        return 0
+    return -40 if len(names) * _LINE < width else -90
+
+
+def _room_below(panel: Panel, columns: int) -> int:
+    """Pixels for what stands below a panel: names or numbers, the axis' title, and the next panel's title."""
+    names = 18
+    if angle := _angle(panel, columns):
+        names = 12 + int(max(map(len, panel.categories)) * _LETTER * abs(math.sin(math.radians(angle))))
+    return names + (42 if panel.x_label else 8) + _NEXT_TITLE
 
 
 def _curves(made: go.Figure, panel: Panel, row: int, column: int, named: set[str]) -> None:
@@ -87,7 +113,7 @@ def _curves(made: go.Figure, panel: Panel, row: int, column: int, named: set[str
                 error_y=bars,
                 name=html.escape(s.label),
                 legendgroup=s.label,
-                showlegend=s.label not in named,
+                showlegend=bool(s.label) and s.label not in named,
                 mode="lines+markers" if s.style else "markers",
                 line={"color": _shown(s.colour), "dash": _DASHES[s.style], "width": 2},
                 marker={"symbol": _SYMBOLS[s.marker], "size": 7, "color": _shown(s.colour)},
