@@ -318,3 +318,36 @@ def test_the_order_of_keys_and_hidden_files_change_no_hash(tmp_path: Path) -> No
     assert store.weights_hash(tmp_path) == before
     (tmp_path / "more.safetensors").write_bytes(b"")
     assert store.weights_hash(tmp_path) != before
+
+
+def test_a_file_that_was_edited_without_a_change_of_its_size_is_not_believed(tmp_path: Path) -> None:
+    folder = store.StageFolder(tmp_path, "1-traces", {"a": 1})
+    (folder.path / "traces.jsonl").write_text("abc\n")
+    (folder.path / "name with spaces").write_text("x")
+    folder.finish()
+    assert store.StageFolder(tmp_path, "1-traces", {"a": 1}).done
+    (folder.path / "traces.jsonl").write_text("abd\n")
+    again = store.StageFolder(tmp_path, "1-traces", {"a": 1})
+    assert again.misfits == ["traces.jsonl"] and not again.done
+    done = f"{folder.fingerprint}\n4 traces.jsonl\n1 name with spaces\n"  # as version 0.2 wrote it: sizes alone
+    (folder.path / "traces.jsonl").write_text("abd\n")
+    (folder.path / "DONE").write_text(done)
+    assert store.StageFolder(tmp_path, "1-traces", {"a": 1}).done
+
+
+def test_files_behind_links_to_folders_are_part_of_a_hash(tmp_path: Path) -> None:
+    """Weights on another disk: what is read through a link is told apart through it."""
+    for name in ("a", "b"):
+        (tmp_path / name / "deep").mkdir(parents=True)
+        (tmp_path / name / "deep" / "weights").write_text(name)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    found = []
+    for name in ("a", "b", "a"):
+        (model / "params").unlink(missing_ok=True)
+        (model / "params").symlink_to(tmp_path / name)
+        (model / "params" / "deep" / "back").unlink(missing_ok=True)
+        (model / "params" / "deep" / "back").symlink_to(model)  # a circle ends
+        found.append((store.weights_hash(model), store.file_hash(model)))
+    assert found[0] == found[2] and all(x != y for x, y in zip(found[0], found[1], strict=True))

@@ -8,6 +8,7 @@ from typing import Any
 
 from backtrack_jax.files import store
 
+_LONGEST_NAME = 200
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -51,6 +52,21 @@ class Fields:
             raise ValueError(
                 f"{self.where}: field {key!r} holds half of a character (\\u{ord(surrogate[0]):04x}, at character "
                 f"{surrogate.start()}), which no tokenizer or endpoint takes; write the whole character or leave it out"
+            )
+        return value
+
+    def name(self, key: str, *, file: bool = False) -> str:
+        """A string that names something, on one line of a table or a screen; `file`: in the name of a file too."""
+        value = self.text(key)
+        if not value.isprintable() or len(value) > _LONGEST_NAME:
+            raise ValueError(
+                f"{self.where}: field {key!r} is {value[:80]!r}, expected a name of at most {_LONGEST_NAME} printable "
+                "characters on one line"
+            )
+        if file and (set(value) & set("/\\:") or value.startswith(".")):
+            raise ValueError(
+                f"{self.where}: field {key!r} is {value!r}, which becomes part of a file's name; expected one without "
+                "/, \\ and :, that does not begin with a dot"
             )
         return value
 
@@ -115,9 +131,20 @@ def read_objects(path: Path) -> Iterator[Fields]:
 
 def _parse(text: str, where: str) -> object:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # also of an integer of 5,000 digits, of endless brackets
+        return json.loads(text, object_pairs_hook=_with_keys_once)
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # also of a key given twice, of an integer of 5,000 digits, of endless brackets
         raise ValueError(f"{where}: not valid JSON ({error})") from error
+
+
+def _with_keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return found
 
 
 def write_objects(path: Path, objects: Iterable[Mapping[str, Any]]) -> None:

@@ -312,8 +312,11 @@ def read_problems(path: Path | str) -> list[Problem]:
 
 def _problem(fields: Fields) -> Problem:
     names, given = ("id", "category", "problem"), fields.value
+    fields.require(*names)
     return Problem(
-        *(fields.require(*names).text(name) for name in names),
+        fields.name("id"),
+        fields.name("category"),
+        fields.text("problem"),
         answer=fields.text("answer", empty=True) if "answer" in given else "",
         difficulty=fields.natural("difficulty") if "difficulty" in given else 0,
     )
@@ -335,7 +338,18 @@ def read_traces(path: Path | str) -> list[Trace]:
         ValueError: a fault, named by file, line and field; or an id that occurs twice.
     """
     path = Path(path)
-    return _unique([_trace(fields) for fields in jsonl.read_objects(path)], path)
+    problems: dict[str, str] = {}
+    traces = []
+    for fields in jsonl.read_objects(path):
+        trace = _trace(fields)
+        if problems.setdefault(trace.problem_id, trace.problem) != trace.problem:
+            raise ValueError(_two_problems(fields.where, "problem_id", trace.problem_id))
+        traces.append(trace)
+    return _unique(traces, path)
+
+
+def _two_problems(where: str, field: str, name: str) -> str:
+    return f"{where}: {field} {name!r} has another problem text than before; one id is one problem"
 
 
 def _trace(fields: Fields) -> Trace:
@@ -353,9 +367,9 @@ def _trace(fields: Fields) -> Trace:
     if not isinstance(end_marks, list) or not all(isinstance(mark, str) and mark.strip() for mark in end_marks):
         raise ValueError(f"{fields.where}: field 'end_marks' must be a list of texts, got {end_marks!r}")
     return Trace(
-        id=fields.text("id"),
-        problem_id=fields.text("problem_id"),
-        category=fields.text("category"),
+        id=fields.name("id"),
+        problem_id=fields.name("problem_id"),
+        category=fields.name("category"),
         problem=fields.text("problem"),
         text=fields.text("text", empty=finish_reason is not None),
         sample=fields.natural("sample") if "sample" in given else 0,
@@ -419,7 +433,7 @@ def _annotation(fields: Fields) -> Annotation:
 
 def _label(item: Fields) -> str:
     """Any label but a reserved one and a known one in another spelling, which would count as a label of its own."""
-    label = item.text("label")
+    label = item.name("label", file=True)
     meant = _LABELS_BY_LETTERS.get(_letters(label), label.strip())
     if label != meant:
         raise ValueError(f"{item.where}: unknown label {label!r}; did you mean {meant!r}?")
@@ -517,12 +531,15 @@ def read_released(path: Path | str | Sequence[Path | str]) -> tuple[list[Trace],
     traces: list[Trace] = []
     annotated: list[str] = []
     samples: Counter[str] = Counter()
+    problems: dict[str, str] = {}
     for file in chain_files(path):
         for fields in jsonl.read_objects(file):
-            task = fields.text("task_id")
+            task = fields.name("task_id")
             category = re.sub(r"_\d+$", "", task)
             sample, samples[task] = samples[task], samples[task] + 1
             problem, chain = fields.text("problem"), fields.text("reasoning_chain")
+            if problems.setdefault(task, problem) != problem:
+                raise ValueError(_two_problems(fields.where, "task_id", task))
             traces.append(Trace(f"{task}/{sample}", task, category, problem, chain, sample))
             annotated.append(fields.text("annotated_chain", empty=True, cut=True))
     return traces, annotated

@@ -6,7 +6,7 @@ such as `<think>` or `<|eot_id|>` hold no words.
 """
 
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
 from backtrack_jax.data.records import Trace
@@ -22,13 +22,11 @@ _MARKER = re.compile(r"</?think(?:ing)?>|\[/?THINK\]|<[|\uff5c][^<>|\uff5c\s]{1,
 _OPENING = re.compile(rf"\s*(?:{'|'.join(map(re.escape, START_OF_THOUGHT))})")
 _WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
 
-# Places in which neither a line break nor a full stop ends a sentence. Display mathematics holds no blank line.
-_INSIDE = r"(?:(?!\n[^\S\n]*\n).)*?"
-_PROTECTED = re.compile(
-    rf"```.*?```|\$\${_INSIDE}\$\$|\\\[{_INSIDE}\\\]|\\\({_INSIDE}\\\)|\\begin\{{(\w+\*?)\}}{_INSIDE}\\end\{{\1\}}"
-    r"|\$(?=[^\s$])[^$\n]*?(?<=[^\s$])\$(?!\d)",
-    re.DOTALL,
-)
+# Places in which neither a line break nor a full stop ends a sentence: see `_protected`.
+_OPENER = re.compile(r"```|\$\$|\\\[|\\\(|\\begin\{(\w+\*?)\}|\$")
+_CLOSERS = {"```": "```", "$$": "$$", r"\[": r"\]", r"\(": r"\)"}
+_INLINE = re.compile(r"\$(?=[^\s$])[^$\n]*?(?<=[^\s$])\$(?!\d)")
+_BLANK_LINE = re.compile(r"\n(?=[^\S\n]*\n)")
 # Behind the look-behinds, or a long run of dots or blanks would be tried from each of them, to its end.
 _BREAK = re.compile(r"(?<!\s)\s*\n\s*|(?<![.!?\u2026])[.!?\u2026]++(?P<closers>[\"'\u201d\u2019)\]*_]*)(?P<space>\s+)")
 _LIST_MARKER = re.compile(r"[*_(#\s]*(?:\d{1,3}|[A-Za-z])\.\**")
@@ -79,7 +77,7 @@ def split_sentences(text: str) -> list[tuple[int, int]]:
         Half-open character spans in order, without white space at their ends. Spans without a letter or digit (rules,
         lone brackets) and what opens the reasoning, such as `<think>`, are left out.
     """
-    protected = [match.span() for match in _PROTECTED.finditer(text)]
+    protected = _protected(text)
     starts = [start for start, _ in protected]
     opening = _OPENING.match(text)
     begin = opening.end() if opening else 0
@@ -98,6 +96,35 @@ def split_sentences(text: str) -> list[tuple[int, int]]:
         begin = match.end()
     spans.append((begin, len(text)))
     return [span for span in (_strip(text, *span) for span in spans) if split_words(text[slice(*span)])]
+
+
+def _protected(text: str) -> list[tuple[int, int]]:
+    """Spans of code blocks and mathematics; display mathematics holds no blank line, inline one no line break.
+
+    Every closing mark is looked for once behind every opening one, so that openings without an end take no longer.
+    """
+    blanks = [match.start() for match in _BLANK_LINE.finditer(text)]
+    next_at: dict[str, int] = {}  # of a closing mark: where the next one stands, len(text) for nowhere
+    spans: list[tuple[int, int]] = []
+    at = 0
+    while (opener := _OPENER.search(text, at)) is not None:
+        at = opener.start() + 1
+        if opener[0] == "$":
+            if (inline := _INLINE.match(text, opener.start())) is not None:
+                spans.append(inline.span())
+                at = inline.end()
+            continue
+        closer = _CLOSERS.get(opener[0]) or rf"\end{{{opener[1]}}}"
+        if next_at.get(closer, -1) < opener.end():
+            found = text.find(closer, opener.end())
+            next_at[closer] = found if found >= 0 else len(text)
+        stop = next_at[closer]
+        blank = bisect_left(blanks, opener.end())
+        whole = closer == "```" or blank == len(blanks) or blanks[blank] >= stop
+        if stop < len(text) and whole:
+            at = stop + len(closer)
+            spans.append((opener.start(), at))
+    return spans
 
 
 def _ends_sentence(text: str, begin: int, match: re.Match[str]) -> bool:

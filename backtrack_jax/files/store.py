@@ -2,8 +2,8 @@
 
 results/smollm2/3-vectors/inputs.json    what the stage's results depend on
                           STALE          why they are out of date, where an earlier stage has other results by now
-                          DONE           the fingerprint of inputs.json, once the stage is complete; sizes and names
-                                         of its files
+                          DONE           the fingerprint of inputs.json, once the stage is complete; sizes, hashes
+                                         and names of its files
                 superseded/3-vectors-1f0c.../   results under other inputs; they come back if the inputs do
 
 Equal results are equal files, byte for byte: no time, no address and no arbitrary order is written.
@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -35,6 +36,9 @@ RUN = "run.json"
 _CHUNK = 1 << 16
 _CHUNKS_READ = 1 << 12
 _DAMAGED = ".damaged"
+_HASHED = 64 << 20  # bytes
+_DIGITS = 16
+_DIGEST = re.compile(rf"[0-9a-f-]{{{_DIGITS}}} ")
 _READ_WHOLE = 1 << 30  # bytes of a checkpoint that are read in about a second
 
 
@@ -93,7 +97,7 @@ class StageFolder:
 
     def finish(self) -> None:
         """Marks the stage as complete, with the files that it consists of."""
-        lines = [f"{size} {name}\n" for name, size in _artifacts(self.path).items()]
+        lines = [f"{size} {_digest(self.path / name, size)} {name}\n" for name, size in _artifacts(self.path).items()]
         write_text(self.path / "DONE", "".join([f"{self.fingerprint}\n", *lines]))
 
     def set_aside(self) -> None:
@@ -298,6 +302,17 @@ def write_bytes(path: Path, *pieces: bytes | memoryview) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """A rename lasts only once its folder is on disk; file systems that do not know of it say so, and need none."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
@@ -393,11 +408,25 @@ def _finished_under(path: Path, fingerprint_: str) -> bool:
 
 
 def _misfits(path: Path) -> list[str]:
-    """What `DONE` lists and the folder has not, or not in this size; `DONE` itself where it lists nothing."""
-    lines = (path / "DONE").read_text("utf-8").split("\n")[1:]
-    sizes = {name: size for size, _, name in (line.partition(" ") for line in lines if line)}
+    """What `DONE` lists and the folder has not, or not with this content; `DONE` itself where it lists nothing."""
+    lines = [line for line in (path / "DONE").read_text("utf-8").split("\n")[1:] if line]
     existing = _artifacts(path)
-    return [name for name, size in sizes.items() if str(existing.get(name)) != size] if sizes else ["DONE"]
+    found = []
+    for line in lines:
+        size, _, rest = line.partition(" ")
+        digest, name = rest[:_DIGITS], rest[_DIGITS + 1 :]
+        if not _DIGEST.match(rest):  # as DONE was written before version 0.3
+            digest, name = "", rest
+        if str(existing.get(name)) != size or (digest and digest != _digest(path / name, int(size))):
+            found.append(name)
+    return found if lines else ["DONE"]
+
+
+def _digest(file: Path, size: int) -> str:
+    """Of a file's content; of one above 64 MiB, which takes too long to read at every start, dashes."""
+    if size > _HASHED:
+        return "-" * _DIGITS
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:_DIGITS]
 
 
 def _artifacts(path: Path) -> dict[str, int]:
@@ -421,6 +450,13 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _files(path: Path) -> list[tuple[Path, str]]:
     """The file itself, without a name, or the files below a folder with their names in it."""
-    if path.is_dir():
-        return [(file, str(file.relative_to(path))) for file in sorted(path.rglob("*")) if file.is_file()]
-    return [(path, "")]
+    if not path.is_dir():
+        return [(path, "")]
+    found: list[Path] = []
+    # Through links to folders too, as those that read the folder go; a link that leads back is not followed again.
+    seen: set[Path] = set()
+    for folder, inner, names in os.walk(path, followlinks=True):
+        inner[:] = [name for name in inner if (Path(folder) / name).resolve() not in seen]
+        seen.update((Path(folder) / name).resolve() for name in inner)
+        found += [file for name in names if (file := Path(folder) / name).is_file()]
+    return [(file, str(file.relative_to(path))) for file in sorted(found)]

@@ -292,6 +292,10 @@ def _open_folder(path: Path) -> tuple[dict[str, LazyTensor], list[str], set[str]
     faults, unreadable = [], set()
     for file in sorted(set(weight_map.values())):
         listed = {name for name, where in weight_map.items() if where == file}
+        if Path(file).name != file:
+            faults.append(f"{_INDEX} places {len(listed)} tensors in {file!r}, expected a file of the folder itself")
+            unreadable |= listed
+            continue
         if not (path / file).is_file():
             faults.append(f"{path / file} is missing; {_INDEX} places {len(listed)} tensors in it")
             unreadable |= listed

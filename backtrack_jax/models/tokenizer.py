@@ -79,9 +79,9 @@ _GGUF_PRE = {
     ),
     "tekken": _GgufPre(_split_by(_TEKKEN_SPLIT), ignore_merges=True, add_bos=True),
 }
-# Texts of control tokens that end a reply whatever a GGUF file says, which names one `eos` only: Llama-3-Instruct has
-# three. As in llama.cpp.
-_GGUF_ENDS = frozenset(
+# Texts of control tokens that end a reply whatever a file says: a GGUF file names one `eos` only, and Llama-3-Instruct
+# has three. As in llama.cpp, and of folders too, so that one vocabulary stops at the same tokens in either format.
+_ENDS = frozenset(
     (
         "<|eot_id|>",
         "<|eom_id|>",
@@ -246,6 +246,7 @@ class Tokenizer:
         stop = next((ids for ids in stops if ids is not None), None)
         # And for which the map of old folders goes before a config that does not list the added tokens.
         named = config
+        spec["added_tokens"] = _with_tokens_named_elsewhere(spec, config, _optional_json(folder / "added_tokens.json"))
         if "added_tokens_decoder" not in config:
             named = config | _optional_json(folder / "special_tokens_map.json")
         special = {
@@ -263,7 +264,13 @@ class Tokenizer:
             spec,
             name=str(folder),
             bos_id=ids.get("bos_token") if add_bos else None,
-            stop_ids=stop_ids + ([ids["eos_token"]] if "eos_token" in ids else []),
+            stop_ids=stop_ids
+            + ([ids["eos_token"]] if "eos_token" in ids else [])
+            + [
+                token["id"]
+                for token in spec["added_tokens"]
+                if token["content"] in _ENDS and token["id"] not in (ids.get("bos_token"), ids.get("unk_token"))
+            ],
             pad_id=ids.get("pad_token"),
             chat_template=template.read_text("utf-8") if template.is_file() else _default_template(config),
             special_tokens=special,
@@ -325,7 +332,7 @@ class Tokenizer:
         ends = [
             i
             for i, (text, kind) in enumerate(zip(texts, kinds, strict=True))
-            if kind == TokenType.CONTROL and text in _GGUF_ENDS and i not in (ids["bos"], ids["unknown"])
+            if kind == TokenType.CONTROL and text in _ENDS and i not in (ids["bos"], ids["unknown"])
         ]
         return cls(
             spec,
@@ -561,6 +568,22 @@ def _id_of(spec: Mapping[str, Any], token: str, key: str, name: str) -> int:
     return spec["model"]["vocab"][token]
 
 
+def _with_tokens_named_elsewhere(
+    spec: Mapping[str, Any], config: Mapping[str, Any], texts: Mapping[str, int]
+) -> list[dict[str, Any]]:
+    """Added tokens of `tokenizer.json`, and those that the config or `added_tokens.json` alone names, by id."""
+    found = list(spec["added_tokens"])
+    known = {token["content"] for token in found}
+    plain = {"special": False, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    others = [plain | token | {"id": int(i)} for i, token in config.get("added_tokens_decoder", {}).items()]
+    others += [plain | {"content": text, "id": i} for text, i in texts.items()]
+    for token in sorted(others, key=lambda token: token["id"]):
+        if token["content"] not in known:
+            known.add(token["content"])
+            found.append({name: token[name] for name in ("id", "content", *plain)})
+    return sorted(found, key=lambda token: token["id"])
+
+
 def _post_processor_starts_with(spec: Mapping[str, Any], token: str) -> bool:
     outer = spec.get("post_processor") or {}
     templates = [p for p in [outer, *outer.get("processors", [])] if p.get("type") == "TemplateProcessing"]
@@ -592,8 +615,15 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """The filter `tojson` with the arguments that it has in transformers."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _check_unicode(text: str) -> None:

@@ -2,9 +2,11 @@
 
 import io
 import textwrap
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -21,7 +23,13 @@ _TURNED: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anch
 def write(plot: Plot, folder: Path) -> None:
     """Writes `{name}.png`, `.pdf` and `.csv`; equal plots give equal bytes."""
     tables.write(folder / f"{plot.name}.csv", plot.rows)
-    save(draw(plot), folder / plot.name)
+    with as_text():
+        save(draw(plot), folder / plot.name)
+
+
+def as_text() -> AbstractContextManager[None]:
+    """In it, text that is drawn is text: a dollar sign in an id, a label or a path begins no mathematics."""
+    return matplotlib.rc_context({"text.parse_math": False})
 
 
 def save(figure: Figure, path: Path) -> None:

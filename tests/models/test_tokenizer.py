@@ -163,9 +163,10 @@ def test_composed_characters_have_the_spans_of_the_text_as_it_was(qwen3: Tokeniz
 
 
 def test_ids_of_the_real_models(r1: Tokenizer, llama_base: Tokenizer, smollm2: Tokenizer) -> None:
-    assert (r1.bos_id, r1.stop_ids, r1.pad_id, r1.vocab_size) == (128000, (128001,), 128001, 128256)
+    ends = (128001, 128008, 128009)  # end of text, of a tool's turn and of a turn, which GGUF files of it stop at too
+    assert (r1.bos_id, r1.stop_ids, r1.pad_id, r1.vocab_size) == (128000, ends, 128001, 128256)
     # The base model's config does not say whether it adds BOS: its post-processor does.
-    assert (llama_base.bos_id, llama_base.stop_ids, llama_base.vocab_size) == (128000, (128001,), 128256)
+    assert (llama_base.bos_id, llama_base.stop_ids, llama_base.vocab_size) == (128000, ends, 128256)
     # SmolLM2 names a BOS token, and starts no sequence with it.
     assert (smollm2.bos_id, smollm2.stop_ids, smollm2.pad_id, smollm2.vocab_size) == (None, (2,), 2, 49152)
     assert smollm2.special_tokens["bos_token"] == "<|im_start|>"
@@ -293,7 +294,7 @@ def test_special_tokens_map_of_old_folders(old: bool, tmp_path: Path) -> None:
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(named))
     read, oracle = Tokenizer.from_folder(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert (read.bos_id, read.eos_id) == (oracle.bos_token_id, oracle.eos_token_id)
-    assert (read.bos_id, read.stop_ids) == ((258, (260,)) if old else (None, (259,)))
+    assert (read.bos_id, read.stop_ids) == ((258, (259, 260)) if old else (None, (259,)))
 
 
 @pytest.mark.parametrize(("flag", "bos"), [(True, 258), (False, None), (None, None)])
@@ -629,3 +630,41 @@ def test_a_file_that_is_cut_off_is_named(tmp_path: Path, name: str) -> None:
     file.write_text(file.read_text("utf-8")[:-20], "utf-8")
     with pytest.raises(ValueError, match=re.escape(str(file))):
         Tokenizer.load(tmp_path / "base")
+
+
+def test_one_vocabulary_stops_at_the_same_tokens_in_either_format(
+    r1_folder: Path, r1: Tokenizer, tmp_path: Path
+) -> None:
+    spec = json.loads((r1_folder / "tokenizer.json").read_text())
+    path = write_gguf(tmp_path / "r1.gguf", spec, pre="llama-bpe", bos=128000, eos=128001)
+    assert Tokenizer.from_gguf(path).stop_ids == r1.stop_ids
+
+
+@pytest.mark.parametrize("text", ["<réflexion>", "«pensée»", "đem", "é", "<x ÿ>", "日本"])
+def test_added_tokens_are_decoded_as_they_are_written(text: str, tmp_path: Path) -> None:
+    """Letters that byte-level vocabularies write bytes with stand for themselves there."""
+    spec = tiny_spec()
+    spec["added_tokens"].append({**spec["added_tokens"][-1], "id": len(spec["model"]["vocab"]) + 4, "content": text})
+    found = Tokenizer.from_folder(write_tiny(tmp_path, spec=spec))
+    ids, spans = found.encode_with_spans(f"a{text}b")
+    assert ids[1] == spec["added_tokens"][-1]["id"] and spans[1] == (1, 1 + len(text))
+    assert found.decode(ids) == f"a{text}b" and found.decode_with_spans(ids) == (f"a{text}b", spans)
+
+
+def test_tokens_that_other_files_name_are_tokens(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"] = {"262": {"content": "<verify>", "special": False, "lstrip": False}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "added_tokens.json").write_text(json.dumps({"<check>": 263, "<|end|>": 259}))
+    found = Tokenizer.from_folder(folder)
+    assert found.encode("a<verify><check>b")[1:3] == [262, 263] and found.decode([262, 263]) == "<verify><check>"
+    assert found.encode("<verify>", markers=False) != [262] and found.markers["<check>"] == 263
+
+
+def test_tojson_takes_the_arguments_that_it_has_in_transformers(tmp_path: Path) -> None:
+    template = "{{ messages[0].content | tojson(ensure_ascii=False, indent=2, separators=(',', ':'), sort_keys=True) }}"
+    folder = write_tiny(tmp_path)
+    (folder / "chat_template.jinja").write_text(template)
+    found = Tokenizer.from_folder(folder)
+    assert found.decode(found.encode_chat([{"role": "user", "content": "é is"}])) == '"é is"'
