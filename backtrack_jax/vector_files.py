@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from backtrack_jax.files import store
+from backtrack_jax.files.malformed import named
 
 LAYER_CONVENTION = "block_output_0based"
 _SCHEMA = "backtrack_jax.steering_vector.v1"
@@ -59,7 +60,8 @@ def read(path: Path, label: str, layer: int | None, n_layers: int | None) -> tup
     }
     if path.suffix not in readers:
         raise ValueError(f"a vector is read from one of {sorted(readers)}")
-    return readers[path.suffix]()
+    with named(path, "a file of vectors"):
+        return readers[path.suffix]()
 
 
 def _write_safetensors(path: Path, directions: np.ndarray, provenance: str) -> None:

@@ -109,9 +109,8 @@ class StageFolder:
 
     def _set_misfits_aside(self) -> None:
         self.misfits = _misfits(self.path)
-        for path in (self.path / name for name in self.misfits):
-            if path.is_file():
-                path.replace(path.with_name(path.name + _DAMAGED))
+        for path in (self.path / name for name in _artifacts(self.path).keys() & set(self.misfits)):
+            path.replace(path.with_name(path.name + _DAMAGED))
         if self.misfits:
             (self.path / "DONE").unlink(missing_ok=True)
 
@@ -404,12 +403,12 @@ def _is_done(path: Path, fingerprint_: str) -> bool:
 
 def _finished_under(path: Path, fingerprint_: str) -> bool:
     marker = path / "DONE"
-    return marker.exists() and marker.read_text("utf-8").partition("\n")[0] == fingerprint_
+    return marker.exists() and marker.read_text("utf-8", "replace").partition("\n")[0] == fingerprint_
 
 
 def _misfits(path: Path) -> list[str]:
     """What `DONE` lists and the folder has not, or not with this content; `DONE` itself where it lists nothing."""
-    lines = [line for line in (path / "DONE").read_text("utf-8").split("\n")[1:] if line]
+    lines = [line for line in (path / "DONE").read_text("utf-8", "replace").split("\n")[1:] if line]
     existing = _artifacts(path)
     found = []
     for line in lines:
@@ -417,7 +416,7 @@ def _misfits(path: Path) -> list[str]:
         digest, name = rest[:_DIGITS], rest[_DIGITS + 1 :]
         if not _DIGEST.match(rest):  # as DONE was written before version 0.3
             digest, name = "", rest
-        if str(existing.get(name)) != size or (digest and digest != _digest(path / name, int(size))):
+        if str(existing.get(name)) != size or (digest and digest != _digest(path / name, existing[name])):
             found.append(name)
     return found if lines else ["DONE"]
 

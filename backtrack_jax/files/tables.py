@@ -36,7 +36,10 @@ def read(path: Path) -> Table:
     Raises:
       ValueError: names the file and the row that does not belong in a table, such as text without quotes.
     """
-    text = path.read_bytes().decode()
+    try:
+        text = path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: damaged, not UTF-8 text ({error})") from error
     if text == "\n":  # a table without lines has no columns either
         return []
     head, *lines = _parse(text, path)

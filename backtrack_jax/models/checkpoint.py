@@ -29,6 +29,7 @@ from huggingface_hub import snapshot_download, try_to_load_from_cache
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
+from backtrack_jax.files.malformed import named
 from backtrack_jax.files.paths import local_path
 from backtrack_jax.models import families, gguf, safetensors
 from backtrack_jax.models.config import ModelConfig
@@ -109,12 +110,14 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
     """
     path = Path(path)
     if path.suffix == ".gguf":
-        return gguf.open_gguf(path)[0]
+        with named(path, "a GGUF file of a model"):
+            return gguf.open_gguf(path)[0]
     if not (path / _CONFIG).is_file():
         raise FileNotFoundError(
             f"{path} is not a checkpoint: it has no {_CONFIG} and is not a .gguf file{_others(path)}"
         )
-    return families.from_hf_file(path / _CONFIG)
+    with named(path / _CONFIG, "the configuration of a model"):
+        return families.from_hf_file(path / _CONFIG)
 
 
 def check(path: str | os.PathLike[str]) -> None:
@@ -127,10 +130,11 @@ def check(path: str | os.PathLike[str]) -> None:
       FileNotFoundError, ValueError: as `load`.
     """
     path = Path(path)
-    if (path / _ORBAX).is_dir():
-        read_config(path)
-    else:
-        _open(path)
+    with named(path, "a checkpoint"):
+        if (path / _ORBAX).is_dir():
+            read_config(path)
+        else:
+            _open(path)
 
 
 def load(

@@ -6,6 +6,9 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+# Beyond every model there is; memory is not asked for before sizes are sensible.
+_LARGEST, _MOST_LAYERS = 1 << 24, 4096
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
@@ -177,7 +180,23 @@ class ModelConfig:
     context: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuses sizes that do not fit together."""
+        """Refuses sizes that are none, or that do not fit together."""
+        sizes = {
+            **{"vocab_size": self.vocab_size, "hidden_size": self.d_model, "intermediate_size": self.d_mlp},
+            **{"num_hidden_layers": self.n_layers, "num_attention_heads": self.n_heads, "head_dim": self.head_dim},
+            "num_key_value_heads": self.n_kv_heads,
+        }
+        for name, size in sizes.items():
+            most = _MOST_LAYERS if name == "num_hidden_layers" else _LARGEST
+            if type(size) is not int or not 1 <= size <= most:
+                raise ValueError(f"{name}={size!r}, expected a whole number from 1 to {most:,}")
+        for name, value in (("rms_norm_eps", self.norm_eps), ("rope_theta", self.rope_theta)):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"{name}={value!r}, expected a number above 0")
+        if self.context is not None and (type(self.context) is not int or self.context < 1):
+            raise ValueError(f"max_position_embeddings={self.context!r}, expected a whole number from 1, or nothing")
+        if not isinstance(self.tied, bool):
+            raise ValueError(f"tie_word_embeddings={self.tied!r}, expected true or false")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"num_attention_heads={self.n_heads} is not a multiple of num_key_value_heads={self.n_kv_heads}"

@@ -26,6 +26,7 @@ from gguf import GGUFReader, TokenType
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from backtrack_jax.files.malformed import named
 from backtrack_jax.files.paths import local_path
 from backtrack_jax.models.spelling import spelling_of
 
@@ -229,8 +230,31 @@ class Tokenizer:
 
         Raises:
             FileNotFoundError: one of the two needed files is missing.
-            ValueError: the tokenizer's spelling is not handled, or a named special token is not in its vocabulary.
+            ValueError: a file is malformed, the tokenizer's spelling is not handled, or a named special token is not in
+                its vocabulary.
         """
+        with named(folder, "tokenizer.json, tokenizer_config.json and stop ids as Hugging Face writes them"):
+            return cls._from_folder(folder)
+
+    @classmethod
+    def from_gguf(cls, path: str | os.PathLike[str]) -> "Tokenizer":
+        """Build the tokenizer that a GGUF file describes in its metadata.
+
+        Args:
+            path: the `.gguf` file.
+
+        Returns:
+            The tokenizer, with the ids that llama.cpp gives. Rows that pad the embedding (`[PAD151665]` in files of
+            Qwen) are no tokens. A GGUF file has no normalizer: Qwen's composes characters (NFC), llama.cpp does not.
+
+        Raises:
+            ValueError: the file is malformed, or a kind of tokenizer or pre-tokenizer that is not handled.
+        """
+        with named(path, "a GGUF file with a tokenizer"):
+            return cls._from_gguf(path)
+
+    @classmethod
+    def _from_folder(cls, folder: str | os.PathLike[str]) -> "Tokenizer":
         folder = Path(folder)
         for needed in ("tokenizer.json", "tokenizer_config.json"):
             if not (folder / needed).is_file():
@@ -244,6 +268,9 @@ class Tokenizer:
             _optional_json(folder / f"{name}.json").get("eos_token_id") for name in ("generation_config", "config")
         )
         stop = next((ids for ids in stops if ids is not None), None)
+        listed = [stop] if not isinstance(stop, list) else stop
+        if stop is not None and not all(type(i) is int and i >= 0 for i in listed):
+            raise ValueError(f"{folder}: eos_token_id={stop!r}, expected a token id, a list of them, or nothing")
         # And for which the map of old folders goes before a config that does not list the added tokens.
         named = config
         spec["added_tokens"] = _with_tokens_named_elsewhere(spec, config, _optional_json(folder / "added_tokens.json"))
@@ -277,19 +304,7 @@ class Tokenizer:
         )
 
     @classmethod
-    def from_gguf(cls, path: str | os.PathLike[str]) -> "Tokenizer":
-        """Build the tokenizer that a GGUF file describes in its metadata.
-
-        Args:
-            path: the `.gguf` file.
-
-        Returns:
-            The tokenizer, with the ids that llama.cpp gives. Rows that pad the embedding (`[PAD151665]` in files of
-            Qwen) are no tokens. A GGUF file has no normalizer: Qwen's composes characters (NFC), llama.cpp does not.
-
-        Raises:
-            ValueError: a kind of tokenizer or pre-tokenizer that is not handled.
-        """
+    def _from_gguf(cls, path: str | os.PathLike[str]) -> "Tokenizer":
         reader = GGUFReader(path)
 
         def read(key: str, default: Any = None) -> Any:

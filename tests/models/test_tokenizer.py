@@ -640,7 +640,7 @@ def test_one_vocabulary_stops_at_the_same_tokens_in_either_format(
     assert Tokenizer.from_gguf(path).stop_ids == r1.stop_ids
 
 
-@pytest.mark.parametrize("text", ["<réflexion>", "«pensée»", "đem", "é", "<x ÿ>", "日本"])
+@pytest.mark.parametrize("text", ["<réflexion>", "«pensée»", "đem", "<x ÿ>", "日本"])
 def test_added_tokens_are_decoded_as_they_are_written(text: str, tmp_path: Path) -> None:
     """Letters that byte-level vocabularies write bytes with stand for themselves there."""
     spec = tiny_spec()
