@@ -18,6 +18,7 @@ from backtrack_jax.checks import check_windows
 from backtrack_jax.config import ROLES, Experiment
 from backtrack_jax.files import environment, store
 from backtrack_jax.files.console import say
+from backtrack_jax.files.paths import shown_fields
 from backtrack_jax.models import checkpoint
 from backtrack_jax.report.stage import REPORT
 from backtrack_jax.stages.analysis import ANALYSIS
@@ -242,7 +243,7 @@ class Run:
 
     def _describe(self, path: Path) -> None:
         """Writes what a stage is computed with; what an interrupted run had computed its part with is kept."""
-        described = {"config": dataclasses.asdict(self.experiment), **environment.describe()}
+        described = {"config": dataclasses.asdict(shown_fields(self.experiment)), **environment.describe()}
         described["hub_commits"] = self._hub_commits()
         if path.exists():
             before = store.read_json(path)

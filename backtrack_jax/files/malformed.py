@@ -5,13 +5,13 @@ than a reader asks about, and what then fails deep in a library is no fault of t
 """
 
 import contextlib
+import os
 import pickle
 import struct
 import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 
 _ERRORS: tuple[type[Exception], ...] = (
     *(AttributeError, LookupError, TypeError, UnicodeError, EOFError, ArithmeticError, RecursionError, MemoryError),
@@ -21,7 +21,7 @@ _ERRORS: tuple[type[Exception], ...] = (
 
 
 @contextlib.contextmanager
-def named(path: Path | str, kind: str) -> Iterator[None]:
+def named(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
     """In it, an error that a malformed file leads to is a ValueError that names the file and what was expected.
 
     ValueError and OSError pass as they are: they say what is wrong.
@@ -48,6 +48,6 @@ def named(path: Path | str, kind: str) -> Iterator[None]:
         raise ValueError(_text(path, kind, error)) from error
 
 
-def _text(path: Path | str, kind: str, error: Exception) -> str:
+def _text(path: str | os.PathLike[str], kind: str, error: Exception) -> str:
     detail = " ".join(str(error).split())[:200]
-    return f"{path} is malformed, expected {kind} ({type(error).__name__}{': ' if detail else ''}{detail})"
+    return f"{os.fspath(path)} is malformed, expected {kind} ({type(error).__name__}{': ' if detail else ''}{detail})"

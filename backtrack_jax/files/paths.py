@@ -1,8 +1,10 @@
 """Where a path of a config points to on this machine. Without JAX, since checking a config is instant."""
 
+import dataclasses
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 _PACKAGE = "package:"
 _INSTALL = {
@@ -42,3 +44,23 @@ def _inside_package(address: str) -> Path:
     if not path.exists():
         raise FileNotFoundError(f"{address}: the installed package has no file {path}")
     return path
+
+
+def shown(path: str) -> str:
+    """A path as it may stand in a result: one of this machine by its last name, all others as they are.
+
+    Where a run lay, and in whose folder, is nobody's business who reads it; what was read is told by its content.
+    """
+    return Path(path).name if Path(path).is_absolute() or path.startswith("~") else path
+
+
+def shown_fields(spec: Any) -> Any:
+    """A copy of a dataclass, and of those in it, with every text that is a path as `shown`."""
+    changed = {}
+    for field in dataclasses.fields(spec):
+        value = getattr(spec, field.name)
+        if isinstance(value, str):
+            changed[field.name] = shown(value)
+        elif dataclasses.is_dataclass(value):
+            changed[field.name] = shown_fields(value)
+    return dataclasses.replace(spec, **changed)

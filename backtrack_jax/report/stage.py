@@ -17,6 +17,7 @@ from backtrack_jax.analysis.results import Results
 from backtrack_jax.config import Experiment
 from backtrack_jax.files import store, tables
 from backtrack_jax.files.console import say
+from backtrack_jax.files.paths import shown_fields
 from backtrack_jax.files.tables import Table
 from backtrack_jax.report import claims, page, static, summary, trace_figures
 from backtrack_jax.stages import estimates
@@ -85,7 +86,7 @@ def read_results(experiment: Experiment, workdir: Path) -> Results:
     described = store.read_json(STEERING.path(workdir) / store.RUN)
     judge = labelling.judge_of_replies(experiment)
     return Results(
-        experiment,
+        shown_fields(experiment),
         VECTORS.read_summary(VECTORS.path(workdir)),
         joined,
         {role: projections.read(analysis, role) for role in experiment.roles},

@@ -20,6 +20,7 @@ from backtrack_jax.config import Experiment
 from backtrack_jax.data import records
 from backtrack_jax.files import store, tables
 from backtrack_jax.files.console import say
+from backtrack_jax.files.paths import shown
 from backtrack_jax.stages import estimates
 from backtrack_jax.stages.base import Context, Stage, spec_values
 from backtrack_jax.stages.sampling import sample_rows
@@ -138,7 +139,7 @@ def _steer_model(
             category=trace.category,
             problem=trace.problem,
             sample=sample,
-            model=e.model(target).path,
+            model=shown(e.model(target).path),
             condition=condition,
             unit=spec.unit,
             span=spec.span,

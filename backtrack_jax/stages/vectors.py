@@ -18,6 +18,7 @@ from backtrack_jax.config import CONTRASTS, Experiment
 from backtrack_jax.data import records
 from backtrack_jax.files import store
 from backtrack_jax.files.console import Progress, say
+from backtrack_jax.files.paths import shown
 from backtrack_jax.models.batching import bucket
 from backtrack_jax.readers import SHUFFLED
 from backtrack_jax.stages import estimates
@@ -240,7 +241,7 @@ def _write_vectors(context: Context, folder: Path, role: str, sums: extract.Wind
     model = context.experiment.model(role)
     origin = {
         "role": role,
-        "model": model.path,
+        "model": shown(model.path),
         "revision": model.revision,
         "dtype": model.dtype,
         "inputs": store.fingerprint(context.inputs[VectorsStage.name]),
