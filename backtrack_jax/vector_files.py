@@ -5,11 +5,12 @@ and `provenance`; `.gguf`: a llama.cpp control vector, which has no place for la
 """
 
 import json
+import math
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import gguf
 import numpy as np
@@ -101,8 +102,10 @@ def _read_npz(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
     if not zipfile.is_zipfile(path):
         raise ValueError("not an .npz file")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file}
+        with path.open("rb") as stream:  # closed here: NumPy leaves a file open that it cannot read
+            _refuse_empty_promises(stream)
+            with np.load(stream, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file}
     except zipfile.BadZipFile as error:
         raise ValueError(f"a damaged .npz file: {error}") from error
     if "directions" not in arrays:
@@ -114,6 +117,21 @@ def _read_npz(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
         raise ValueError(f"layer_convention={found!r}, expected {LAYER_CONVENTION!r}")
     provenance = str(arrays["provenance"]) if "provenance" in arrays else None
     return arrays["directions"].astype(np.float32), _provenance(path, provenance)
+
+
+def _refuse_empty_promises(stream: BinaryIO) -> None:
+    """ValueError for an array of an .npz whose header announces more than the file holds, before memory is taken."""
+    with zipfile.ZipFile(stream) as archive:
+        for entry in archive.infolist():
+            with archive.open(entry) as member:
+                major = np.lib.format.read_magic(member)[0]
+                read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(member)
+            if (announced := math.prod(shape) * dtype.itemsize) > entry.file_size:
+                raise ValueError(
+                    f"{entry.filename} announces {announced:,} bytes and holds {entry.file_size:,} at most"
+                )
+    stream.seek(0)
 
 
 def _write_gguf(path: Path, directions: np.ndarray, provenance: str) -> None:

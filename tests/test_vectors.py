@@ -1,7 +1,9 @@
 """Steering vectors: files read back by other libraries, arithmetic, the released vectors, and every refusal."""
 
+import io
 import json
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -543,3 +545,13 @@ def test_released_labels(ward2025: Path, torch: Any) -> None:
         load(ward2025 / "base_steering_vectors.pt", label="wait", layer=10, n_layers=32)
     with pytest.raises(ValueError, match="layer_convention=None in the metadata"):
         load(ward2025 / "layer10_vectors.safetensors")
+
+
+def test_an_array_that_announces_more_than_there_is_is_refused_before_memory_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "v.npz"
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (32, 1 << 27)})
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("directions.npy", header.getvalue() + bytes(64))
+    with pytest.raises(ValueError, match="directions.npy announces 17,179,869,184 bytes and holds 192 at most"):
+        load(path)
