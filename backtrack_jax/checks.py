@@ -222,7 +222,13 @@ def _sampling_faults(name: str, spec: TraceSpec | SteeringSpec) -> list[str]:
         value = getattr(spec, field)
         if value < least:
             faults.append(_fault(f"{name}.{field}", value, f"at least {least}"))
+        elif value > _MOST[field]:
+            faults.append(_fault(f"{name}.{field}", value, f"at most {_MOST[field]:,}"))
     return faults
+
+
+# Beyond any use, and memory for it would be asked for before anything says so.
+_MOST = {"limit": 10**9, "samples": 100_000, "max_new_tokens": 1_000_000, "batch_size": 100_000}
 
 
 def _labels(e: Experiment) -> Sequence[str] | None:
@@ -245,8 +251,8 @@ def _vector_faults(e: Experiment) -> list[str]:
     if not _integers(v.layers) or any(layer < 0 for layer in v.layers):
         faults.append(_fault("vectors.layers", v.layers, "block numbers >= 0"))
     faults += [*_repeated("vectors.offsets", v.offsets), *_repeated("vectors.layers", v.layers)]
-    if v.batch_size < 1:
-        faults.append(_fault("vectors.batch_size", v.batch_size, "at least 1"))
+    if not 1 <= v.batch_size <= _MOST["batch_size"]:
+        faults.append(_fault("vectors.batch_size", v.batch_size, f"1 to {_MOST['batch_size']:,}"))
     return faults
 
 

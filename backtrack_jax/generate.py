@@ -112,6 +112,7 @@ def generate(
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}, expected at least 1")
     sampling.check()
+    sampling = sampling.known()
     B = len(ids) * repeats
     if jnp.shape(keys) != (B,):
         raise ValueError(f"keys have shape {jnp.shape(keys)}, expected one for each of {B} rows (`row_key`)")
@@ -239,8 +240,10 @@ def generate_rows(
       FloatingPointError: names the row whose logits are not finite.
     """
     sampling.check()
-    for field, value in vars(sampling).items():
-        if jnp.ndim(value):  # rows are sorted into batches, so each value would reach the wrong row
+    sampling = sampling.known()
+    for field in ("temperature", "top_p", "top_k"):
+        # Rows are sorted into batches, so each of several values would reach the wrong row.
+        if jnp.ndim(value := getattr(sampling, field)):
             raise ValueError(f"{field} has shape {jnp.shape(value)}, expected one number for all rows")
     for number, row in enumerate(rows):
         check_ids(row.prompt, model.config.vocab_size, row.name or f"row {number}")

@@ -20,11 +20,24 @@ class Sampling:
       temperature: 0 takes the most likely token.
       top_p: smallest set of tokens with at least this probability; 1 keeps all.
       top_k: number of most likely tokens kept; 0 keeps all.
+      steps: which of `draw`, `top_k` and `top_p` a row needs, static, so that a program holds no other; None where that
+        is decided on the device, at every token. `known` says it of values that are known.
     """
 
     temperature: jax.Array | float = 0.0
     top_p: jax.Array | float = 1.0
     top_k: jax.Array | int = 0
+    steps: tuple[str, ...] | None = dataclasses.field(default=None, metadata={"static": True}, kw_only=True)
+
+    def known(self) -> "Sampling":
+        """The same with `steps` said, where no value is traced: greedy, temperature, top-k and top-p are programs."""
+        values = (self.temperature, self.top_k, self.top_p)
+        if self.steps is not None or any(isinstance(value, Tracer) for value in values):
+            return self
+        temperature, top_k, top_p = (np.asarray(value) for value in values)
+        needed = {"draw": temperature > 0, "top_k": top_k > 0, "top_p": top_p < 1}
+        steps = tuple(name for name, where in needed.items() if np.any(where))
+        return dataclasses.replace(self, steps=steps if "draw" in steps else ())
 
     def check(self) -> None:
         """ValueError if a value that is not traced is invalid."""
@@ -56,10 +69,11 @@ def sample(logits: jax.Array, sampling: Sampling, keys: jax.Array, step: jax.Arr
     def draw() -> jax.Array:
         scaled = logits / jnp.where(temperature == 0, 1.0, temperature)[:, None]
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-        return jnp.where(
-            temperature == 0, most_likely, _draw(_weights(scaled, sampling.top_k), sampling.top_p, step_keys)
-        )
+        weights = _weights(scaled, sampling.top_k, sampling.steps)
+        return jnp.where(temperature == 0, most_likely, _draw(weights, sampling.top_p, step_keys, sampling.steps))
 
+    if sampling.steps is not None:
+        return draw() if "draw" in sampling.steps else most_likely
     return lax.cond(jnp.all(temperature == 0), lambda: most_likely, draw)
 
 
@@ -70,13 +84,15 @@ def _first_maximum(x: jax.Array) -> jax.Array:
     return jnp.min(jnp.where(is_maximum, jnp.arange(V), V - 1), axis=-1).astype(jnp.int32)
 
 
-def _weights(logits: jax.Array, top_k: jax.Array | int) -> jax.Array:
+def _weights(logits: jax.Array, top_k: jax.Array | int, steps: tuple[str, ...] | None = None) -> jax.Array:
     """[B, V] probabilities up to a factor per row, zero outside the top-k tokens.
 
     The k-th largest logit is found bit by bit on integers ordered like the floats: 32 passes over the row are exact,
     take k as a traced value, and cost a fraction of sorting a vocabulary.
     """
     weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    if steps is not None and "top_k" not in steps:
+        return weights
     top_k = jnp.broadcast_to(jnp.asarray(top_k, jnp.int32), logits.shape[:1])[:, None]
     bits = lax.bitcast_convert_type(logits, jnp.uint32)
     ordered = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
@@ -89,10 +105,12 @@ def _weights(logits: jax.Array, top_k: jax.Array | int) -> jax.Array:
         threshold = lax.fori_loop(0, 32, set_bit, jnp.zeros_like(top_k, jnp.uint32))
         return jnp.where((ordered >= threshold) | (top_k == 0), weights, 0.0)
 
-    return lax.cond(jnp.any(top_k > 0), keep_top_k, lambda: weights)
+    return keep_top_k() if steps is not None else lax.cond(jnp.any(top_k > 0), keep_top_k, lambda: weights)
 
 
-def _draw(weights: jax.Array, top_p: jax.Array | float, keys: jax.Array) -> jax.Array:
+def _draw(
+    weights: jax.Array, top_p: jax.Array | float, keys: jax.Array, steps: tuple[str, ...] | None = None
+) -> jax.Array:
     """One token per row of [B, V] weights, from the smallest set of most likely ones that holds `top_p` of the weight.
 
     The set is not looked for, which would take a pass over the row per bit. A token drawn from all is in it if what is
@@ -116,7 +134,10 @@ def _draw(weights: jax.Array, top_p: jax.Array | float, keys: jax.Array) -> jax.
         return token, outside(token), keys
 
     token = _inverse_cdf(weights, _uniform(keys))
-    rejected = lax.cond(jnp.any(top_p < 1), outside, lambda token: token < 0, token)
+    if steps is not None and "top_p" not in steps:
+        return token
+    some = jnp.any(top_p < 1)
+    rejected = outside(token) if steps is not None else lax.cond(some, outside, lambda token: token < 0, token)
     return lax.while_loop(lambda state: jnp.any(state[1]), draw_again, (token, rejected, keys))[0]
 
 

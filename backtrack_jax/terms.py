@@ -15,6 +15,8 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
+from backtrack_jax.models.ops.targets import branches
+
 
 @dataclasses.dataclass(frozen=True)
 class Term(abc.ABC):
@@ -223,9 +225,14 @@ class Clamp(Term):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _drawn(draw: Callable[..., jax.Array], strength: jax.Array, *arguments: jax.Array) -> jax.Array:
-    """What is drawn, left out of layers where no row has noise: drawing costs more than a small model's block."""
+    """What is drawn, on a CPU left out of layers where no row has noise: drawing costs more than a small model's block.
+
+    Elsewhere it costs little, and a branch in every layer of a decode step may be decided on the host.
+    """
     x = arguments[3]
     some = lambda: strength[:, None, None] * draw(*arguments)  # noqa: E731
+    if not branches():
+        return some()
     return lax.cond(jnp.any(strength != 0), some, lambda: jnp.zeros_like(x))
 
 

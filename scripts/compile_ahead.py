@@ -34,7 +34,7 @@ from make_random_checkpoint import PRESETS
 
 from backtrack_jax import extract, generate
 from backtrack_jax.files.console import ends_in_one_line
-from backtrack_jax.intervention import no_intervention, stack_rows
+from backtrack_jax.intervention import add_vector, stack_rows
 from backtrack_jax.models import families, ops, quantized
 from backtrack_jax.models.config import ModelConfig
 from backtrack_jax.models.decoder import Decoder
@@ -104,10 +104,11 @@ def placed_model(config: ModelConfig, mesh: Mesh) -> Decoder:
 def lower_sampling(model: Decoder, mesh: Mesh) -> Any:
     """Steered sampling with temperature, as a batch of `generate_rows`."""
     n, shape = FLAGS.rows, (FLAGS.rows, FLAGS.prompt_tokens)
-    rows = lambda: stack_rows([no_intervention(model.config.n_layers, model.config.d_model)] * n)  # noqa: E731
+    L, D = model.config.n_layers, model.config.d_model
+    rows = lambda: stack_rows([add_vector(jnp.full(D, D**-0.5), 0, 1.0, n_layers=L)] * n)  # noqa: E731
     keys = lambda: jax.random.split(jax.random.key(0), n)  # noqa: E731
     batch = (jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.int32), jax.eval_shape(keys), jax.eval_shape(rows))
-    sampling = generate.Sampling(jnp.float32(1), jnp.float32(1), jnp.int32(0))
+    sampling = generate.Sampling(jnp.float32(1), jnp.float32(1), jnp.int32(0), steps=("draw",))
     values = abstract((sampling, jnp.zeros(2, jnp.int32)), NamedSharding(mesh, PartitionSpec()))
     return generate.compiled_generate.lower(
         model, *abstract(batch, rows_sharding(mesh, n)), *values, max_new_tokens=FLAGS.new_tokens

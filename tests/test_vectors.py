@@ -553,5 +553,5 @@ def test_an_array_that_announces_more_than_there_is_is_refused_before_memory_is_
     np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (32, 1 << 27)})
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("directions.npy", header.getvalue() + bytes(64))
-    with pytest.raises(ValueError, match="directions.npy announces 17,179,869,184 bytes and holds 192 at most"):
+    with pytest.raises(ValueError, match=r"directions.npy announces 17,179,869,184 bytes and holds 192 at most"):
         load(path)

@@ -573,3 +573,13 @@ def test_loaded_and_new_models_have_the_same_structure(original):
     model = checkpoint.load(str(original))
     new = nnx.eval_shape(lambda: Decoder(model.config, rngs=nnx.Rngs(0)))
     assert jax.tree.structure(new) == jax.tree.structure(model)
+
+
+@pytest.mark.parametrize("place", ["../outside.safetensors", "/etc/passwd", "deep/inside.safetensors", "..", ""])
+def test_an_index_places_nothing_outside_of_its_folder(shards, tmp_path, place):
+    """Whatever lies there: a checkpoint of somebody else names what of this machine is read."""
+    index = json.loads((shards / "model.safetensors.index.json").read_text())
+    index["weight_map"] = dict.fromkeys(index["weight_map"], place)
+    (shards / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"expected a file of the folder itself|is missing"):
+        checkpoint.check(shards)

@@ -438,3 +438,12 @@ def test_tokens_of_a_trace_are_marked() -> None:
     figure = trace_figures.draw(found, "backtracking", "t", "c", 2.0)
     assert "".join(text.get_text() for text in figure.axes[0].texts) == "abWaitc"
     assert sum(colors.to_rgba(patch.get_edgecolor())[3] > 0 for patch in figure.axes[0].patches) == 1
+
+
+def test_a_dollar_sign_begins_no_mathematics(tmp_path: Path) -> None:
+    """Names come from data: a wrong formula in one would stop the figure, a right one would change it."""
+    names = ("$\\frac{$", "a$b$c", "$", "50 %")
+    series = [plots.Series(name, [0.0, 1.0], [1.0, 2.0]) for name in names]
+    panel = plots.Panel(names[0], names[1], names[2], series, categories=names[:2])
+    static.write(plots.Plot("dollar", names[1], " ".join(names), [[panel]], [{"a": 1}]), tmp_path)
+    assert (tmp_path / "dollar.pdf").stat().st_size > 1000

@@ -41,6 +41,14 @@ def half() -> np.dtype:
     return jnp.dtype(jnp.float16 if old else jnp.bfloat16)
 
 
+def branches() -> bool:
+    """Whether a branch around work that is often not needed is worth it: on a CPU, where it costs nothing.
+
+    On accelerators nothing fuses across a branch, and one that is not captured in a graph is decided on the host.
+    """
+    return target().platform == "cpu"
+
+
 @contextlib.contextmanager
 def compiling_for(platform: str, memory_bytes: int = 0) -> Iterator[None]:
     """Inside, programs are traced for such devices, whichever are here.
