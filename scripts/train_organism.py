@@ -66,7 +66,7 @@ class Recipe:
 ARCHITECTURES = {
     "llama": ModelConfig(
         family="llama",
-        vocab_size=0,  # the tokenizer's
+        vocab_size=1,  # stands for the tokenizer's
         d_model=128,
         d_mlp=352,
         n_layers=8,
@@ -80,7 +80,7 @@ ARCHITECTURES = {
     ),
     "qwen3": ModelConfig(
         family="qwen3",
-        vocab_size=0,
+        vocab_size=1,
         d_model=112,
         d_mlp=320,
         n_layers=10,

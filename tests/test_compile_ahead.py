@@ -1,11 +1,15 @@
 """The compiler for TPUs, which needs none."""
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax import lax
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 SIZES = {
@@ -37,3 +41,26 @@ def test_sampling_and_reading_compile_and_copy_no_cache(tmp_path: Path, flags: l
     assert sampled["copied_per_block_gb"] == 0
     assert sampled["given_gb"] < 0.1
     assert read["on_the_way_gb"] < 0.1
+
+
+def test_branches_and_loops_of_the_decode_loop_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a program of which they are known: a loop with a branch, which holds a loop, and another loop before it."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    compile_ahead = importlib.import_module("compile_ahead")
+
+    def program(x: jax.Array) -> jax.Array:
+        x = lax.while_loop(lambda s: jnp.sum(s) < 3, lambda s: s + 1, x)
+
+        def inner(s: jax.Array) -> jax.Array:
+            return lax.while_loop(lambda t: jnp.max(t) > 1, lambda t: jnp.sin(t) * 0.9, s)
+
+        def body(s: jax.Array) -> jax.Array:
+            s = lax.cond(jnp.sum(s) > 5, inner, jnp.cos, s)
+            return jnp.sort(s @ s) + 1
+
+        return lax.while_loop(lambda s: jnp.sum(s) < 1e6, body, x)
+
+    text = jax.jit(program).lower(jnp.ones((8, 8))).compile().as_text()
+    found = compile_ahead.loop_counts(text)
+    assert (found["conditionals"], found["whiles"]) == (1, 1) and 4 <= found["kernels"] < 40
+    assert compile_ahead.loop_counts(jax.jit(jnp.sin).lower(jnp.ones(3)).compile().as_text()) == {}

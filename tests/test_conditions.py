@@ -158,7 +158,7 @@ def test_every_pair_of_model_and_vector(readings: Readings) -> None:
 def test_length_of_a_magnitude(unit: str, readings: Readings) -> None:
     e = experiment(unit=unit, magnitudes=(0.0, -2.0, 3.0), layer=1, kinds=("backtracking", "deduction", "noise"))
     for c in conditions.make(e, readings):
-        if unit == "absolute":
+        if unit in ("absolute", "kl"):  # the second until the stage has found the length that costs so much
             expected = c.magnitude
         elif unit == "relative":  # of the steered model, wherever the vector comes from
             expected = c.magnitude * {"base": 5.0, "reasoning": 11.0}[c.target]

@@ -71,7 +71,9 @@ def test_the_traces_are_those_that_a_run_reads_in_its_folder(fresh: Path, comman
     e.workdir = "else/where"
     pipeline.Run(e, ("1-traces", "2-annotations")).run()
     (annotations,) = Path("else/where").glob("*/2-annotations/annotations.jsonl")
-    annotations.write_text(annotations.read_text().replace("backtracking", "initializing"))  # as long
+    annotations.write_text(annotations.read_text().replace("backtracking", "initializing"))
+    done = annotations.with_name("DONE")  # as an earlier version wrote it, which vouches for sizes alone
+    done.write_text(re.sub(r" [0-9a-f]{16} ", " ", done.read_text()))
     shown, message = command(f"--config={tiny.__file__}", *arguments, program=show)
     assert "no section is labelled 'backtracking'" in shown, message
 

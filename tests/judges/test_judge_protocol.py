@@ -266,7 +266,8 @@ def test_a_full_disk_loses_no_answer_that_is_in_flight(tmp_path: Path, monkeypat
 
 
 PROGRAM = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
 sys.path[:0] = [{tests!r}]
 from test_judge_protocol import TRACES, labelled, spec_of
 from pathlib import Path

@@ -199,6 +199,7 @@ def test_a_vector_file_steers_like_the_vector_in_it(finished: Path) -> None:
     )
     for unit in UNITS:
         e.steering.unit = unit
+        e.steering.magnitudes = (0.0, -0.01, 0.03) if unit == "kl" else (0.0, -4.0, 8.0)
         lines = lines_of(run(e, "4").workdir / "4-steering" / "generations.jsonl")
         found = {
             name: [
@@ -209,6 +210,7 @@ def test_a_vector_file_steers_like_the_vector_in_it(finished: Path) -> None:
             for name, of in (("kind", ("backtracking", "base")), ("file", ("mine.npz", "")))
         }
         assert found["file"] and found["file"] == found["kind"]
+    e.steering.unit, e.steering.magnitudes = "raw", (0.0, -4.0, 8.0)
     run(e)
     assert "mine.npz" in (finished / "6-report" / "fig4_baselines.csv").read_text()
     vectors.save(-vector, Path("mine.npz"))  # another content under the same name
