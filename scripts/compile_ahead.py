@@ -18,7 +18,6 @@ import math
 import os
 import re
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 from flax import nnx
+from hlo_loops import loop_counts
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from make_random_checkpoint import PRESETS
@@ -147,53 +147,6 @@ def measure(lowered: Any) -> dict[str, Any]:
         "compile_s": round(time.perf_counter() - start, 1),
         "copied_per_block_gb": round(copied_bytes(program) / 1e9, 3),
     } | loop_counts(program)
-
-
-_FREE = frozenset(
-    ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all")
-)
-
-
-def loop_counts(program: str) -> dict[str, int]:
-    """Branches, inner loops and kernels of the loop over new tokens; nothing of a program without loops.
-
-    The loop is the largest one that stands in the entry computation. A kernel is an instruction that is no bookkeeping;
-    those of a branch or an inner loop count once.
-    """
-    bodies: dict[str, list[str]] = {}
-    entry, current = "", ""
-    for line in program.split("\n"):
-        if line.endswith("{") and not line.startswith(" "):
-            current = line.removeprefix("ENTRY ").split(" ")[0].lstrip("%")
-            entry = current if line.startswith("ENTRY ") else entry
-            bodies[current] = []
-        elif line.startswith(" ") and " = " in line:
-            bodies[current].append(line)
-
-    def count(name: str) -> Counter[str]:
-        found: Counter[str] = Counter()
-        for line in bodies.get(name, ()):
-            operation = re.search(r"[\])}] ([a-z][a-z0-9-]*)\(", line)
-            kind = operation[1] if operation else ""
-            found[{"conditional": "conditionals", "while": "whiles"}.get(kind, "")] += 1
-            found["kernels"] += bool(kind) and kind not in _FREE
-            if kind in ("conditional", "while", "call"):
-                for inner in re.findall(
-                    r"(?:body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.-]+)", line
-                ):
-                    found += count(inner)
-                for several in re.findall(r"branch_computations=\{([^}]*)\}", line):
-                    for inner in several.split(","):
-                        found += count(inner.strip().lstrip("%"))
-        return found
-
-    loops = [
-        match[1]
-        for line in bodies.get(entry, ())
-        if " while(" in line and (match := re.search(r"body=%?([\w.-]+)", line))
-    ]
-    largest = max((count(name) for name in loops), key=lambda of: of["kernels"], default=None)
-    return {} if largest is None else {name: largest[name] for name in ("conditionals", "whiles", "kernels")}
 
 
 def copied_bytes(program: str) -> int:

@@ -46,7 +46,7 @@ def test_sampling_and_reading_compile_and_copy_no_cache(tmp_path: Path, flags: l
 def test_branches_and_loops_of_the_decode_loop_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a program of which they are known: a loop with a branch, which holds a loop, and another loop before it."""
     monkeypatch.syspath_prepend(SCRIPTS)
-    compile_ahead = importlib.import_module("compile_ahead")
+    loop_counts = importlib.import_module("hlo_loops").loop_counts
 
     def program(x: jax.Array) -> jax.Array:
         x = lax.while_loop(lambda s: jnp.sum(s) < 3, lambda s: s + 1, x)
@@ -61,6 +61,6 @@ def test_branches_and_loops_of_the_decode_loop_are_counted(monkeypatch: pytest.M
         return lax.while_loop(lambda s: jnp.sum(s) < 1e6, body, x)
 
     text = jax.jit(program).lower(jnp.ones((8, 8))).compile().as_text()
-    found = compile_ahead.loop_counts(text)
+    found = loop_counts(text)
     assert (found["conditionals"], found["whiles"]) == (1, 1) and 4 <= found["kernels"] < 40
-    assert compile_ahead.loop_counts(jax.jit(jnp.sin).lower(jnp.ones(3)).compile().as_text()) == {}
+    assert loop_counts(jax.jit(jnp.sin).lower(jnp.ones(3)).compile().as_text()) == {}

@@ -800,11 +800,16 @@ def test_generate_rows_reports_stops(rows: list[Row]) -> None:
 
 
 def test_generate_rows_compiles_one_program_per_shape(rows: list[Row]) -> None:
+    """And per kind of sampling: values of temperature, top-p and top-k are none."""
     replies_of(rows)
+    replies_of(rows, sampling=Sampling(0.3, 0.5, 7))
     compiled = n_programs()
-    replies_of(rows[::-1], sampling=Sampling(0.3, 0.5, 7))
+    replies_of(rows[::-1], sampling=Sampling(0.8, 0.9, 3))
     replies_of(rows[1:4])
     assert n_programs() == compiled
+    replies_of(rows, sampling=Sampling(0.8, 0.9))
+    replies_of(rows, sampling=Sampling(0.4, 0.7))
+    assert n_programs() <= compiled + 1
 
 
 def test_generate_rows_compiles_one_program_for_the_kinds_that_any_row_has(rows: list[Row]) -> None:

@@ -632,6 +632,7 @@ def test_a_file_that_is_cut_off_is_named(tmp_path: Path, name: str) -> None:
         Tokenizer.load(tmp_path / "base")
 
 
+@pytest.mark.slow
 def test_one_vocabulary_stops_at_the_same_tokens_in_either_format(
     r1_folder: Path, r1: Tokenizer, tmp_path: Path
 ) -> None:
