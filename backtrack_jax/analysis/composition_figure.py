@@ -20,8 +20,10 @@ from backtrack_jax.analysis.composition_rows import (
 from backtrack_jax.analysis.log_odds import AXIS
 from backtrack_jax.analysis.plots import COLOURS, Panel, Plot, Series
 from backtrack_jax.analysis.results import Results
+from backtrack_jax.analysis.statistics import NAN
 from backtrack_jax.files.tables import Table
 
+_ABSURD = 1e3  # times the vector's effect
 _SHORT = {OWN: "own", WITHOUT: "+", NEGATIVE: "−", "reasoning less base": "difference", "difference of problems": "SV"}
 
 
@@ -48,8 +50,13 @@ def plot(r: Results) -> Plot | None:
 
 
 def _series(label: str, x: list[float], lines: Table, column: str, i: int, ends: tuple[str, str]) -> Series:
-    y, low, high = ([line[name] for line in lines] for name in (column, *ends))
+    y, low, high = ([_drawn(line[name]) for line in lines] for name in (column, *ends))
     return Series(label, x, y, low, high, colour=COLOURS[i], style="", marker="os^D"[i % 4])
+
+
+def _drawn(value: float) -> float:
+    """What can be drawn: a share of an effect that cannot be told from 0 has no bounds, or absurd ones."""
+    return value if abs(value) < _ABSURD else NAN
 
 
 def _by_cosine(lines: Table) -> Panel:

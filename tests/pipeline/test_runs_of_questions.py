@@ -48,6 +48,9 @@ def at_reduced_size(name: str) -> Experiment:
     q = e.questions
     q.stability = dataclasses.replace(q.stability, boundaries=6, draws=4, tokens=4, magnitude=0.0)
     q.noise = dataclasses.replace(q.noise, seeds=2, ranks=(2, 4), burst=4, replies=3)
+    q.composition = dataclasses.replace(
+        q.composition, components=1, random=2, ranks=(1, 2), subspaces=3, ablated_texts=2, magnitude=0.0
+    )
     q.side_effects = dataclasses.replace(q.side_effects, texts=3)
     return e
 
@@ -83,6 +86,7 @@ def test_all_stages_run(name: str, family: str, tmp_path: Path, monkeypatch: pyt
 
 
 TABLES = {
+    "composition": "composition_interaction.csv",
     "noise": "noise_effects.csv",
     "stability": "stability_vectors.csv",
     "offsets": "offsets_tests.csv",
